@@ -1,0 +1,292 @@
+"""The contract: all that the run, the report and the tests may ask of a personalisation method.
+
+Axes: R rows of a micro batch (concept-major), L cross-attention layers, N tokens, D text width, C latent channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab.data import draws
+from hiperlab.data.batch import Batch
+from hiperlab.errors import UserError
+from hiperlab.loss.diffusion import denoising_loss, per_concept
+from hiperlab.model import noise as diffusion
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.sampler import Sampler, ddim, generate
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text import check_placeholder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a method may know of a concept before it sees pictures.
+
+    Args:
+        name: names its artifact.
+        placeholder: the word that stands for it in prompts, e.g. "<cats>".
+        word: the class noun or super category, one token, e.g. "cat".
+    """
+
+    name: str
+    placeholder: str
+    word: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known at one denoising step; each method reads what it needs and the signature never grows.
+
+    Args:
+        prompts: R texts with placeholders in place.
+        concept: (R,) int64, which concept each row is about.
+        timestep: (R,) int64 in [0, 1000).
+        latents: z_t (R, C, H, W), or None where only text is encoded.
+        samples: (R,) global sample numbers, the key of random draws; None when sampling (nothing random then).
+        images: reference pictures (R, 3, H, W) in [-1, 1], or None.
+        variant: which way of using the trained concept, one of `Method.variants`.
+    """
+
+    prompts: Sequence[str]
+    concept: Tensor
+    timestep: Tensor
+    latents: Tensor | None = None
+    samples: Tensor | None = None
+    images: Tensor | None = None
+    variant: str = ""
+
+
+class Method(pl.LightningModule, ABC):
+    """A personalisation method: a LightningModule around the frozen stack, which trains only its own parameters.
+
+    Parameters are stacked per concept along their first axis, so that one run personalises several concepts at once;
+    loss, randomness and clipping are per concept, hence a concept's result does not depend on its neighbours.
+
+    Args:
+        model: the frozen stack.
+        concepts: what is personalised, one slice of every parameter each.
+        optimizer: parameters -> optimizer.
+        seed: of initialisation and of every draw during training.
+    """
+
+    stacks_concepts: ClassVar[bool] = True  # False: the run trains one concept after the other
+    time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
+    variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if not self.stacks_concepts and len(concepts) > 1:
+            raise UserError(f"{type(self).__name__} trains one concept at a time, {len(concepts)} were given.")
+        for field in ("name", "placeholder"):
+            given = [getattr(concept, field) for concept in concepts]
+            if len(set(given)) < len(given):
+                raise UserError(f"concepts need different {field}s, got {', '.join(given)}.")
+        for concept in concepts:
+            check_placeholder(model.tokenizer, concept.placeholder)
+        self.model = model
+        self.concepts = tuple(concepts)
+        self.seed = seed
+        self._optimizer = optimizer
+        self._moments: dict[tuple[int, int, bool], Tensor] = {}
+        self._losses: list[Tensor] = []
+        self.last_timesteps: Tensor | None = None
+
+    # ---- what a method writes --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def condition(self, step: Step) -> Conditioning:
+        """Conditioning for the step's rows: the one thing every method writes."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer; by default all that requires grad."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def extra_losses(self, step: Step, z0: Tensor) -> dict[str, Tensor]:
+        """Further losses by name, one number per row (R,); logged as loss/<name>, then added."""
+        return {}
+
+    def export(self, index: int, folder: Path) -> list[Path]:
+        """Write concept `index` in the formats other tools read; returns the files. By default none."""
+        return []
+
+    def load_foreign(self, index: int, path: Path) -> None:
+        """Load concept `index` from another tool's file.
+
+        Raises:
+            UserError: this method knows no such format.
+        """
+        raise UserError(f"{path.name}: {type(self).__name__} reads hiperlab's own artifacts (.safetensors) only.")
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """One micro batch: the sum over concepts of each concept's mean denoising loss."""
+        z0 = self.clean_latents(batch)
+        noise = draws.normal(self.seed, "noise", batch.sample, z0.shape[1:]).to(z0)
+        t = draws.integers(self.seed, "timestep", batch.sample, self.model.num_timesteps).to(z0.device)
+        self.last_timesteps = t
+        z_t = self.model.add_noise(z0, noise, t)
+        step = Step(batch.prompts, batch.concept, t, z_t, batch.sample, batch.pixels)
+        prediction = self.model.predict(z_t, t, self.condition(step))
+        rows = {"": denoising_loss(prediction, self.model.target(z0, noise, t)), **self.extra_losses(step, z0)}
+        losses = {name: per_concept(value, batch.concept, len(self.concepts)) for name, value in rows.items()}
+        self._note_losses(losses)
+        return torch.stack(list(losses.values())).sum()
+
+    def clean_latents(self, batch: Batch) -> Tensor:
+        """z0 (R, C, H, W): a fresh posterior sample of each row's cached VAE moments."""
+        moments = []
+        for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
+            if key not in self._moments:
+                # One picture at a time: the numbers must not depend on which pictures happen to be missing.
+                self._moments[key] = self.model.encode_moments(batch.pixels[row : row + 1])[0]
+            moments.append(self._moments[key])
+        stacked = torch.stack(moments)
+        shape = (stacked.shape[1] // 2, *stacked.shape[2:])
+        noise = draws.normal(self.seed, "posterior", batch.sample, shape).to(stacked)
+        return self.model.scale(diffusion.sample_posterior(stacked, noise))
+
+    def configure_optimizers(self) -> Optimizer:
+        """The configured optimizer over `param_groups`."""
+        return self._optimizer(self.param_groups())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each concept's gradient by its own norm: a neighbour's large gradient changes nothing."""
+        if not gradient_clip_val:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])  # (parameters, K)
+        factor = (gradient_clip_val / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for gradient in gradients:
+            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
+
+    def _note_losses(self, losses: dict[str, Tensor]) -> None:
+        """Keep what `on_before_optimizer_step` averages over the accumulated micro batches."""
+        named = {"/".join(filter(None, ("loss", name))): value.sum() for name, value in losses.items()}
+        if len(self.concepts) > 1:
+            total = torch.stack(list(losses.values())).sum(0)
+            named |= {f"loss/{concept.name}": value for concept, value in zip(self.concepts, total, strict=True)}
+        self._loss_names = list(named)
+        self._losses.append(torch.stack(list(named.values())).detach())
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step's losses, averaged over its micro batches and ranks."""
+        means = torch.stack(self._losses).mean(0)
+        self._losses.clear()
+        for name, value in zip(self._loss_names, means, strict=True):
+            self.log(name, value, prog_bar=name == "loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
+
+    # ---- keeping ---------------------------------------------------------------------------------------------------
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Trained parameters and persistent buffers by name, stacked per concept; never the stack's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def artifact(self, index: int) -> dict[str, Tensor]:
+        """What is worth keeping of concept `index`, on the CPU."""
+        return {name: value[index].detach().cpu().clone() for name, value in self.own_tensors().items()}
+
+    @torch.no_grad()
+    def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Put a kept concept in place `index`.
+
+        Raises:
+            UserError: a tensor is missing, superfluous or of another shape.
+        """
+        own = self.own_tensors()
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [name for name in own.keys() & tensors.keys() if own[name][index].shape != tensors[name].shape]
+        if wrong:
+            raise UserError(f"the artifact does not fit {type(self).__name__}: {', '.join(wrong[:5])} differ.")
+        for name, value in own.items():
+            value[index].copy_(tensors[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the stack out: it is gigabytes and never changes."""
+        states = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in states.items() if not name.startswith("model.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the stack's own tensors back so that loading stays strict: a missing trained tensor still raises."""
+        states = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        checkpoint["state_dict"] = {**states, **checkpoint["state_dict"]}
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        concepts: Sequence[int] | None = None,
+        images: Tensor | None = None,
+        sampler: Sampler | None = None,
+        variant: str = "",
+        negative: str = "",
+        batch_size: int = 8,
+    ) -> Tensor:
+        """Draw one picture per (prompt, seed); a picture does not depend on the others in the call.
+
+        Args:
+            prompts: B texts with placeholders in place.
+            seeds: B seeds of the start noise.
+            steps: denoising steps.
+            guidance: classifier-free guidance scale s; 1 means none.
+            concepts: (B,) which concept each prompt is about; None means the first.
+            images: reference pictures (B, 3, H, W) in [-1, 1] for methods that read them.
+            sampler: scheduler to use; None means DDIM.
+            variant: one of `variants`.
+            negative: text of the unconditional branch.
+            batch_size: pictures per U-Net call; a matter of memory only.
+
+        Returns:
+            (B, 3, H, W) in [0, 1], on the CPU.
+        """
+
+        def condition(rows: list[int], t: Tensor) -> Conditioning:
+            which = torch.tensor([concepts[row] if concepts else 0 for row in rows], device=self.device)
+            pictures = None if images is None else images[rows].to(self.device)
+            step = Step([prompts[row] for row in rows], which, t.expand(len(rows)), images=pictures, variant=variant)
+            return self.condition(step)
+
+        same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
+        training = self.training
+        self.eval()
+        try:
+            return generate(
+                self.model,
+                condition,
+                keys=same if images is None else list(range(len(prompts))),
+                seeds=seeds,
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler or ddim(steps, guidance),
+                negative=negative,
+                batch_size=batch_size,
+                time_dependent=self.time_dependent,
+            )
+        finally:
+            self.train(training)

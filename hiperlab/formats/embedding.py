@@ -1,0 +1,88 @@
+"""Embedding files of Textual Inversion: diffusers, CompVis and A1111 (methods/neti.md, section 20).
+
+Axes: V vectors, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hiperlab.errors import UserError
+from hiperlab.formats import pickles
+
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+
+
+def read(path: Path) -> Tensor:
+    """The learnt vectors (V, D), float32, of any embedding file that is around.
+
+    Accepts a dict with one key and a tensor [D] or [V, D] (diffusers, `emb_params`), `string_to_param` with any single
+    key (CompVis, A1111), and a bare tensor.
+
+    Raises:
+        UserError: there is no file, it is broken or unsafe, or it holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            content: Any = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path.name} cannot be read as safetensors ({error}).") from error
+    else:
+        content = pickles.load(path, stand_ins=[PARAMETER_DICT])
+    tensor = _single(_parameters(content))
+    if tensor is None or tensor.dim() not in (1, 2) or not tensor.is_floating_point():
+        found = ", ".join(map(str, content))[:80] if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(f"{path.name} is no embedding file: expected one tensor [D] or [V, D], found {found}.")
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
+    return tensor.detach().float().reshape(-1, tensor.shape[-1])
+
+
+def _parameters(content: Any) -> Any:
+    if isinstance(content, Mapping) and "string_to_param" in content:
+        content = content["string_to_param"]
+    if isinstance(content, pickles.Bag):  # a ParameterDict of any torch version keeps its tensors here
+        content = content.__dict__.get("_parameters", {})
+    return content
+
+
+def _single(content: Any) -> Tensor | None:
+    if isinstance(content, Tensor):
+        return content
+    tensors = [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, Mapping) else []
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str) -> list[Path]:
+    """Write all three forms into `folder`: diffusers' safetensors and `.bin`, A1111's `.pt`.
+
+    Args:
+        folder: where; must exist.
+        name: the concept's name, A1111's trigger word and file name.
+        placeholder: diffusers' token; several vectors become `<x>`, `<x>_1`, ... there.
+        vectors: (V, D).
+        base: name of the base model, kept by A1111.
+    """
+    vectors = vectors.detach().cpu().float().contiguous().clone()
+    safe, binary, webui = folder / "learned_embeds.safetensors", folder / "learned_embeds.bin", folder / f"{name}.pt"
+    save_file({placeholder: vectors}, safe, metadata={"format": "pt"})
+    torch.save({placeholder: vectors}, binary)
+    torch.save(
+        {
+            "string_to_token": {"*": torch.tensor(265)},  # CLIP's "*"; A1111 and diffusers ignore the number
+            "string_to_param": {"*": vectors},
+            "name": name,  # without it diffusers refuses the file
+            "step": 0,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": base,
+        },
+        webui,
+    )
+    return [safe, binary, webui]

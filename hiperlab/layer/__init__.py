@@ -1,0 +1,1 @@
+"""Bricks of trainable networks. They know tensors, never a method."""

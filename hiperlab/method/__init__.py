@@ -1,0 +1,1 @@
+"""Personalisation methods: one file each, none knows another. Only yaml names them."""

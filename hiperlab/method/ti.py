@@ -1,0 +1,74 @@
+"""Textual Inversion (Gal et al. 2022): learn the input embedding of one new word, everything else stays frozen.
+
+Specification: methods/neti.md, section 20. Axes: K concepts, V vectors per concept, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hiperlab.contract import Method, Step, Subject
+from hiperlab.errors import UserError
+from hiperlab.formats import embedding
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text import numbered_slots
+
+
+class TextualInversion(Method):
+    """One vector (or V consecutive ones) per concept, read by all layers at all timesteps.
+
+    Training a row of its own equals training that row of the embedding matrix: AdamW acts per element.
+
+    Args:
+        model: the frozen stack.
+        concepts: what is personalised; each starts from the embedding of its class noun.
+        optimizer: parameters -> optimizer.
+        seed: of the draws.
+        num_vectors: V; the placeholder takes V tokens of the prompt.
+    """
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        num_vectors: int,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        if not 1 <= num_vectors <= 60:
+            raise UserError(f"method.num_vectors={num_vectors} is out of range. Choose 1 to 60; papers use 1 to 8.")
+        words = torch.stack([model.word_embedding(concept.word) for concept in concepts])
+        self.vectors = nn.Parameter(words[:, None].repeat(1, num_vectors, 1))  # (K, V, D)
+        self.slots = numbered_slots([concept.placeholder for concept in concepts], num_vectors)
+
+    def condition(self, step: Step) -> Conditioning:
+        """V stands for the word in every layer: (1, R, N, D)."""
+        tokens = self.model.tokenize(step.prompts, self.slots)
+        _, _, slots = tokens.occurrences()
+        states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
+        return Conditioning(self.model.normalise_text(states))
+
+    def export(self, index: int, folder: Path) -> list[Path]:
+        """Diffusers' `learned_embeds.safetensors` and `.bin`, and A1111's `<name>.pt`."""
+        subject = self.concepts[index]
+        vectors = self.vectors[index].detach().float().cpu()
+        return embedding.write(folder, subject.name, subject.placeholder, vectors, self.model.name)
+
+    def load_foreign(self, index: int, path: Path) -> None:
+        """Any embedding file that is around: diffusers, CompVis, A1111, a bare tensor."""
+        vectors = embedding.read(path)
+        if vectors.shape != self.vectors[index].shape:
+            count, width = vectors.shape
+            raise UserError(
+                f"{path.name} holds {count} vectors of width {width}, this run {tuple(self.vectors[index].shape)}. "
+                f"Set method.num_vectors={count} and a base model of text width {width}."
+            )
+        with torch.no_grad():
+            self.vectors[index].copy_(vectors)

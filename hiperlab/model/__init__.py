@@ -1,0 +1,1 @@
+"""The frozen Stable Diffusion stack. It never knows a method."""

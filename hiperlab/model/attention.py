@@ -1,0 +1,76 @@
+"""Cross-attention that reads a `Conditioning`: one stateless processor per layer, which owns its index.
+
+A counter inside the conditioning would give equal images but wrong gradients once gradient checkpointing replays
+layers (methods/neti.md, section 19), so the index is fixed when the stack is built.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from hiperlab.model.conditioning import Conditioning
+
+
+class CrossAttention:
+    """Scaled dot-product cross-attention for one layer, with keys and values from different states.
+
+    Args:
+        name: the module's path in the U-Net, e.g. "mid_block.attentions.0.transformer_blocks.0.attn2".
+        index: the layer's place in execution order, 0 .. L-1.
+    """
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name = name
+        self.index = index
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Conditioning | Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from (B, S, C) image states; a plain (B, N, D) tensor works too, as in the bare U-Net."""
+        assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
+        if isinstance(encoder_hidden_states, Conditioning):
+            for_keys, for_values = encoder_hidden_states.layer(self.index)
+        else:
+            for_keys = for_values = encoder_hidden_states
+        query = _split(attn.to_q(hidden_states), attn.heads)
+        key = _split(attn.to_k(for_keys), attn.heads)
+        value = _split(attn.to_v(for_values), attn.heads)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        merged = attended.transpose(1, 2).flatten(2)
+        out = attn.to_out[1](attn.to_out[0](merged))
+        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+def _split(states: Tensor, heads: int) -> Tensor:
+    """(B, S, H*d) -> (B, H, S, d)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def cross_attention_order(unet: UNet2DConditionModel) -> list[str]:
+    """Paths of the cross-attention modules in the order the forward pass visits them: down, middle, up.
+
+    `unet.attn_processors` and `named_modules()` list the middle block last although it runs between the two;
+    using their order shifts ten of the sixteen layers (methods/neti.md, section 8).
+    """
+    rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+    return sorted(names, key=lambda name: rank[name.split(".")[0]])  # sorted() is stable: inside a block order holds
+
+
+def install_cross_attention(unet: UNet2DConditionModel) -> list[str]:
+    """Give every cross-attention layer its own processor; returns the layers' paths in execution order."""
+    names = cross_attention_order(unet)
+    index = {name: i for i, name in enumerate(names)}
+    processors = dict(unet.attn_processors)
+    for name in names:
+        processors[f"{name}.processor"] = CrossAttention(name, index[name])
+    unet.set_attn_processor(processors)
+    return names

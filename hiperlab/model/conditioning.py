@@ -1,0 +1,59 @@
+"""What the U-Net's cross-attention reads, as a value.
+
+Axes: L cross-attention layers in execution order (1 = shared by all), B batch, N tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text states per cross-attention layer, keys and values apart (NeTI's bypass reaches values only).
+
+    Args:
+        keys: (L, B, N, D) states that the key projections read; L is 1 (shared) or the number of layers.
+        values: same shape, read by the value projections; None means the keys serve both.
+    """
+
+    keys: Tensor
+    values: Tensor | None = None
+
+    @property
+    def layers(self) -> int:
+        """L: 1 when every layer reads the same states."""
+        return self.keys.shape[0]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The (B, N, D) states that layer `index` reads for its keys and for its values."""
+        at = index if self.layers > 1 else 0
+        keys = self.keys[at]
+        return keys, keys if self.values is None else self.values[at]
+
+    def rows(self, index: Tensor | Sequence[int]) -> Conditioning:
+        """The conditioning of the chosen batch rows (repeats allowed)."""
+        index = torch.as_tensor(index, device=self.keys.device)
+        values = None if self.values is None else self.values[:, index]
+        return Conditioning(self.keys[:, index], values)
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same conditioning in another floating type."""
+        return Conditioning(self.keys.to(dtype), None if self.values is None else self.values.to(dtype))
+
+
+def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+    """Join along the batch; shared layers are repeated where another part has one state per layer."""
+    layers = max(part.layers for part in parts)
+
+    def spread(states: Tensor) -> Tensor:
+        return states.expand(layers, *states.shape[1:])
+
+    keys = torch.cat([spread(part.keys) for part in parts], dim=1)
+    if all(part.values is None for part in parts):
+        return Conditioning(keys)
+    return Conditioning(keys, torch.cat([spread(p.keys if p.values is None else p.values) for p in parts], dim=1))

@@ -1,0 +1,87 @@
+"""Load a Stable Diffusion from a diffusers-layout folder or the hub. Safetensors only; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel
+
+from hiperlab.errors import UserError
+from hiperlab.model.stack import FrozenStack
+
+
+def pretrained(name: str, path: str, size: int, revision: str | None = None, variant: str | None = None) -> FrozenStack:
+    """Load tokenizer, text encoder, VAE, U-Net and schedule of one Stable Diffusion in float32.
+
+    Args:
+        name: how artifacts and results call the base, e.g. "sd14".
+        path: a folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
+        size: picture side in pixels (512; 768 for SD 2.1).
+        revision: branch or commit on the hub.
+        variant: "fp16" to load the half-precision files.
+
+    Raises:
+        UserError: nothing is there, the hub cannot be reached, the weights are not safetensors, or the model is not
+            of Stable Diffusion 1.x / 2.x's kind.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() or path.startswith((".", "/", "~")):
+        _check_folder(folder)
+        path, options = str(folder), {}
+    else:
+        options = {"revision": revision} if revision else {}
+
+    def part(loader: Callable[..., Any], subfolder: str, **extra: Any) -> Any:
+        try:
+            return loader(path, subfolder=subfolder, **options, **extra)
+        except (OSError, ValueError) as error:
+            raise UserError(_explain(path, subfolder, error)) from error
+
+    weights: dict[str, Any] = {"use_safetensors": True} | ({"variant": variant} if variant else {})
+    scheduler = part(_scheduler_config, "scheduler")
+    tokenizer = part(AutoTokenizer.from_pretrained, "tokenizer")
+    text = part(CLIPTextModel.from_pretrained, "text_encoder", **weights).float()
+    vae = part(AutoencoderKL.from_pretrained, "vae", **weights).float()
+    unet = part(UNet2DConditionModel.from_pretrained, "unet", **weights).float()
+    width = text.config.hidden_size
+    if unet.config.in_channels != 4 or unet.config.cross_attention_dim != width:
+        raise UserError(
+            f"model.path={path!r} is no text-to-image Stable Diffusion 1.x or 2.x: its U-Net takes "
+            f"{unet.config.in_channels} channels and text of width {unet.config.cross_attention_dim} (text encoder: "
+            f"{width}). Choose such a model, e.g. model=sd15."
+        )
+    return FrozenStack(
+        name=name, tokenizer=tokenizer, text=text, vae=vae, unet=unet, scheduler_config=scheduler, size=size
+    )
+
+
+def _scheduler_config(path: str, subfolder: str, **options: Any) -> dict[str, Any]:
+    from diffusers import DDPMScheduler
+
+    return dict(DDPMScheduler.load_config(path, subfolder=subfolder, **options))
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"model.path={folder} does not exist. Give a folder in diffusers' layout or a hub id.")
+    parts = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
+    missing = [name for name in parts if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"model.path={folder} lacks {', '.join(missing)}/: it must be in diffusers' layout ({', '.join(parts)}). "
+            "Convert a single-file checkpoint with diffusers' from_single_file and save_pretrained first."
+        )
+
+
+def _explain(path: str, part: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "safetensors" in text and Path(path).exists():
+        return f"model.path={path}: {part} has no safetensors weights (others are not loaded). Convert them first."
+    first = text.split(". ")[0][:200]
+    return (
+        f"model.path={path}: cannot load {part} ({first}). Download the model once with network access "
+        "(huggingface-cli download), or give model.path=<folder in diffusers' layout>."
+    )

@@ -1,0 +1,49 @@
+"""The forward diffusion and what the U-Net is asked to predict.
+
+Axes: B batch, C latent channels (4), H, W latent sides. Everything here is float32: half precision rounds the
+schedule's ends (methods/hiper.md, section 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
+
+
+def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
+    """Draw from the VAE's posterior (Kingma & Welling 2014, eq. 10), unscaled.
+
+    Args:
+        moments: (B, 2C, H, W), mean and log-variance stacked along channels.
+        noise: unit normal (B, C, H, W).
+    """
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
+
+
+def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Diffuse clean latents to their timestep (DDPM, Ho et al. 2020, eq. 4).
+
+    Args:
+        z0: clean latents (B, C, H, W), already multiplied by the VAE's scaling factor.
+        noise: unit normal, same shape.
+        alpha_bar: share of signal variance left at t, in (0, 1), shape (B,).
+    """
+    a = alpha_bar[:, None, None, None]
+    return a.sqrt() * z0 + (1 - a).sqrt() * noise
+
+
+def target(z0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """What the U-Net should predict: the noise, or the velocity (Salimans & Ho 2022, section 4), shape of z0.
+
+    Raises:
+        ValueError: the scheduler names another prediction type.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        a = alpha_bar[:, None, None, None]
+        return a.sqrt() * noise - (1 - a).sqrt() * z0
+    raise ValueError(f"prediction_type={prediction_type!r} is not supported. Choose epsilon or v_prediction.")

@@ -1,0 +1,179 @@
+"""From noise to latents: one loop for all methods, one seed per picture.
+
+Axes: B pictures, C latent channels, H, W latent sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from hiperlab.errors import UserError, near
+from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.stack import FrozenStack
+
+
+class Sampler:
+    """A diffusers scheduler with fixed options, made anew for each batch because schedulers keep state.
+
+    Args:
+        scheduler: class name in diffusers, e.g. "DDIMScheduler"; must be deterministic given the start noise.
+        steps: number of denoising steps, 1 .. 1000.
+        guidance: classifier-free guidance scale s in e_u + s (e_c - e_u); 1 or less means no guidance.
+        options: overrides of the model's stored scheduler config.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or steps is out of range.
+    """
+
+    def __init__(self, scheduler: str, steps: int, guidance: float, options: Mapping[str, Any]) -> None:
+        if not hasattr(diffusers, scheduler):
+            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+            raise UserError(f"sampler.scheduler={scheduler!r} is not in diffusers.{near(scheduler, known)}")
+        if not 1 <= steps <= 1000:
+            raise UserError(f"sampler.steps={steps} is out of range. Choose 1 to 1000.")
+        self.scheduler, self.steps, self.guidance = scheduler, steps, guidance
+        self.options = dict(options)
+
+    def build(self, stack: FrozenStack, steps: int) -> Any:
+        """A fresh scheduler with its timesteps set, on the stack's device."""
+        scheduler = getattr(diffusers, self.scheduler).from_config(stack.scheduler_config, **self.options)
+        scheduler.set_timesteps(steps, device=stack.device)
+        return scheduler
+
+
+def ddim(steps: int, guidance: float) -> Sampler:
+    """DDIM (Song et al. 2021) with eta = 0, as Stable Diffusion ships it."""
+    return Sampler("DDIMScheduler", steps, guidance, {})
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Start latents (B, C, H, W), one private CPU generator per picture.
+
+    The same numbers as diffusers' pipelines draw from `torch.Generator("cpu").manual_seed(seed)`, so that an exported
+    artifact gives the same picture there.
+    """
+    return torch.cat([torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def denoise(
+    stack: FrozenStack,
+    latents: Tensor,
+    scheduler: Any,
+    condition: Callable[[Tensor], Conditioning],
+    unconditional: Conditioning,
+    guidance: float,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Run the whole schedule with classifier-free guidance (Ho & Salimans 2022, eq. 6; s = w + 1).
+
+    Args:
+        stack: the frozen model.
+        latents: unit normal start (B, C, H, W).
+        scheduler: with its timesteps set.
+        condition: timestep (0-d tensor) -> conditioning of the B rows.
+        unconditional: conditioning of the B rows without the prompt.
+        guidance: s; at 1 or below the unconditional pass is left out.
+        watch: called with (step number, latents) after each step.
+
+    Returns:
+        Clean latents (B, C, H, W), scaled.
+    """
+    latents = latents * scheduler.init_noise_sigma
+    for number, t in enumerate(scheduler.timesteps):
+        states = condition(t)
+        model_input = scheduler.scale_model_input(latents, t)
+        if guidance > 1:
+            both = torch.cat([model_input, model_input])
+            out = stack.predict(both, t.expand(len(both)), concatenate([unconditional, states]))
+            without, within = out.chunk(2)
+            out = without + guidance * (within - without)
+        else:
+            out = stack.predict(model_input, t.expand(len(model_input)), states)
+        latents = scheduler.step(out, t, latents, return_dict=False)[0]
+        if watch is not None:
+            watch(number, latents)
+    return latents
+
+
+@torch.no_grad()
+def generate(
+    stack: FrozenStack,
+    condition: Callable[[list[int], Tensor], Conditioning],
+    *,
+    keys: Sequence[Hashable],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: Sampler,
+    negative: str,
+    batch_size: int,
+    time_dependent: bool,
+) -> Tensor:
+    """Draw one picture per row; rows of equal key share their conditioning, computed once per timestep and key.
+
+    Args:
+        stack: the frozen model.
+        condition: (row numbers, timestep) -> their conditioning; called with one row per key.
+        keys: B values; equal keys mean equal conditioning (the same prompt and concept).
+        seeds: B seeds.
+        steps: denoising steps.
+        guidance: s.
+        sampler: which scheduler.
+        negative: text of the unconditional branch.
+        batch_size: pictures per U-Net call.
+        time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
+
+    Returns:
+        (B, 3, H, W) in [0, 1], on the CPU, in the order given.
+    """
+    if len(keys) != len(seeds):
+        raise ValueError(f"{len(keys)} prompts but {len(seeds)} seeds: give one seed per picture.")
+    dtype = torch.float64 if stack.alpha_bar.dtype == torch.float64 else torch.float32
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    order = sorted(range(len(keys)), key=lambda row: first[keys[row]])  # pictures of one prompt side by side
+    empty = stack.encode_text([negative])[None]
+    cache = _ConditionCache(condition, first, time_dependent)
+    pictures: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        cache.prepare([keys[row] for row in rows])
+        noise = initial_noise([seeds[row] for row in rows], stack.latent_shape).to(stack.device, dtype)
+        unconditional = Conditioning(empty.expand(-1, len(rows), -1, -1))
+        latents = denoise(stack, noise, sampler.build(stack, steps), cache, unconditional, guidance)
+        decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
+        pictures.update(zip(rows, decoded, strict=True))
+    return torch.stack([pictures[row] for row in range(len(keys))])
+
+
+class _ConditionCache:
+    """Conditioning by (key, timestep), kept as long as the next batch still needs the key."""
+
+    def __init__(
+        self,
+        condition: Callable[[list[int], Tensor], Conditioning],
+        first: Mapping[Hashable, int],
+        time_dependent: bool,
+    ) -> None:
+        self.condition, self.first, self.time_dependent = condition, first, time_dependent
+        self.kept: dict[tuple[Hashable, int], Conditioning] = {}
+        self.keys: list[Hashable] = []
+
+    def prepare(self, keys: list[Hashable]) -> None:
+        """Set the batch's keys and forget all others."""
+        self.keys = keys
+        self.kept = {at: states for at, states in self.kept.items() if at[0] in set(keys)}
+
+    def __call__(self, t: Tensor) -> Conditioning:
+        """Conditioning of the batch's rows at timestep t; missing keys are worked out together."""
+        when = int(t) if self.time_dependent else -1
+        missing = [key for key in dict.fromkeys(self.keys) if (key, when) not in self.kept]
+        if missing:
+            fresh = self.condition([self.first[key] for key in missing], t)
+            self.kept.update({(key, when): fresh.rows([place]) for place, key in enumerate(missing)})
+        return concatenate([self.kept[key, when] for key in self.keys])

@@ -1,0 +1,228 @@
+"""The frozen stack: tokenizer, CLIP text encoder, VAE, U-Net and noise schedule of one Stable Diffusion.
+
+Axes: L cross-attention layers, B batch, N tokens, D text width, H, W latent sides (picture side / 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from hiperlab.errors import UserError
+from hiperlab.model import noise as diffusion
+from hiperlab.model import text as clip
+from hiperlab.model.attention import install_cross_attention
+from hiperlab.model.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an artifact must agree with: a concept learnt on one base means nothing on another.
+
+    Args:
+        name: the model's name, e.g. "sd14"; shown, not compared (a local copy may be named otherwise).
+        width: D, the text states' width (768 for SD 1.x, 1024 for 2.x).
+        layers: L, the number of cross-attention layers (16); 0 when unknown.
+        prediction_type: "epsilon" or "v_prediction"; "" when unknown (files of other tools do not say).
+        fingerprint: norms of eight rows of the token embedding, the space a concept lives in; empty when unknown.
+    """
+
+    name: str
+    width: int
+    layers: int = 0
+    prediction_type: str = ""
+    fingerprint: tuple[float, ...] = ()
+
+    def check(self, made_for: Base, what: str) -> None:
+        """Refuse an artifact of another base.
+
+        Raises:
+            UserError: width, layers or prediction type differ, or the token embeddings are not the same numbers.
+        """
+        different = [
+            f"{field} {theirs}, here {getattr(self, field)}"
+            for field in ("width", "layers", "prediction_type")
+            if (theirs := getattr(made_for, field)) and theirs != getattr(self, field)
+        ]
+        # 2 %: a half-precision copy is the same base, another training of the same shape is not.
+        pairs = zip(self.fingerprint, made_for.fingerprint, strict=False)
+        if not different and any(abs(mine - theirs) > 0.02 * abs(mine) for mine, theirs in pairs):
+            different = ["other token embeddings"]
+        if different:
+            raise UserError(
+                f"{what} was made for base {made_for.name!r} ({'; '.join(different)}), this model is {self.name!r}. "
+                f"Load the model it was made for, e.g. model={made_for.name}."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for metadata."""
+        return asdict(self)
+
+
+class FrozenStack(nn.Module):
+    """Everything of Stable Diffusion that never changes. Always in evaluation mode, nothing requires grad.
+
+    Args:
+        name: how the base is called in artifacts and results.
+        tokenizer: CLIP tokenizer.
+        text: CLIP text model.
+        vae: autoencoder; posterior means and log-variances are what callers cache.
+        unet: the denoiser; its cross-attention processors are replaced by ones that read a `Conditioning`.
+        scheduler_config: the noise schedule as stored with the model.
+        size: side of the pictures in pixels, a multiple of 8.
+        trained: False for random weights; reports say so.
+        note: one line shown with every result, e.g. that the weights are random.
+    """
+
+    alpha_bar: Tensor
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tokenizer: Any,
+        text: nn.Module,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler_config: Mapping[str, Any],
+        size: int,
+        trained: bool = True,
+        note: str = "",
+    ) -> None:
+        super().__init__()
+        if size % 8:
+            raise UserError(f"model.size={size} is not a multiple of 8. Choose {size // 8 * 8} or {size // 8 * 8 + 8}.")
+        self.name, self.size, self.trained, self.note = name, size, trained, note
+        self.tokenizer = tokenizer
+        self.text, self.vae, self.unet = text, vae, unet
+        self.scheduler_config = dict(scheduler_config)
+        schedule = DDPMScheduler.from_config(self.scheduler_config)
+        self.prediction_type: str = schedule.config["prediction_type"]
+        self.register_buffer("alpha_bar", schedule.alphas_cumprod.float(), persistent=False)
+        self.cross_attention = install_cross_attention(unet)
+        self.requires_grad_(False)
+        self.eval()
+        self._predictor: Any = self.unet
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """D, the width of the text states."""
+        return int(clip.inner(self.text).embeddings.token_embedding.weight.shape[1])
+
+    @property
+    def layers(self) -> int:
+        """L, the number of cross-attention layers."""
+        return len(self.cross_attention)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length of the noise schedule (1000)."""
+        return len(self.alpha_bar)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, H, W) of one picture's latents."""
+        side = self.size // 8
+        return int(self.unet.config["in_channels"]), side, side
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.alpha_bar.device
+
+    @property
+    def base(self) -> Base:
+        """What artifacts of this stack carry."""
+        weight = clip.inner(self.text).embeddings.token_embedding.weight
+        rows = weight[:: len(weight) // 8][:8].double()
+        fingerprint = tuple(round(norm, 5) for norm in rows.norm(dim=1).tolist())
+        return Base(self.name, self.width, self.layers, self.prediction_type, fingerprint)
+
+    def train(self, mode: bool = True) -> FrozenStack:
+        """Stay in evaluation mode whatever the module around it does."""
+        return super().train(False)
+
+    def optimise(self, *, channels_last: bool, compile: bool, gradient_checkpointing: bool) -> FrozenStack:
+        """Speed and memory switches that change results by rounding only."""
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compile:
+            torch._dynamo.config.recompile_limit = 64  # sixteen processors differ in their index; the limit is 8
+            self._predictor = torch.compile(self.unet)
+        return self
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, prompts: Sequence[str], slots: Mapping[str, Sequence[int]] | None = None) -> clip.Tokens:
+        """Token ids and slots (B, N) on the stack's device; see `hiperlab.model.text.tokenize`."""
+        tokens = clip.tokenize(self.tokenizer, prompts, slots or {})
+        return clip.Tokens(tokens.ids.to(self.device), tokens.slots.to(self.device))
+
+    def word_embedding(self, word: str) -> Tensor:
+        """The (D,) input embedding of a single-token word, float32."""
+        index = clip.single_token(self.tokenizer, word)
+        return clip.inner(self.text).embeddings.token_embedding.weight[index].detach().float().clone()
+
+    def hidden_states(self, tokens: clip.Tokens, vectors: Tensor | None = None) -> Tensor:
+        """Text states (L, B, N, D) before the final norm, with (L, K, D) learnt vectors in the K slots."""
+        rows, positions, _ = tokens.occurrences()
+        states = clip.embed(self.text, tokens.ids, vectors, (rows, positions))
+        return clip.transform(self.text, states)
+
+    def normalise_text(self, states: Tensor) -> Tensor:
+        """The text encoder's final layer norm: what the U-Net reads."""
+        return clip.final_norm(self.text, states)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Plain text states (B, N, D), as the pipeline computes them."""
+        return self.normalise_text(self.hidden_states(self.tokenize(prompts)))[0]
+
+    # ---- pictures ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Posterior mean and log-variance (B, 2C, H, W), float32, unscaled, of pictures (B, 3, 8H, 8W) in [-1, 1]."""
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.encode(pixels.to(self.device, dtype)).latent_dist.parameters.float()
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """VAE latents to the U-Net's range (times 0.18215 for SD 1.x)."""
+        return latents * self.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W) in about [-1, 1], float32, not clamped."""
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.decode((latents / self.vae.config["scaling_factor"]).to(dtype)).sample.float()
+
+    # ---- denoising -----------------------------------------------------------------------------------------------
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's prediction (B, C, H, W), float32 (float64 in a float64 stack).
+
+        Args:
+            latents: z_t (B, C, H, W).
+            timestep: (B,) int64 in [0, 1000).
+            conditioning: states for B rows; passed through the U-Net untouched to the processors.
+        """
+        dtype = next(self.unet.parameters()).dtype
+        states = conditioning.to(dtype)
+        out = self._predictor(latents.to(dtype), timestep, encoder_hidden_states=states, return_dict=False)[0]
+        return out if dtype == torch.float64 else out.float()
+
+    def add_noise(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """z_t from clean latents; see `hiperlab.model.noise.add_noise`."""
+        return diffusion.add_noise(z0, noise, self.alpha_bar[timestep])
+
+    def target(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What the prediction is compared with, by the model's prediction type."""
+        return diffusion.target(z0, noise, self.alpha_bar[timestep], self.prediction_type)

@@ -1,0 +1,116 @@
+"""The twin: Stable Diffusion's structure at toy width with random weights, built in code from a seed.
+
+It needs no file, no network and no GPU. Every method runs on it, every gradient can be checked on it; its pictures are
+noise. Compare gradients at 128 px or more: at 64 px the innermost group norm sees two numbers and float32 gradients
+are rounding noise (methods/neti.md, section 19).
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hiperlab.model.stack import FrozenStack
+
+WIDTH = 32
+SD_SCHEDULE = {  # Stable Diffusion's: scaled linear betas over 1000 steps
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def tiny(
+    seed: int,
+    size: int,
+    name: str = "tiny",
+    prediction_type: str = "epsilon",
+    note: str = "random weights (model=tiny): its pictures are noise",
+) -> FrozenStack:
+    """Build the twin.
+
+    Args:
+        seed: of all its weights; the global random state is left as it was.
+        size: picture side in pixels, a multiple of 64 (three halvings of the latents).
+        name: how results call it.
+        prediction_type: "epsilon" (SD 1.x) or "v_prediction" (SD 2.1).
+        note: shown with every result.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text, vae, unet = _text(), _vae(), _unet()
+        _wake_up(unet)
+    return FrozenStack(
+        name=name,
+        tokenizer=clip_tokenizer(),
+        text=text,
+        vae=vae,
+        unet=unet,
+        scheduler_config={**SD_SCHEDULE, "prediction_type": prediction_type},
+        size=size,
+        trained=False,
+        note=note,
+    )
+
+
+@functools.cache
+def clip_tokenizer() -> Any:
+    """CLIP's own tokenizer (49408 words), from the word list that open_clip ships as package data."""
+    spec = importlib.util.find_spec("open_clip")  # finds the folder without importing the package
+    assert spec and spec.origin, "open_clip_torch is a dependency of hiperlab"
+    lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    merges = [tuple(line.split()) for line in lines.split("\n")[1 : 49152 - 256 - 2 + 1]]
+    letters = _byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", model_max_length=77)
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte, in the order of CLIP's (GPT-2's) vocabulary."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
+
+
+def _text() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
+        projection_dim=WIDTH, bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    return CLIPTextModel(config)
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=[32] * 4, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
+    )  # fmt: skip
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=[32, 32, 64, 64], layers_per_block=2, attention_head_dim=8,
+        cross_attention_dim=WIDTH, norm_num_groups=32,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _wake_up(unet: UNet2DConditionModel) -> None:
+    """Make cross-attention matter: at the default initialisation the text changes the output by 1e-4 only."""
+    for name, parameter in unet.named_parameters():
+        if ".attn2.to_" in name and name.endswith("weight"):
+            parameter.mul_(2.0)
