@@ -6,8 +6,8 @@ Placeholders are slots, not new tokens: neither the tokenizer nor the embedding 
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hiperlab.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -49,12 +51,15 @@ def check_placeholder(tokenizer: Any, placeholder: str) -> None:
 
 
 def single_token(tokenizer: Any, word: str) -> int:
-    """Id of a word that must be one token.
+    """Id of a class noun that must be one token; of several words the last, the head of the phrase, is taken.
 
     Raises:
-        UserError: the word splits into several tokens; the message shows them.
+        UserError: the noun splits into several tokens; the message shows them.
     """
-    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    head = word.split()[-1] if word.split() else word
+    if head != word:
+        log.warning("class noun %r has several words: %r is what its embedding is taken from.", word, head)
+    ids = tokenizer(head, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise UserError(
@@ -115,7 +120,7 @@ def _report_cut(tokenizer: Any, prompt: str, ids: list, slots: list, length: int
             "Shorten it or move the placeholder to the front."
         )
     cut = tokenizer.decode(ids)
-    warnings.warn(f"prompt {prompt[:40]!r}… is cut to {length} tokens; not read: {cut!r}", stacklevel=3)
+    log.warning("prompt %r… is cut to %d tokens; not read: %r", prompt[:40], length, cut)
 
 
 def inner(text: nn.Module) -> Any:

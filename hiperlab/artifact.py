@@ -1,0 +1,167 @@
+"""One file per learnt concept: safetensors with everything needed to use it again, and a card that says how.
+
+The file's metadata: format number, the method's class and settings, base model, concept. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hiperlab import files
+from hiperlab.contract import Method, Subject
+from hiperlab.errors import UserError
+from hiperlab.model.stack import Base
+
+FORMAT = "hiperlab/1"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A learnt concept as read from its file.
+
+    Args:
+        tensors: the method's own, without the concept axis.
+        settings: the method's composed configuration, plain values, "_target_" included.
+        base: the model it was learnt on.
+        subject: name, placeholder and class noun.
+        steps: optimizer steps behind it.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    base: Base
+    subject: Subject
+    steps: int
+
+
+def write(path: Path, method: Method, index: int, settings: Mapping[str, Any], steps: int) -> None:
+    """Write concept `index` of a trained method, whole or not at all.
+
+    Args:
+        path: `<name>.safetensors`.
+        method: holds the concept.
+        index: which concept.
+        settings: the method's composed configuration (plain containers).
+        steps: optimizer steps taken.
+    """
+    metadata = {
+        "format": FORMAT,
+        "settings": json.dumps(settings),
+        "base": json.dumps(method.model.base.as_dict()),
+        "subject": json.dumps(asdict(method.concepts[index])),
+        "steps": str(steps),
+    }
+    tensors = {name: value.contiguous() for name, value in method.artifact(index).items()}
+    files.atomic_write(path, save(tensors, metadata))
+
+
+def read(path: Path) -> Artifact:
+    """Read and check a concept file.
+
+    Raises:
+        UserError: it is missing, torn, of another format, or holds numbers that are not finite.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"artifact {path} cannot be read ({error}). Give a .safetensors file of a hiperlab run."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is no hiperlab artifact (format {metadata.get('format')!r}, expected {FORMAT!r}). Files of other "
+            "tools load too, under their own names: learned_embeds.safetensors, *.bin, *.pt."
+        )
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(f"artifact {path} holds NaN or infinite numbers in {', '.join(bad)}: its training had failed.")
+    base = json.loads(metadata["base"])
+    base["fingerprint"] = tuple(base["fingerprint"])
+    return Artifact(
+        tensors,
+        json.loads(metadata["settings"]),
+        Base(**base),
+        Subject(**json.loads(metadata["subject"])),
+        int(metadata["steps"]),
+    )
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file carries our format mark; anything else is another tool's."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "format" in (file.metadata() or {}) and str(file.metadata()["format"]).startswith("hiperlab/")
+    except safetensors.SafetensorError:
+        return False
+
+
+def load_into(method: Method, index: int, path: Path) -> None:
+    """Put a concept file, ours or another tool's, in place `index` of a method.
+
+    Raises:
+        UserError: wrong method, wrong base, wrong shapes, or an unreadable file.
+    """
+    if not is_own(path) and path.suffix != "":
+        if not path.is_file():
+            raise UserError(f"artifact={path} does not exist.")
+        method.load_foreign(index, path)
+        return
+    artifact = read(path)
+    mine = f"{type(method).__module__}.{type(method).__qualname__}"
+    theirs = artifact.settings.get("_target_", mine)
+    if theirs != mine:
+        raise UserError(f"{path} was learnt by {theirs}, this run uses {mine}. Choose that method: method=…")
+    method.model.base.check(artifact.base, str(path))
+    method.load_artifact(index, artifact.tensors)
+
+
+def card(method: Method, steps: int, run: str, written: Mapping[str, list[str]]) -> str:
+    """Markdown that tells a stranger what the files beside it are and how to use them.
+
+    Args:
+        method: holds the concepts.
+        steps: optimizer steps taken.
+        run: command that trained them.
+        written: concept name -> names of its files in other tools' formats.
+    """
+    base = method.model.base
+    lines = [
+        f"# {type(method).__name__} on {base.name}",
+        "",
+        f"Trained for {steps} steps with hiperlab: `{run}`",
+        *([f"\n**Note:** {method.model.note}"] if method.model.note else []),
+        "",
+        "| concept | placeholder | class noun | file | for other tools |",
+        "|---|---|---|---|---|",
+    ]
+    for subject in method.concepts:
+        others = ", ".join(f"`{name}`" for name in written.get(subject.name, [])) or "none"
+        lines.append(
+            f"| {subject.name} | `{subject.placeholder}` | {subject.word} | `{subject.name}.safetensors` | {others} |"
+        )
+    lines += [
+        "",
+        "Sample it again, with your own prompts:",
+        "",
+        "```",
+        'python -m hiperlab.run run_dir=<this run> stages=[sample,score,summary] data.prompts=["{} on a boat"]',
+        "```",
+        "",
+        f"It belongs to a base model of text width {base.width}, {base.layers} cross-attention layers, "
+        f"{base.prediction_type} prediction. Other bases are refused.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""The fit stage: train, resume, keep. Everything Lightning needs is put together here."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from hiperlab import artifact, files
+from hiperlab.data.concept import fill
+from hiperlab.data.dataset import DataSet
+from hiperlab.data.module import ConceptData
+from hiperlab.errors import UserError
+from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints, newest_valid, resume_path, step_of
+from hiperlab.report.environment import command, peak_memory
+from hiperlab.report.guard import FiniteGuard
+from hiperlab.report.loggers import RewindLogs
+from hiperlab.report.precision import ScaledPrecision
+from hiperlab.report.progress import StepProgress
+from hiperlab.report.samples import TrainingSamples
+from hiperlab.report.signals import StopCallback, StopSignals
+from hiperlab.run.session import Session
+
+if TYPE_CHECKING:
+    from hiperlab.contract import Method
+
+log = logging.getLogger(__name__)
+# A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
+IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
+FREE = ("data.prompts", "model.optimise", "model.note", "method.truncation")
+
+
+def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, int]:
+    """Rows per concept, rank and micro batch, and micro batches per optimizer step.
+
+    Args:
+        batch_size: images of one concept per optimizer step, over all ranks.
+        micro: most rows at a time; None for as many as there are.
+        world: ranks.
+
+    Raises:
+        UserError: the batch cannot be shared evenly by the ranks.
+    """
+    if batch_size % world:
+        raise UserError(
+            f"fit.batch_size={batch_size} cannot be shared by {world} processes. "
+            f"Choose a multiple of {world}, or fewer devices."
+        )
+    share = batch_size // world
+    most = min(micro or share, share)
+    rows = next(rows for rows in range(most, 0, -1) if share % rows == 0)
+    return rows, share // rows
+
+
+def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
+    """Train every concept and write its artifact.
+
+    Raises:
+        StoppedError: told to stop (everything is saved), or a loss was not finite.
+        UserError: the run was asked to resume under other settings.
+    """
+    with session.stage("fit") as found:
+        check_identity(session)
+        rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
+        found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
+        found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
+        found["train_seconds"] = round(sum(row["train_seconds"] for row in rows), 2)
+        found["loss"] = rows[-1]["loss"]
+        found["artifact_bytes"] = sum(
+            file.stat().st_size for file in (session.folder / "artifacts").glob("*.safetensors")
+        )
+        found["peak_memory"] = peak_memory()
+
+
+def _fit_group(session: Session, group: list[int], signals: StopSignals, resume_command: str) -> dict[str, Any]:
+    """Train the concepts of one group, with a smaller micro batch if memory runs out."""
+    cfg, micro = session.cfg, session.cfg.fit.micro_batch_size
+    resume = cfg.resume
+    while True:
+        try:
+            return _train(session, group, signals, resume_command, micro, resume)
+        except torch.OutOfMemoryError:
+            used = session.results["micro_batch_size"]
+            if used == 1:
+                raise UserError(
+                    "out of memory with one image at a time. Use model.optimise.gradient_checkpointing=true, "
+                    "precision=bf16, or a smaller model.size."
+                ) from None
+            micro, resume = used // 2, "auto"
+            torch.cuda.empty_cache()
+            log.warning("out of memory: micro batch %d -> %d; the batch per step stays the same.", used, micro)
+
+
+def _train(
+    session: Session, group: list[int], signals: StopSignals, resume_command: str, micro: int | None, resume: str | None
+) -> dict[str, Any]:
+    cfg = session.cfg
+    folder = _checkpoint_folder(session, group)
+    method = session.build_method(group)
+    per_concept = sum(p.numel() for p in method.parameters() if p.requires_grad) // len(group)
+    checkpoints = StepCheckpoints(folder, cfg.fit.checkpoint_every, keep_all=bool(cfg.fit.keep_checkpoints))
+    stop = StopCallback(signals, checkpoints, resume_command)
+    trainer = _trainer(session, method, group, checkpoints, stop)
+    rows, accumulate = split_batch(cfg.fit.batch_size, micro, trainer.world_size)
+    trainer.accumulate_grad_batches = accumulate
+    session.update(micro_batch_size=rows)
+    concepts = tuple(session.data.concepts[index] for index in group)
+    subset = DataSet(concepts, session.data.center_crop, session.data.flip)
+    data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
+    start_from = _starting_point(session, folder, resume, cfg.fit.steps)
+    log.info(
+        "%s: %s trainable parameters per concept, %d steps of %d images (%d at a time, %d process%s)",
+        type(method).__name__, f"{per_concept:,}", cfg.fit.steps, cfg.fit.batch_size, rows, trainer.world_size,
+        "" if trainer.world_size == 1 else "es",
+    )  # fmt: skip
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*Found .* module.* in eval mode.*")  # the frozen stack: as it should be
+        trainer.fit(method, datamodule=data, ckpt_path=start_from, weights_only=True)
+    stop.raise_if_stopped()
+    seconds = time.monotonic() - start
+    if trainer.is_global_zero:
+        write_artifacts(session, method, trainer.global_step)
+    trainer.strategy.barrier()
+    return {
+        "steps": trainer.global_step,
+        "world_size": trainer.world_size,
+        "micro_batch_size": rows,
+        "accumulate": accumulate,
+        "trainable_parameters": per_concept * len(group),
+        "train_seconds": seconds,
+        "loss": _last_loss(trainer),
+    }
+
+
+def _last_loss(trainer: pl.Trainer) -> float | None:
+    value = trainer.callback_metrics.get("loss")
+    return None if value is None else float(value)
+
+
+def _trainer(
+    session: Session, method: Method, group: list[int], checkpoints: StepCheckpoints, stop: StopCallback
+) -> pl.Trainer:
+    cfg = session.cfg
+    chosen = [session.data.concepts[index] for index in group]
+    prompts = [
+        (fill(prompt, concept.placeholder), number)
+        for number, concept in enumerate(chosen)
+        for prompt in concept.prompts[: cfg.fit.sample_prompts]
+    ]
+    samples = TrainingSamples(
+        session.folder / "grids",
+        cfg.fit.sample_every,
+        [prompt for prompt, _ in prompts],
+        list(range(len(prompts))),
+        steps=session.sampler.steps,
+        guidance=session.sampler.guidance,
+        options={"concepts": [number for _, number in prompts], "sampler": session.sampler},
+    )
+    settings = instantiate(cfg.trainer, _convert_="all")
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if cfg.precision.grad_scaler:
+        plugins.append(ScaledPrecision("cpu" if settings["accelerator"] == "cpu" else session.device.type))
+    return pl.Trainer(
+        **settings,
+        max_steps=cfg.fit.steps,
+        max_epochs=-1,
+        gradient_clip_val=cfg.fit.gradient_clip,
+        callbacks=[stop, FiniteGuard(checkpoints), samples, checkpoints, RewindLogs(), StepProgress()],
+        plugins=plugins,
+        logger=session.loggers,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=session.folder,
+    )
+
+
+def _checkpoint_folder(session: Session, group: list[int]) -> Path:
+    folder = session.folder / "checkpoints"
+    return folder if len(group) == len(session.data.concepts) else folder / session.data.concepts[group[0]].name
+
+
+def _starting_point(session: Session, folder: Path, resume: str | None, steps: int) -> Path | None:
+    """The checkpoint to go on from; a fresh start refuses to train over an earlier run's checkpoints."""
+    if resume is None and (found := newest_valid(folder)) is not None:
+        raise UserError(
+            f"{folder} already holds training up to step {step_of(found)}. Add resume=auto to go on, "
+            "or choose another run_dir."
+        )
+    path = resume_path(resume, folder)
+    if path is not None:
+        done = step_of(path)
+        if done > steps:
+            raise UserError(f"{path} is at step {done}, beyond fit.steps={steps}. Ask for at least {done} steps.")
+        log.info("resuming from step %d of %d (%s)", done, steps, path.name)
+    return path
+
+
+def check_identity(session: Session) -> None:
+    """Remember what this training was asked, or refuse to resume it under other settings.
+
+    Raises:
+        UserError: naming each differing key with both values.
+    """
+    path = session.folder / "checkpoints" / "config.yaml"
+    if not path.is_file() or session.cfg.resume is None:
+        if files.is_rank_zero() and newest_valid(path.parent) is None:
+            files.atomic_write(path, OmegaConf.to_yaml(session.cfg, resolve=True))
+        return
+    before, now = _flat(OmegaConf.load(path)), _flat(session.cfg)
+    changed = [
+        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and _under(key, IDENTITY) and not _under(key, FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {session.folder} under other settings: {'; '.join(changed[:5])}. "
+            "Put them back, or start a new run."
+        )
+
+
+def _under(key: str, roots: tuple[str, ...]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
+
+
+def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    values = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def write_artifacts(session: Session, method: Method, steps: int) -> None:
+    """One safetensors per concept, its files for other tools, and a card."""
+    folder = session.folder / "artifacts"
+    written: dict[str, list[str]] = {}
+    for index, subject in enumerate(method.concepts):
+        artifact.write(folder / f"{subject.name}.safetensors", method, index, session.method_settings(), steps)
+        other = folder / subject.name
+        other.mkdir(parents=True, exist_ok=True)
+        written[subject.name] = [f"{subject.name}/{path.name}" for path in method.export(index, other)]
+        if not written[subject.name]:
+            other.rmdir()
+    files.atomic_write(folder / "README.md", artifact.card(method, steps, command(), written))
+
+
+def load_artifacts(session: Session, group: list[int]) -> Method:
+    """A method with trained concepts: the files named by `artifact=`, else those of the run folder.
+
+    Raises:
+        UserError: a file is missing or does not fit.
+    """
+    method = session.build_method(group)
+    given = session.cfg.artifact
+    paths = [given] if isinstance(given, str) else list(given or [])
+    if paths and len(paths) != len(session.data.concepts):
+        raise UserError(f"artifact names {len(paths)} files for {len(session.data.concepts)} concepts: give one each.")
+    for place, index in enumerate(group):
+        name = session.data.concepts[index].name
+        path = Path(paths[index]) if paths else session.folder / "artifacts" / f"{name}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: train first (stages=[fit,sample]), or give artifact=<file>.")
+        artifact.load_into(method, place, path)
+    return method

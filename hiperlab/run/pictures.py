@@ -1,0 +1,157 @@
+"""The sample stage: every concept, prompt, variant and seed becomes one PNG; pictures already there are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hiperlab import files
+from hiperlab.data.concept import fill
+from hiperlab.report.grid import grid, save_png, to_pil
+from hiperlab.run.fit import load_artifacts
+from hiperlab.run.session import Session
+
+log = logging.getLogger(__name__)
+MANIFEST = "samples.jsonl"
+
+
+def sample(session: Session) -> None:
+    """Draw what is missing, write samples/samples.jsonl and one grid per concept."""
+    with session.stage("sample") as found:
+        records = [record for group in session.groups for record in _sample_group(session, group, found)]
+        if files.is_rank_zero():
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            files.atomic_write(session.folder / "samples" / MANIFEST, lines)
+            write_grids(session, records)
+        found["pictures"] = len(records)
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The records of samples/samples.jsonl; empty when nothing was sampled."""
+    path = folder / "samples" / MANIFEST
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:
+    method = load_artifacts(session, group).to(session.device)
+    records = [record for index in group for record in _plan(session, index, method.variants)]
+    missing = [record for record in records if not _is_there(session.folder, record)]
+    if len(missing) < len(records):
+        log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
+    start, size = time.monotonic(), session.cfg.sample.batch_size
+    rank, world = _rank()
+    mine = missing[rank::world]
+    for variant in method.variants:
+        chosen = [record for record in mine if record["variant"] == variant]
+        for at in range(0, len(chosen), size):
+            batch = chosen[at : at + size]
+            pictures = method.sample(
+                [record["text"] for record in batch],
+                [record["seed"] for record in batch],
+                steps=session.sampler.steps,
+                guidance=session.sampler.guidance,
+                concepts=[group.index(record["concept_index"]) for record in batch],
+                sampler=session.sampler,
+                variant=variant,
+                negative=session.cfg.sample.negative,
+                batch_size=size,
+            )
+            for record, picture in zip(batch, to_pil(pictures), strict=True):
+                _write(session.folder, record, picture)
+            done = at + len(batch)
+            rate = (time.monotonic() - start) / done
+            log.info("drew %d of %d%s, %.1f s a picture", done, len(chosen), f" ({variant})" if variant else "", rate)
+    if missing:
+        found["seconds_per_picture"] = round((time.monotonic() - start) / max(1, len(mine)), 3)
+    if world > 1:
+        torch.distributed.barrier()
+    return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+
+def _rank() -> tuple[int, int]:
+    """This process's share of the pictures."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _plan(session: Session, index: int, variants: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One record per picture of a concept, with a key that names everything its pixels depend on."""
+    cfg, concept = session.cfg, session.data.concepts[index]
+    prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
+    given = cfg.artifact
+    path = session.folder / "artifacts" / f"{concept.name}.safetensors"
+    if given:
+        path = Path(given if isinstance(given, str) else given[index])
+    settings = [
+        files.sha256(path), session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
+        session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
+    ]  # fmt: skip
+    records = []
+    for number, prompt in enumerate(prompts):
+        for variant in variants:
+            for seed in cfg.sample.seeds:
+                text = fill(prompt, concept.placeholder)
+                content = json.dumps([*settings, text, seed, variant], default=str)
+                ending = "_".join([f"{number:02d}", str(seed), *([variant.replace("=", "-")] if variant else [])])
+                records.append(
+                    {
+                        "concept": concept.name, "prompt": prompt, "text": text, "placeholder": concept.placeholder,
+                        "word": concept.word, "seed": int(seed), "variant": variant,
+                        "path": f"samples/{concept.name}/{ending}.png",
+                        "key": hashlib.sha256(content.encode()).hexdigest()[:16], "concept_index": index,
+                    }
+                )  # fmt: skip
+    return records
+
+
+def _is_there(folder: Path, record: dict[str, Any]) -> bool:
+    path = folder / record["path"]
+    if not path.is_file():
+        return False
+    with Image.open(path) as picture:
+        return getattr(picture, "text", {}).get("key") == record["key"]
+
+
+def _write(folder: Path, record: dict[str, Any], picture: Image.Image) -> None:
+    """A PNG that says what it shows: prompt, seed and key are in its text fields."""
+    info = PngInfo()
+    for name in ("text", "concept", "variant", "key"):
+        info.add_itxt("prompt" if name == "text" else name, record[name])
+    info.add_text("seed", str(record["seed"]))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    files.atomic_write(folder / record["path"], buffer.getvalue())
+
+
+def write_grids(session: Session, records: list[dict[str, Any]]) -> None:
+    """grids/<concept>.png: the reference pictures, then a row per prompt (and variant), a column per seed."""
+    for concept in session.data.concepts:
+        mine = [record for record in records if record["concept"] == concept.name]
+        rows: dict[str, list[Image.Image | None]] = {}
+        for record in mine:
+            with Image.open(session.folder / record["path"]) as picture:
+                label = " ".join(filter(None, [record["text"], f"[{record['variant']}]" if record["variant"] else ""]))
+                rows.setdefault(label, []).append(picture.convert("RGB"))
+        if not rows:
+            continue
+        size = session.stack.size
+        references = [view.resize((size, size), Image.Resampling.BICUBIC) for view in concept.views]
+        widest = max(len(row) for row in rows.values())
+        image = grid(
+            [references[: max(widest, 5)], *rows.values()],
+            rows=[f"{concept.name}: references", *rows],
+            title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+        )
+        save_png(image, session.folder / "grids" / f"{concept.name}.png")

@@ -1,0 +1,218 @@
+"""One run: its folder, its settings, and what the stages share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from hiperlab import files
+from hiperlab.errors import UserError
+
+if TYPE_CHECKING:
+    from hiperlab.contract import Method, Subject
+    from hiperlab.data.dataset import DataSet
+    from hiperlab.metric.protocol import Protocol
+    from hiperlab.model.stack import FrozenStack
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What the stages of one run share.
+
+    Args:
+        cfg: the composed configuration.
+        folder: the run folder.
+        results: content of results.json, written after every change.
+        group: index of the concepts in hand when a method takes them one by one.
+    """
+
+    cfg: DictConfig
+    folder: Path
+    results: dict[str, Any] = field(default_factory=dict)
+
+    # ---- parts, built when first asked for ---------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> DataSet:
+        """The concepts; bad pictures stop the run here, before any model loads."""
+        return instantiate(self.cfg.data)
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """The scores' protocol."""
+        return instantiate(self.cfg.metric)
+
+    @cached_property
+    def stack(self) -> FrozenStack:
+        """The frozen model in its precision, on the CPU."""
+        import torch
+
+        settings = OmegaConf.to_container(self.cfg.model, resolve=True)
+        assert isinstance(settings, dict)
+        switches = settings.pop("optimise", None)
+        start = time.monotonic()
+        stack: FrozenStack = instantiate(settings)
+        precision = self.cfg.precision
+        for part in ("unet", "vae", "text"):
+            # Module's own `to`: diffusers' override warns about parts that must stay float32, SD has none.
+            torch.nn.Module.to(getattr(stack, part), getattr(torch, precision[part]))
+        torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = bool(precision.tf32)
+        if switches:
+            stack.optimise(**switches)
+        log.info("model %s loaded in %.1f s", stack.name, time.monotonic() - start)
+        if stack.note:
+            log.warning("%s", stack.note)
+        return stack
+
+    @cached_property
+    def sampler(self) -> Any:
+        """The scheduler that pictures are drawn with."""
+        return instantiate(self.cfg.sampler)
+
+    @cached_property
+    def device(self) -> Any:
+        """Where pictures are drawn and scored when no trainer decides."""
+        import torch
+
+        wants_cpu = self.cfg.trainer.accelerator == "cpu"
+        return torch.device("cpu" if wants_cpu or not torch.cuda.is_available() else "cuda")
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """What methods may know of the concepts."""
+        from hiperlab.contract import Subject
+
+        return [Subject(concept.name, concept.placeholder, concept.word) for concept in self.data.concepts]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Concept numbers trained together: all at once, or one by one for methods that cannot stack them."""
+        everything = list(range(len(self.data.concepts)))
+        if get_class(self.cfg.method._target_).stacks_concepts:  # type: ignore[attr-defined]
+            return [everything]
+        if len(everything) > 1:
+            log.warning("%s takes one concept at a time: the run goes one by one.", self.cfg.method._target_)
+        return [[index] for index in everything]
+
+    def build_method(self, group: list[int]) -> Method:
+        """A fresh method for some of the concepts, untrained, on the CPU."""
+        # Partial: Hydra would turn our dataclasses into configs if they went through its hands.
+        factory = instantiate(self.cfg.method, _partial_=True)
+        return factory(model=self.stack, concepts=[self.subjects[index] for index in group], seed=self.cfg.seed)
+
+    def method_settings(self) -> dict[str, Any]:
+        """The method's composed configuration as plain containers."""
+        settings = OmegaConf.to_container(self.cfg.method, resolve=True)
+        assert isinstance(settings, dict)
+        return {str(key): value for key, value in settings.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What every reader of the results must know: random weights, untrained judges, drawn pictures."""
+        notes = [self.results.get("model_note", "")]
+        if not self.protocol.trained:
+            notes.append(
+                f"metric={self.protocol.name} is UNTRAINED: its scores check the plumbing and measure nothing."
+            )
+        notes += [f"{concept.name}: {concept.note}" for concept in self.data.concepts if concept.note]
+        return [note for note in dict.fromkeys(notes) if note]
+
+    @cached_property
+    def loggers(self) -> list[Any]:
+        """The local log and, beside it, W&B; the same two for all stages, so that W&B sees one run."""
+        from hiperlab.report.loggers import JsonlLogger
+        from hiperlab.report.wandb_logger import GuardedWandb
+
+        settings = OmegaConf.to_container(self.cfg.logger, resolve=True)
+        assert isinstance(settings, dict)
+        names = [str(self.choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
+        settings["name"] = settings.get("name") or f"{names[0]}_{names[1]}_{self.cfg.seed}"
+        settings["tags"] = [*(settings.get("tags") or []), *names]
+        wandb = GuardedWandb(self.folder, **{str(key): value for key, value in settings.items()})
+        wandb.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+        return [JsonlLogger(self.folder), wandb]
+
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """Hydra's group choices of this job, such as {"method": "neti"}."""
+        return dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def update(self, **values: Any) -> None:
+        """Change results.json, whole or not at all; only rank 0 writes."""
+        self.results.update(values)
+        if files.is_rank_zero():
+            files.write_json(self.folder / "results.json", self.results)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and record what it found."""
+        log.info("stage %s", name)
+        start = time.monotonic()
+        found: dict[str, Any] = {}
+        yield found
+        found["seconds"] = round(time.monotonic() - start, 2)
+        self.update(stages={**self.results.get("stages", {}), name: found})
+        log.info("stage %s took %.1f s", name, found["seconds"])
+
+
+def open_session(cfg: DictConfig) -> Session:
+    """Read an earlier run's results, if any, and make the folder ready."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    results = {}
+    if path.is_file():
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}). Delete it; the checkpoints stay.") from None
+    return Session(cfg, folder, results)
+
+
+def write_settings(session: Session, overrides: list[str]) -> None:
+    """config.yaml (composed, resolved), overrides.yaml (what was asked) and environment.json."""
+    from hiperlab.report.environment import environment
+
+    if not files.is_rank_zero():
+        return
+    files.atomic_write(session.folder / "config.yaml", OmegaConf.to_yaml(session.cfg, resolve=True))
+    files.atomic_write(session.folder / "overrides.yaml", yaml.safe_dump(overrides, allow_unicode=True))
+    files.write_json(session.folder / "environment.json", environment())
+
+
+def configure_logging(folder: Path) -> None:
+    """Our lines to the terminal and to run.log; libraries only when they warn."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    terminal.addFilter(lambda record: record.name.startswith("hiperlab") or record.levelno >= logging.WARNING)
+    root.addHandler(terminal)
+    if files.is_rank_zero():
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        root.addHandler(file)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("hiperlab").setLevel(logging.INFO if files.is_rank_zero() else logging.WARNING)
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", module="pytorch_lightning.*")  # torch's news for Lightning

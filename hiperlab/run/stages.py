@@ -1,0 +1,101 @@
+"""What one run does: fit, sample, score, summary; each also alone on an earlier run's folder."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hiperlab import files
+from hiperlab.errors import StoppedError
+from hiperlab.run.door import resume_command, task_overrides
+from hiperlab.run.session import Session, configure_logging, open_session, write_settings
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> float | None:
+    """Run the stages in `cfg.stages`; the composed config is checked already.
+
+    Returns:
+        The objective, for optimisers, or None.
+
+    Raises:
+        UserError: a mistake in what was asked.
+        StoppedError: told to stop; everything worth keeping is saved.
+    """
+    session = open_session(cfg)
+    with files.RunLock(session.folder):
+        if _finished(session):
+            print(f"hiperlab: {session.folder} is finished; nothing to do (more pictures: stages=[sample])")
+            return session.results.get("objective")
+        configure_logging(session.folder)
+        write_settings(session, task_overrides())
+        session.update(status="running", seed=cfg.seed, run_dir=str(session.folder))
+        try:
+            _run(session)
+        except BaseException as error:
+            stopped = isinstance(error, StoppedError) and error.code != 1
+            session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
+            raise
+        session.results.pop("error", None)
+        session.update(status="finished" if _complete(session) else "partial")
+        _say_where(session)
+    return session.results.get("objective")
+
+
+def _finished(session: Session) -> bool:
+    """A finished run that is resumed is left as it is, unless it is asked for more steps."""
+    done = session.results.get("stages", {}).get("fit", {}).get("steps")
+    cfg = session.cfg
+    asked = cfg.resume == "auto" and "fit" in cfg.stages and session.results.get("status") == "finished"
+    return asked and done == cfg.fit.steps
+
+
+def _complete(session: Session) -> bool:
+    """Whether every stage that this run was ever asked for has ended."""
+    return set(session.cfg.stages) <= set(session.results.get("stages", {}))
+
+
+def _run(session: Session) -> None:
+    # Data and protocol first: a broken picture or a wrong setting is named before gigabytes are loaded.
+    data, protocol = session.data, session.protocol
+    log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
+    stages = list(session.cfg.stages)
+    if "score" in stages:
+        for message in protocol.fetch():
+            log.warning("%s", message)
+    from hiperlab.report.signals import StopSignals
+    from hiperlab.run import fit, pictures, scoring
+
+    with StopSignals() as signals:
+        session.update(model_note=session.stack.note)
+        if "fit" in stages:
+            fit.fit(session, signals, resume_command(session.folder))
+        if "sample" in stages:
+            pictures.sample(session)
+        if not files.is_rank_zero():
+            return
+        if "score" in stages:
+            scoring.score(session)
+        if "summary" in stages:
+            scoring.summary(session)
+
+
+def _say_where(session: Session) -> None:
+    """The few lines a person reads at the end."""
+    if not files.is_rank_zero():
+        return
+    table: list[dict[str, Any]] = session.results.get("scores", [])
+    for row in table:
+        if row["concept"] == "all":
+            variant = f" [{row['variant']}]" if row.get("variant") else ""
+            spread = "" if row["low"] is None else f" (95 %: {row['low']:.3f} to {row['high']:.3f})"
+            mean = "-" if row["mean"] is None else f"{row['mean']:.3f}"
+            log.info("%-12s%s %s%s, %d pictures", row["metric"], variant, mean, spread, row["n"])
+    for note in session.results.get("notes", []):
+        log.warning("%s", note)
+    for name in ("report.html", "artifacts", "grids"):
+        if (session.folder / name).exists():
+            log.info("%s", session.folder / name)
