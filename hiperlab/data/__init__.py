@@ -1,0 +1,1 @@
+"""What a run learns from: concepts (photographs, words, prompts) and the batches drawn from them."""

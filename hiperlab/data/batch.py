@@ -1,0 +1,30 @@
+"""The value a method's training step receives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro batch on one rank. Axes: R = concepts * micro batch rows, H and W pixels.
+
+    Rows are concept-major: all rows of concept 0, then all of concept 1, ...; every concept has the same number of
+    rows and the same sample numbers, so that a concept sees the same draws alone and among others.
+
+    Attributes:
+        pixels: pictures in [-1, 1], float32 (R, 3, H, W).
+        prompts: R training prompts, the placeholder filled in.
+        concept: index of the concept, int64 (R,).
+        sample: global sample number k of that concept, int64 (R,); the key of every further draw for the row.
+        view: index of the reference picture, int64 (R,).
+        flip: whether it was mirrored, bool (R,).
+    """
+
+    pixels: Tensor
+    prompts: list[str]
+    concept: Tensor
+    sample: Tensor
+    view: Tensor
+    flip: Tensor

@@ -1,0 +1,67 @@
+"""A concept: what one personalisation learns, as plain values that every other room can hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from PIL import Image
+
+from hiperlab.errors import UserError
+
+SLOT = "{}"  # where a template or prompt takes the placeholder
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def fill(text: str, word: str) -> str:
+    """Put `word` at every slot "{}" of `text`; other braces stay (str.format would break on them)."""
+    return text.replace(SLOT, word)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to personalise.
+
+    Attributes:
+        name: used in file names, so letters, digits, "_", "." and "-" only, and it starts with a letter or digit.
+        placeholder: the new word, e.g. "<cats>"; no white space, no braces.
+        word: the super category or class noun, e.g. "cat".
+        views: the reference pictures, RGB, upright (EXIF applied), in their original size.
+        sources: one name per view, for messages.
+        templates: training prompts, each with "{}".
+        prompts: evaluation prompts, each with "{}".
+        note: what a reader of the results must know about the pictures, e.g. "drawn placeholder, not a photograph".
+
+    Raises:
+        UserError: if one of these is not so.
+    """
+
+    name: str
+    placeholder: str
+    word: str
+    views: tuple[Image.Image, ...]
+    sources: tuple[str, ...]
+    templates: tuple[str, ...]
+    prompts: tuple[str, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise UserError(
+                f"concept name {self.name!r} cannot be a file name: use letters, digits, '_', '.' and '-', "
+                "the first one a letter or digit."
+            )
+        if not self.placeholder or re.search(r"[\s{}]", self.placeholder):
+            raise UserError(f"placeholder {self.placeholder!r} must be one word without spaces or braces, e.g. <cat>.")
+        if not self.word.strip():
+            raise UserError(f"concept {self.name} has no class word: name it, e.g. data.word=cat.")
+        if not self.views:
+            raise UserError(f"concept {self.name} has no picture: give at least one.")
+        assert len(self.sources) == len(self.views), f"{len(self.sources)} names for {len(self.views)} views"
+        for kind, texts in (("template", self.templates), ("prompt", self.prompts)):
+            if not texts:
+                raise UserError(f"concept {self.name} has no {kind}: give at least one with '{SLOT}'.")
+            for text in texts:
+                if SLOT not in text:
+                    raise UserError(f"{kind} {text!r} of concept {self.name} lacks '{SLOT}', the placeholder's slot.")

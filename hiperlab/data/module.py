@@ -1,0 +1,150 @@
+"""Concepts to training batches, each batch a pure function of (seed, micro step, rank, world size).
+
+Letters: m micro step, W world size, r rank, b rows per concept and micro batch, j row, k global sample number,
+    k = (m W + r) b + j, the same numbers for every concept.
+So a run may be killed, resumed, split over ranks or worker processes, or hold more concepts, and the rows of a concept
+stay the same (promises, section 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import Concept, fill
+from hiperlab.data.dataset import DataSet
+from hiperlab.data.draws import generator, integers, uniform
+from hiperlab.data.images import to_pixels
+from hiperlab.errors import UserError
+
+CACHE_BYTES = 1_000_000_000  # pixels kept per process; 512 px: 317 pictures
+
+
+class ConceptData(pl.LightningDataModule):
+    """One endless epoch of micro batches that starts where the trainer's step count says.
+
+    Use with `Trainer(use_distributed_sampler=False, max_steps=...)`: rank and world size are in the sample numbers.
+    """
+
+    def __init__(
+        self, dataset: DataSet, seed: int, size: int, micro_batch_size: int, accumulate: int, num_workers: int = 0
+    ) -> None:
+        """Keep the settings; nothing is read or drawn yet.
+
+        Args:
+            dataset: the concepts and their preprocessing.
+            seed: the run's seed.
+            size: side of the training pictures in pixels.
+            micro_batch_size: rows per concept, rank and micro batch (b).
+            accumulate: micro batches per optimizer step.
+            num_workers: loader processes; they change the speed only.
+
+        Raises:
+            UserError: a number out of range.
+        """
+        super().__init__()
+        for key, value, least in (
+            ("size", size, 8),
+            ("micro_batch_size", micro_batch_size, 1),
+            ("accumulate", accumulate, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"{key}={value} is too small: use {least} or more.")
+        self.dataset, self.seed, self.size = dataset, seed, size
+        self.micro_batch_size, self.accumulate, self.num_workers = micro_batch_size, accumulate, num_workers
+
+    def train_dataloader(self) -> DataLoader:
+        """Ready-made batches from the micro step on that follows the trainer's last optimizer step (0 without one)."""
+        trainer = self.trainer
+        first = trainer.global_step * self.accumulate if trainer else 0
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        stream = MicroBatches(self.dataset, self.seed, self.size, self.micro_batch_size, rank, world)
+        return DataLoader(
+            stream,
+            sampler=_Count(first),
+            batch_size=None,  # the stream's items are batches already
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # else the loader draws its workers' seeds from the global one
+        )
+
+
+class MicroBatches(Dataset[Batch]):
+    """Micro batch m of one rank at index m, for every m >= 0 (no length: it never ends)."""
+
+    def __init__(self, dataset: DataSet, seed: int, size: int, rows: int, rank: int, world: int) -> None:
+        self.dataset, self.seed, self.size = dataset, seed, size
+        self.rows, self.rank, self.world = rows, rank, world
+        self.cache = _PixelCache(dataset, size)
+
+    def __getitem__(self, m: int) -> Batch:
+        """The batch of micro step m: `rows` rows per concept, concept-major."""
+        start = (m * self.world + self.rank) * self.rows
+        samples = list(range(start, start + self.rows))
+        flips = uniform(self.seed, "flip", samples) < self.dataset.flip
+        pixels: list[Tensor] = []
+        prompts: list[str] = []
+        views: list[int] = []
+        for index, concept in enumerate(self.dataset.concepts):
+            chosen = view_order(self.seed, samples, len(concept.views))
+            views += chosen
+            prompts += training_prompts(self.seed, samples, concept)
+            pixels += [self.cache(index, view, flip) for view, flip in zip(chosen, flips.tolist(), strict=True)]
+        count = len(self.dataset.concepts)
+        return Batch(
+            pixels=torch.stack(pixels),
+            prompts=prompts,
+            concept=torch.arange(count).repeat_interleave(self.rows),
+            sample=torch.tensor(samples).repeat(count),
+            view=torch.tensor(views),
+            flip=flips.repeat(count),
+        )
+
+
+def view_order(seed: int, samples: Sequence[int], num_views: int) -> list[int]:
+    """The view each sample shows: one permutation of all views after another, epoch k // num_views."""
+    orders = {e: generator(seed, "order", e).permutation(num_views) for e in {k // num_views for k in samples}}
+    return [int(orders[k // num_views][k % num_views]) for k in samples]
+
+
+def training_prompts(seed: int, samples: Sequence[int], concept: Concept) -> list[str]:
+    """A template drawn uniformly per sample, the placeholder filled in."""
+    picks = integers(seed, "template", samples, len(concept.templates))
+    return [fill(concept.templates[i], concept.placeholder) for i in picks.tolist()]
+
+
+class _PixelCache:
+    """Pixels by (concept, view), worked out once while they fit; the mirrored picture is the same numbers reversed."""
+
+    def __init__(self, dataset: DataSet, size: int) -> None:
+        self.dataset, self.size = dataset, size
+        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.most = CACHE_BYTES // (3 * size * size * 4)
+
+    def __call__(self, concept: int, view: int, flip: bool) -> Tensor:
+        """float32 (3, size, size) in [-1, 1]."""
+        pixels = self.kept.get((concept, view))
+        if pixels is None:
+            image = self.dataset.concepts[concept].views[view]
+            pixels = to_pixels(image, self.size, self.dataset.center_crop, flip=False)
+            if len(self.kept) < self.most:
+                self.kept[(concept, view)] = pixels
+        return pixels.flip(-1) if flip else pixels
+
+
+class _Count(Sampler[int]):
+    """first, first + 1, first + 2, ... without end."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        m = self.first
+        while True:
+            yield m
+            m += 1

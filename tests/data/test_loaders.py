@@ -1,0 +1,192 @@
+"""Every data group composes and instantiates as it is typed, and every mistake gets one helpful answer."""
+
+import inspect
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from hiperlab.data.concept import Concept, fill
+from hiperlab.data.dataset import DataSet, default_placeholder, file_name
+from hiperlab.data.dreambooth import read_classes
+from hiperlab.data.prompts import load_prompts
+from hiperlab.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
+CLASSES = (
+    "Classes\n\nsubject_name,class\ncat2,cat\nwolf_plushie,stuffed animal\n\n"
+    "Prompts\n\nprompt_list = [\n'a {0}, {1}'\n]\n"
+)
+
+
+def load(group: str, *overrides: str) -> DataSet:
+    """What `data=<group> data.key=value ...` gives."""
+    config = OmegaConf.merge(OmegaConf.load(CONF / f"{group}.yaml"), OmegaConf.from_dotlist(list(overrides)))
+    return hydra.utils.instantiate(config)
+
+
+def photos(folder: Path, count: int = 2) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40 + i, 30), (10 * i, 90, 60)).save(folder / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def dreambooth(tmp_path: Path) -> Path:
+    root = tmp_path / "dreambooth"
+    photos(root / "cat2")
+    photos(root / "wolf_plushie", 3)
+    (root / "prompts_and_classes.txt").write_text(CLASSES)
+    return root
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
+def test_yaml_and_loader_name_the_same_settings(path: Path) -> None:
+    """The first line describes, the target is in this room, every argument is in the yaml and has no other default."""
+    assert path.read_text().startswith("# ")
+    config: Any = OmegaConf.load(path)
+    assert config._target_.startswith("hiperlab.data.")
+    parameters = inspect.signature(hydra.utils.get_method(config._target_)).parameters
+    assert set(parameters) == {k for k in config if not k.startswith("_")}
+    assert all(p.default is p.empty for p in parameters.values())
+
+
+def test_folder_of_own_photographs(tmp_path: Path) -> None:
+    photos(tmp_path / "My cat")
+    data = load("folder", f"dir={tmp_path / 'My cat'}")
+    (concept,) = data.concepts
+    assert (concept.name, concept.placeholder, concept.word) == ("My-cat", "<my-cat>", "object")
+    assert [v.size for v in concept.views] == [(40, 30), (41, 30)] and concept.sources == ("0.jpg", "1.jpg")
+    assert concept.prompts == load_prompts("neti") and len(concept.templates) == 27 and concept.note == ""
+    assert (data.center_crop, data.flip) == (False, 0.5)
+    named = load("folder", f"dir={tmp_path / 'My cat'}", "name=tom", "placeholder=<tom>", "word=cat", "max_views=1")
+    assert (named.concepts[0].name, named.concepts[0].placeholder, named.concepts[0].word) == ("tom", "<tom>", "cat")
+    assert len(named.concepts[0].views) == 1
+
+
+def test_sub_folders_as_concepts(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photos(tmp_path / "set" / name)
+    data = load("folder", f"dir={tmp_path}/set", "concepts=[b,a]", "word=[cat,dog]", "placeholder=[<x>,<y>]")
+    assert [(c.name, c.placeholder, c.word) for c in data.concepts] == [("b", "<x>", "cat"), ("a", "<y>", "dog")]
+    assert [c.name for c in load("folder", f"dir={tmp_path}/set", "concepts=a").concepts] == ["a"]
+    assert [c.word for c in load("folder", f"dir={tmp_path}/set", "concepts=[a,b]", "word=cat").concepts] == ["cat"] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["dir=null"], "data.dir is missing"),
+        (["dir={root}/sett"], "Did you mean set"),
+        (["dir={root}/nowhere/at/all"], "does not exist"),
+        (["dir={root}/set/a/0.jpg"], "is a file"),
+        (["dir={root}/set"], r"sub-folders do: a, b\. Use data\.dir=.*set/a for one, or data\.concepts=\[a,b\]"),
+        (["dir={root}/empty"], "holds no picture"),
+        (["dir={root}/set", "concepts=[a,c]"], "names 'c', which is no sub-folder"),
+        (["dir={root}/set", "concepts=[../set/a]"], "no sub-folder"),
+        (["dir={root}/set", "concepts=[a,a]"], "the name 'a'"),
+        (["dir={root}/set", "concepts=[a,b]", "placeholder=<x>"], "the placeholder '<x>'"),
+        (["dir={root}/set", "concepts=[a,b]", "word=[cat]"], "1 entries for 2 concepts"),
+        (["dir={root}/set", "concepts=[a,b]", "name=c"], "exclude each other"),
+        (["dir={root}/set/a", "name=a/b"], "cannot be a file name"),
+        (["dir={root}/set/a", "placeholder=two words"], "one word without spaces"),
+        (["dir={root}/set/a", "word="], "no class word"),
+        (["dir={root}/set/a", "property=objekt"], "Did you mean object"),
+        (["dir={root}/set/a", "prompts=netti"], "Did you mean neti"),
+        (["dir={root}/set/a", "prompts=[a cat]"], "lacks"),
+        (["dir={root}/set/a", "class_noun=promts"], "Did you mean prompts"),
+        (["dir={root}/set/a", "flip=2"], "data.flip=2 is no probability"),
+        (["dir={root}/set/a", "on_bad_image=ignore"], "stop or skip"),
+    ],
+)
+def test_mistakes_are_answered(tmp_path: Path, overrides: list[str], said: str) -> None:
+    for name in ("a", "b"):
+        photos(tmp_path / "set" / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Exception, match=said) as error:
+        load("folder", *(o.replace("{root}", str(tmp_path)) for o in overrides))
+    assert isinstance(error.value if isinstance(error.value, UserError) else error.value.__cause__, UserError)
+
+
+def test_dreambooth_layout(dreambooth: Path) -> None:
+    (cat,) = load("dreambooth", f"dir={dreambooth}", "subject=cat2").concepts
+    assert (cat.name, cat.placeholder, cat.word, len(cat.views)) == ("cat2", "<cat2>", "cat", 2)
+    assert cat.prompts == load_prompts("dreambooth_live")
+    both = load("dreambooth", f"dir={dreambooth.parent}/dreambooth", "concepts=[wolf_plushie,cat2]").concepts
+    assert [(c.word, len(c.views)) for c in both] == [("stuffed animal", 3), ("cat", 2)]
+    assert both[0].prompts == load_prompts("dreambooth_object")
+    one_up = dreambooth.parent / "repository"
+    one_up.mkdir()
+    dreambooth.rename(one_up / "dataset")
+    assert load("dreambooth", f"dir={one_up}", "subject=cat2").concepts[0].name == "cat2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["subject=cat3"], "Did you mean cat2"),
+        ([], "data.subject is missing.* Choices: cat2, wolf_plushie"),
+        (["subject=cat2", "concepts=[cat2]"], "exclude each other"),
+        (["subject=gone"], "no folder of that name"),
+        (["subject=cat2", "dir={root}/cat2"], "has no prompts_and_classes.txt"),
+    ],
+)
+def test_dreambooth_mistakes(dreambooth: Path, overrides: list[str], said: str) -> None:
+    (dreambooth / "prompts_and_classes.txt").write_text(
+        CLASSES.replace("cat2,cat", "cat2,cat\ngone,toy") if "subject=gone" in overrides else CLASSES
+    )
+    with pytest.raises(Exception, match=said):
+        load("dreambooth", f"dir={dreambooth}", *(o.replace("{root}", str(dreambooth)) for o in overrides))
+
+
+def test_class_noun(dreambooth: Path) -> None:
+    def texts(choice: str) -> Concept:
+        return load("dreambooth", f"dir={dreambooth}", "subject=cat2", f"class_noun={choice}").concepts[0]
+
+    assert texts("none").prompts[0] == "a {} in the jungle" and texts("none").templates[0] == "a photo of a {}"
+    assert (
+        texts("prompts").prompts[0] == "a {} cat in the jungle" and texts("prompts").templates[0] == "a photo of a {}"
+    )
+    assert texts("all").templates[0] == "a photo of a {} cat"
+
+
+def test_the_released_data_set() -> None:
+    """Our shipped prompts are those of the released file; skipped where the data set is not there."""
+    root = CONF.parents[1].parent / "shared" / "data" / "dreambooth"
+    if not root.is_dir():
+        pytest.skip(f"no DreamBooth data set at {root}")
+    classes = read_classes(root / "prompts_and_classes.txt")
+    assert len(classes) == 30 and sum(w in ("cat", "dog") for w in classes.values()) == 9
+    released = re.findall(r"'(.*)'\.format", (root / "prompts_and_classes.txt").read_text())
+    shipped = load_prompts("dreambooth_object") + load_prompts("dreambooth_live")
+    assert [p.replace("{0} {1}", "{}") for p in released] == list(shipped)
+    data = load("dreambooth", f"dir={root}", "concepts=[cat2,teapot]")
+    assert [(c.name, c.word) for c in data.concepts] == [("cat2", "cat"), ("teapot", "teapot")]
+
+
+def test_names_made_from_folders() -> None:
+    assert [file_name(n) for n in ("My cat", "..", "élan", "-a-", "cat_2.v1")] == [
+        "My-cat",
+        "concept",
+        "lan",
+        "a",
+        "cat_2.v1",
+    ]
+    assert default_placeholder("Cat2") == "<cat2>"
+
+
+def test_fill_leaves_other_braces_alone() -> None:
+    assert fill("a {} with {curly} and {}", "<x>") == "a <x> with {curly} and <x>"
+
+
+def test_skip_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (photos(tmp_path / "a") / "bad.jpg").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert len(load("folder", f"dir={tmp_path}/a", "on_bad_image=skip").concepts[0].views) == 2
+    assert "bad.jpg" in caplog.text
