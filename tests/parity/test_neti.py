@@ -113,10 +113,10 @@ def test_a_positional_encoding(g, cfg, twin) -> None:
 
 
 VARIANTS = {
-    "default": (dict(), ["mapper/"]),
-    "no_norm": (dict(rescale_mode="none"), ["mapper/"]),
-    "no_bypass": (dict(bypass=False), ["mapper/", "b/no_bypass/mapper/"]),
-    "no_pe": (dict(positional_encoding=False), ["b/no_pe/mapper/"]),
+    "default": ({}, ["mapper/"]),
+    "no_norm": ({"rescale_mode": "none"}, ["mapper/"]),
+    "no_bypass": ({"bypass": False}, ["mapper/", "b/no_bypass/mapper/"]),
+    "no_pe": ({"positional_encoding": False}, ["b/no_pe/mapper/"]),
 }
 
 

@@ -1,0 +1,66 @@
+"""Methods as their yaml composes them, around a given stack; what every conformance test starts from."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from hiperlab.contract import Method, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.data.draws import normal
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+WORDS = ("cat", "dog", "toy", "vase")
+SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]
+
+
+@functools.cache
+def config(name: str) -> DictConfig:
+    """The composed configuration of `method=<name> model=tiny`."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose("config", overrides=[f"method={name}", "model=tiny", "hydra/launcher=basic"])
+
+
+def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
+    """The method around `stack`, with its published settings but for `changes`."""
+    settings = OmegaConf.merge(config(name).method, changes)
+    return instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
+
+
+def batch(subjects: list[Subject], samples: list[int], size: int = 128) -> Batch:
+    """A micro batch as the data module would give it: rows concept-major, the same draws for every concept.
+
+    Pictures depend on the class noun only, so a concept sees the same ones wherever it stands.
+    """
+    rows = [(number, subject, k) for number, subject in enumerate(subjects) for k in samples]
+    pixels = [normal(WORDS.index(subject.word), "pixels", [k % 3], (3, size, size))[0] for _, subject, k in rows]
+    return Batch(
+        pixels=torch.stack(pixels).clamp(-1, 1),
+        prompts=[f"a photo of a {subject.placeholder}" for _, subject, _ in rows],
+        concept=torch.tensor([number for number, _, _ in rows]),
+        sample=torch.tensor([k for _, _, k in rows]),
+        view=torch.tensor([k % 3 for _, _, k in rows]),
+        flip=torch.zeros(len(rows), dtype=torch.bool),
+    )
+
+
+def train(method: Method, steps: int, micro: int = 2, clip: float | None = None) -> list[float]:
+    """Plain optimizer steps through `training_step`, without a Trainer; returns the losses."""
+    optimizer = method.configure_optimizers()
+    method.train()
+    losses = []
+    for step in range(steps):
+        loss = method.training_step(batch(list(method.concepts), [step * micro + row for row in range(micro)]), step)
+        loss.backward()
+        method.configure_gradient_clipping(optimizer, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses

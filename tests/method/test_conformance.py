@@ -1,0 +1,224 @@
+"""What every method promises, asked of every conf/method/*.yaml without being told of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from hydra.utils import get_class
+
+from hiperlab import artifact
+from hiperlab.contract import Method, Step
+from hiperlab.errors import UserError
+from hiperlab.model.stack import Base
+from hiperlab.model.tiny import tiny
+from tests.composed import METHODS, SUBJECTS, batch, build, config, train
+
+CATS = SUBJECTS[:1]
+
+
+@pytest.fixture(params=METHODS)
+def name(request) -> str:
+    return request.param
+
+
+def fingerprint(stack) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in stack.state_dict().items()}
+
+
+def test_yaml_describes_targets_and_schedules(name) -> None:
+    cfg = config(name)
+    assert cfg.method._target_.startswith("hiperlab.method."), "only yaml names a method"
+    for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+        assert cfg.fit[key] is not None
+    cls = get_class(cfg.method._target_)
+    assert issubclass(cls, Method) and not inspect.isabstract(cls)
+
+
+def test_numbers_live_in_yaml_only(name) -> None:
+    """A forgotten number fails instead of silently taking another value, and every number can be swept."""
+    cls = get_class(config(name).method._target_)
+    defaults = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
+    assert defaults == []
+
+
+def test_only_own_parameters_train_and_the_stack_stays(name, stack) -> None:
+    before = fingerprint(stack)
+    method = build(name, stack, CATS)
+    trained = {key for key, p in method.named_parameters() if p.requires_grad}
+    assert trained and not any(key.startswith("model.") for key in trained)
+    start = {key: value.clone() for key, value in method.own_tensors().items()}
+    train(method, 2)
+    changed = [key for key in trained if not torch.equal(method.own_tensors()[key], start[key])]
+    assert sorted(changed) == sorted(trained), "every trained tensor moves"
+    after = fingerprint(stack)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(p.requires_grad for p in stack.parameters())
+
+
+def test_losses_fall_on_one_picture(name, stack) -> None:
+    """Repeating one draw, the optimiser must find its way down: the gradient points where it should."""
+    method = build(name, stack, CATS)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-2)
+    same = batch(CATS, [6, 7])
+    losses = []
+    for _ in range(3):
+        loss = method.training_step(same, 0)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-2 / float(norm)  # a step of fixed length along the gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+
+def test_artifact_round_trip(name, stack, tmp_path) -> None:
+    method = build(name, stack, SUBJECTS[:2])
+    train(method, 1)
+    path = tmp_path / "concept.safetensors"
+    artifact.write(path, method, 1, {"_target_": config(name).method._target_}, steps=1)
+    alone = build(name, stack, SUBJECTS[1:2])
+    artifact.load_into(alone, 0, path)
+    assert alone.artifact(0).keys() == method.artifact(1).keys()
+    for key, value in method.artifact(1).items():
+        assert torch.equal(alone.artifact(0)[key], value), key
+    with torch.no_grad():
+        step = Step([f"a {SUBJECTS[1].placeholder}"], torch.tensor([1]), torch.tensor([300]))
+        ours = method.eval().condition(step)
+        theirs = alone.eval().condition(Step(step.prompts, torch.tensor([0]), step.timestep))
+    torch.testing.assert_close(ours.keys, theirs.keys)
+
+
+def test_artifact_of_another_base_is_refused(name, stack, tmp_path) -> None:
+    method = build(name, stack, CATS)
+    path = tmp_path / "concept.safetensors"
+    artifact.write(path, method, 0, {}, steps=0)
+    other = build(name, tiny(seed=1, size=128, name="other"), CATS)
+    with pytest.raises(UserError, match="was made for base 'tiny'"):
+        artifact.load_into(other, 0, path)
+    with pytest.raises(UserError, match="prediction_type"):
+        stack.base.check(Base("sd21", 32, 16, "v_prediction"), "a file")
+
+
+def test_artifact_is_strict(name, stack, tmp_path) -> None:
+    method = build(name, stack, CATS)
+    tensors = method.artifact(0)
+    missing = dict(list(tensors.items())[1:])
+    with pytest.raises(UserError, match="does not fit"):
+        method.load_artifact(0, missing)
+    with pytest.raises(UserError, match="does not fit"):
+        method.load_artifact(0, {**tensors, "more": torch.zeros(1)})
+
+
+def test_checkpoint_leaves_the_stack_out(name, stack) -> None:
+    method = build(name, stack, CATS)
+    checkpoint = {"state_dict": method.state_dict()}
+    method.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"] and not any(key.startswith("model.") for key in checkpoint["state_dict"])
+    method.on_load_checkpoint(checkpoint)
+    method.load_state_dict(checkpoint["state_dict"], strict=True)
+    broken = {"state_dict": {}}
+    method.on_load_checkpoint(broken)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        method.load_state_dict(broken["state_dict"], strict=True)
+
+
+def test_concept_alone_and_among_four(name, stack) -> None:
+    """Loss, randomness, clipping and optimisation of a concept do not depend on its neighbours.
+
+    In float64: Adam divides by tiny gradients, so float32's rounding alone moves single weights by a learning rate.
+    """
+    stack = copy.deepcopy(stack).double()
+    cls = get_class(config(name).method._target_)
+    if not cls.stacks_concepts:  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="one concept at a time"):
+            build(name, stack, SUBJECTS)
+        return
+    four = build(name, stack, SUBJECTS).double()
+    train(four, 3, clip=1e-3)
+    for index in (0, 2):
+        alone = build(name, stack, SUBJECTS[index : index + 1]).double()
+        train(alone, 3, clip=1e-3)
+        for key, value in alone.artifact(0).items():
+            torch.testing.assert_close(four.artifact(index)[key], value, atol=1e-5, rtol=0, msg=f"{index} {key}")
+
+
+def test_micro_batches_do_not_matter(name, stack) -> None:
+    """Four rows at once or two and two: the same gradient. Nested dropout's coin included."""
+
+    def gradient(parts) -> torch.Tensor:
+        method = build(name, stack, CATS).train()
+        for part in parts:
+            (method.training_step(batch(CATS, part), 0) * len(part) / 4).backward()
+        return torch.cat([p.grad.flatten() for p in method.parameters() if p.requires_grad])
+
+    whole, halves = gradient([[0, 1, 2, 3]]), gradient([[0, 1], [2, 3]])
+    torch.testing.assert_close(whole, halves, atol=1e-4 * float(whole.abs().max()), rtol=0)
+
+
+def test_global_random_state_does_not_matter(name, stack) -> None:
+    results = []
+    for seed in (1, 2):
+        method = build(name, stack, CATS)
+        torch.manual_seed(seed)
+        results.append((train(method, 2), method.artifact(0)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
+
+
+def test_gradient_checkpointing_changes_nothing(name) -> None:
+    gradients = []
+    for switch in (False, True):
+        stack = tiny(seed=0, size=128).optimise(channels_last=False, compile=False, gradient_checkpointing=switch)
+        method = build(name, stack, CATS).train()
+        method.training_step(batch(CATS, [0, 1]), 0).backward()
+        gradients.append({key: p.grad for key, p in method.named_parameters() if p.requires_grad})
+    for key, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][key]), key
+
+
+def test_image_does_not_depend_on_its_batch(name) -> None:
+    method = build(name, copy.deepcopy(tiny(seed=0, size=64)), SUBJECTS[:1])
+    method.double()  # float32 differs by up to 4e-3 here, float64 by 1e-12: compare images in float64
+    word = SUBJECTS[0].placeholder
+    how = {"steps": 2, "guidance": 7.5}
+    both = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how)
+    alone = method.sample(["a dog"], [2], **how)
+    torch.testing.assert_close(both[1:2], alone, atol=1e-8, rtol=0)
+    split = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how, batch_size=1)
+    torch.testing.assert_close(both, split, atol=1e-8, rtol=0)
+
+
+def test_prompt_without_placeholder_is_the_plain_text(name, stack) -> None:
+    method = build(name, stack, CATS).eval()
+    with torch.no_grad():
+        states = method.condition(Step(["a dog on a beach"], torch.tensor([0]), torch.tensor([500])))
+    plain = stack.encode_text(["a dog on a beach"])
+    for layer in range(stack.layers):
+        for part in states.layer(layer):
+            torch.testing.assert_close(part, plain, atol=1e-5, rtol=0)
+
+
+def test_exports_load_back(name, stack, tmp_path) -> None:
+    method = build(name, stack, CATS)
+    train(method, 1)
+    for path in method.export(0, tmp_path):
+        if path.name.startswith("learned_embeds-"):
+            continue  # NeTI's second file carries the placeholder's name only
+        fresh = build(name, stack, CATS)
+        artifact.load_into(fresh, 0, path)
+        for key, value in method.artifact(0).items():
+            torch.testing.assert_close(fresh.artifact(0)[key], value, atol=1e-7, rtol=1e-6, msg=f"{path.name} {key}")
+
+
+def test_placeholder_that_is_a_word_is_refused(name, stack) -> None:
+    from hiperlab.contract import Subject
+
+    with pytest.raises(UserError, match="already a word"):
+        build(name, stack, [Subject("cat", "cat", "cat")])
+    with pytest.raises(UserError, match="different placeholders"):
+        build(name, stack, [Subject("a", "<x>", "cat"), Subject("b", "<x>", "cat")])

@@ -1,0 +1,209 @@
+"""Scoring pictures on disk and the table made from the rows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hiperlab.errors import UserError
+from hiperlab.metric.picture import open_picture, pictures_from_folder
+from hiperlab.metric.protocol import IdentityScore, Protocol, TextScore
+from hiperlab.metric.score import COPY, REAL, score
+from hiperlab.metric.table import ALL, aggregate, interval
+from hiperlab.metric.weights import MissingWeightsError
+from tests.metric.conftest import ColourFeatures, load_protocol, noise, plain
+
+
+def test_rows_of_the_twin(twin: Protocol, encoders: dict, samples, tmp_path: Path) -> None:
+    records, references = samples
+    rows, messages = score(records, references, twin, root=tmp_path, loaded=encoders)
+    assert messages == ["mug has one reference picture: no real-against-real ceiling."]
+    names = {row["metric"] for row in rows}
+    assert names == {"clip_text", "clip_image", "dino", "clip_image" + COPY, "dino" + COPY}
+    for name in names:
+        mine = [row for row in rows if row["metric"] == name]
+        assert sum(row["picture"] == REAL for row in mine) == (0 if name == "clip_text" else 1)
+        assert sorted(r["picture"] for r in mine if r["picture"] != REAL) == sorted(r["path"] for r in records)
+    row = next(row for row in rows if row["picture"] == "cats/0_1.png")
+    assert row["truncation"] == 16 and row["seed"] == 1 and row["trained"] is False
+    assert row["protocol"] == "twin" and row["protocol_hash"] == twin.hash
+    json.loads(json.dumps(rows, allow_nan=False))
+    again = score(records, references, load_protocol("twin"), root=tmp_path).rows
+    assert again == rows  # freshly built: the same to the last bit
+
+
+def test_batch_size_does_not_matter(twin: Protocol, encoders: dict, samples, tmp_path: Path) -> None:
+    records, references = samples
+    one, many = (
+        score(records, references, twin, root=tmp_path, batch_size=size, loaded=encoders).rows for size in (1, 7)
+    )
+    for a, b in zip(one, many, strict=True):
+        assert a["value"] == pytest.approx(b["value"], abs=2e-6)
+        assert a | {"value": 0} == b | {"value": 0}
+
+
+def test_rows_agree_with_the_metrics(twin: Protocol, encoders: dict, samples, tmp_path: Path) -> None:
+    records, references = samples
+    rows = score(records, references, twin, root=tmp_path, loaded=encoders).rows
+    for name, texts in (("clip_text", True), ("clip_image", False), ("dino", False)):
+        member = twin.members[name]
+        metric = member.build(encoders[twin.encoders[member.encoder]])
+        for record in records:
+            picture = [open_picture(tmp_path / record["path"])]
+            text = [" ".join(record["prompt"].replace("{}", "").split())]
+            metric.update(picture, text if texts else references[record["concept"]])
+        mine = [row["value"] for row in rows if row["metric"] == name and row["picture"] != REAL]
+        assert metric.compute().item() == pytest.approx(sum(mine) / len(mine), abs=1e-6)
+        overall = next(line for line in aggregate(rows) if line["metric"] == name and line["concept"] == ALL)
+        assert overall["mean"] == pytest.approx(sum(mine) / len(mine), abs=1e-12)
+
+
+class Colours:
+    """A protocol over the colour encoder; its second encoder never loads."""
+
+    def __init__(self, **members) -> None:
+        self.protocol = Protocol("colours", False, load_protocol("twin").encoders, members)
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, records, references, root: Path):
+        def load(_, key: str):
+            if key == "dino":
+                raise MissingWeightsError("weights of dino are not here.")
+            return ColourFeatures()
+
+        monkeypatch.setattr(Protocol, "load", load)
+        return score(records, references, self.protocol, root=root)
+
+
+def record(root: Path, name: str, colour: tuple[int, int, int], concept: str = "c") -> dict:
+    plain(colour).save(root / f"{name}.png")
+    return {"concept": concept, "prompt": "{} red", "text": "<me> red", "path": f"{name}.png"}
+
+
+def test_values_by_hand_and_a_missing_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    half = math.sqrt(0.5)
+    lab = Colours(
+        lost=IdentityScore("dino", "cosine", "mean", "zero"),
+        face=IdentityScore("clip", "cosine", "mean", "drop"),
+        text=TextScore("clip", "percent", "remove"),
+    )
+    records = [record(tmp_path, "red", (255, 0, 0)), record(tmp_path, "black", (0, 0, 0))]
+    references = {"c": [plain((255, 0, 0)), plain((255, 255, 0)), plain((0, 255, 0))], "unused": []}
+    rows, messages = lab.run(monkeypatch, records, references, tmp_path)
+    assert messages == ["Not scored: lost (colours): weights of dino are not here."]
+    values = {(row["metric"], row["picture"]): row["value"] for row in rows}
+    assert values["face", "red.png"] == pytest.approx((1 + half) / 3)
+    assert values["face_copy", "red.png"] == pytest.approx(1)
+    assert values["face", "black.png"] is None
+    assert values["face", REAL] == pytest.approx((half / 2 + half + half / 2) / 3)  # the self pairs are left out
+    assert values["face_copy", REAL] == pytest.approx(half)
+    assert values["text", "red.png"] == pytest.approx(100)
+    table = {(line["metric"], line["concept"]): line for line in aggregate(r for r in rows if r["metric"] != "text")}
+    line = table["face", ALL]
+    assert (line["n"], line["missed"], line["low"]) == (1, 1, None)
+    assert line["ceiling"] == values["face", REAL]
+
+
+def test_mistakes_are_named_before_anything_loads(twin: Protocol, samples, tmp_path: Path) -> None:
+    records, references = samples
+    for change, words in (
+        ({"concept": "cat"}, "Did you mean cats"),
+        ({"value": 1}, "may not have value"),
+        ({"path": "gone.png"}, "is not there"),
+    ):
+        with pytest.raises(UserError, match=words):
+            score([{**records[0], **change}], references, twin, root=tmp_path)
+    with pytest.raises(UserError, match="lacks text"):
+        score([{k: v for k, v in records[0].items() if k != "text"}], references, twin, root=tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_picture(tmp_path / "broken.png")
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="8 bits"):
+        open_picture(tmp_path / "deep.png")
+
+
+def test_nothing_to_score(twin: Protocol) -> None:
+    assert score([], {}, twin) == ([], [])
+    assert aggregate([]) == []
+
+
+@pytest.mark.parametrize("place", ["samples", "."])
+def test_an_outsiders_folder(twin: Protocol, encoders: dict, tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    for stem in ("0001", "0000"):
+        noise(int(stem)).save(tmp_path / place / f"{stem}.png")
+    prompts = {"0000": "photo of a <new1> cat", "0001": "a <new1> cat swimming"}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    records = pictures_from_folder(tmp_path, concept="cat", word="cat", placeholder="<new1>")
+    assert [r["text"] for r in records] == list(prompts.values())
+    assert records[0]["prompt"] == "photo of a {} cat"
+    rows = score(records, {"cat": [noise(5), noise(6)]}, twin, root=tmp_path, loaded=encoders).rows
+    assert {row["metric"] for row in rows} >= {"clip_text", "clip_image", "dino"}
+    (tmp_path / "prompts.json").write_text(json.dumps({"0000": "x", "0002": "y"}))
+    with pytest.raises(UserError, match=r"1 pictures without a prompt \(0001\)"):
+        pictures_from_folder(tmp_path)
+    (tmp_path / "prompts.json").write_text("{")
+    with pytest.raises(UserError, match="no JSON"):
+        pictures_from_folder(tmp_path)
+    (tmp_path / "prompts.json").unlink()
+    with pytest.raises(UserError, match="write one"):
+        pictures_from_folder(tmp_path)
+
+
+def line(value: float | None, **changes) -> dict:
+    return {"concept": "c", "prompt": "p", "seed": 0, "picture": "x.png", "metric": "m", "value": value,
+            "protocol": "twin", "protocol_hash": "0", "trained": False, "weights": "w", **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"protocol_hash": "1"}, {"protocol": "neti"}, {"weights": "v"}])
+def test_mixtures_are_refused(change: dict) -> None:
+    with pytest.raises(UserError, match=r"have no common mean|different weights"):
+        aggregate([line(0.1), line(0.2, **change)])
+
+
+def test_weights_may_differ_between_metrics_and_columns_split() -> None:
+    rows = [line(0.0, truncation=16), line(1.0, truncation=64), line(0.5, metric="n", weights="v", truncation=16)]
+    table = aggregate(rows, by=("truncation",))
+    assert [(t["truncation"], t["metric"], t["mean"]) for t in table if t["concept"] == ALL] == [
+        (16, "m", 0.0), (64, "m", 1.0), (16, "n", 0.5),
+    ]  # fmt: skip
+
+
+def test_a_ceiling_over_some_concepts_only_is_no_ceiling() -> None:
+    rows = [line(0.5), line(0.5, concept="d"), line(0.9, picture=REAL)]
+    ceilings = {t["concept"]: t["ceiling"] for t in aggregate(rows)}
+    assert ceilings == {"c": 0.9, "d": None, ALL: None}
+
+
+def test_interval_knows_that_a_prompts_pictures_are_alike() -> None:
+    """Ten equal pictures of a prompt tell no more than one: the interval stays as wide."""
+    few, many = (interval([[[float(p % 2)] * n for p in range(8)]]) for n in (1, 10))
+    assert few == many
+    assert few is not None and few[0] < 0.3 and few[1] > 0.7
+
+
+def test_interval_of_many_prompts_is_the_normal_one() -> None:
+    values = [0.3 + 0.01 * ((7 * i) % 40) for i in range(400)]
+    mean = sum(values) / 400
+    half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values)) / 400
+    low, high = interval([[[v] for v in values]]) or (0, 0)
+    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.lists(st.lists(st.floats(-1, 1), min_size=1, max_size=3), min_size=1, max_size=4), min_size=1, max_size=3
+    )
+)
+def test_interval_stays_within_the_values(concepts: list[list[list[float]]]) -> None:
+    flat = [v for concept in concepts for prompt in concept for v in prompt]
+    found = interval(concepts, draws=200)
+    assert (found is None) == (len(flat) < 2)
+    if found:
+        assert min(flat) - 1e-9 <= found[0] <= found[1] <= max(flat) + 1e-9
+        assert interval(concepts, draws=200) == found

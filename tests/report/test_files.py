@@ -1,0 +1,107 @@
+"""Whole or absent, checked, and one run per folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hiperlab import files
+from hiperlab.errors import UserError
+
+HOLD = """
+import sys, time
+from hiperlab.files import RunLock
+with RunLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a" / "x.bin"
+    files.atomic_write(path, b"good")
+
+    def half(file):
+        file.write(b"ba")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        files.atomic_write(path, half)
+    assert path.read_bytes() == b"good"
+    assert os.listdir(path.parent) == ["x.bin"]
+
+
+def test_json_refuses_what_json_cannot_say(tmp_path):
+    files.write_json(tmp_path / "x.json", {"é": [1, None]})
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "x.json", float("nan"))
+    assert json.loads((tmp_path / "x.json").read_text()) == {"é": [1, None]}
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "x.ckpt"
+    good = os.urandom(64)
+    path.write_bytes(good)
+    files.write_sidecar(path)
+    assert files.broken(path) is None
+    for bit in range(len(good) * 8):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        assert files.broken(path), f"bit {bit}"
+    path.write_bytes(good[:-1])
+    assert files.broken(path)
+    path.write_bytes(good)
+    files.sidecar(path).unlink()
+    assert "missing" in (files.broken(path) or "")
+    assert "missing" in (files.broken(tmp_path / "none.ckpt") or "")
+
+
+def test_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline().strip() == "held"
+    with pytest.raises(UserError, match=f"process {holder.pid} on .*run_dir") as refusal:
+        files.RunLock(tmp_path).acquire()
+    assert "\n" not in str(refusal.value)
+    files.RunLock(tmp_path, rank_zero=False).acquire()  # another rank of the same run
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with files.RunLock(tmp_path), pytest.raises(UserError):
+        files.RunLock(tmp_path).acquire()  # the same process, as in a notebook
+    with files.RunLock(tmp_path):
+        pass
+
+
+def test_without_locks_the_process_number_decides(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
+    owner = {"pid": os.getppid(), "host": files.socket.gethostname(), "since": time.strftime("%F %T")}
+    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner))
+    with pytest.raises(UserError):
+        files.RunLock(tmp_path).acquire()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner | {"pid": dead.pid}))
+    files.RunLock(tmp_path).acquire().release()
+    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner | {"pid": dead.pid, "host": "elsewhere"}))
+    with pytest.raises(UserError, match="elsewhere"):
+        files.RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [({}, True), ({"LOCAL_RANK": "1"}, False), ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False), ({"RANK": "0"}, True),
+     ({"SLURM_PROCID": "3"}, False)],
+)  # fmt: skip
+def test_rank_zero_from_the_environment(monkeypatch, environment, first):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert files.is_rank_zero() is first
