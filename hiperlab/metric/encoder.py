@@ -1,0 +1,253 @@
+"""Recipes of frozen encoders: plain settings that are cheap to make, compare and hash; `load` does the heavy part.
+
+`path` says where weights lie, not which they are, so it never enters a protocol's hash; what was loaded is named by
+`Features.weights`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hiperlab.errors import UserError, near
+from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
+
+if TYPE_CHECKING:
+    from hiperlab.metric.features import Features
+
+_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+_INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an RGB picture to a network's input.
+
+    Attributes:
+        resize: pixels of the shorter side after resizing.
+        crop: side of the centre square that is kept.
+        interpolation: "bicubic" or "bilinear", PIL's (antialiased).
+        mean: per channel, subtracted from [0, 1].
+        std: per channel, divided by.
+    """
+
+    resize: int
+    crop: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # yaml gives lists
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.interpolation not in _INTERPOLATIONS:
+            raise UserError(
+                f"interpolation={self.interpolation} is unknown.{near(self.interpolation, _INTERPOLATIONS)}"
+            )
+        if not 0 < self.crop <= self.resize or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"{self}: needs 0 < crop <= resize, three means and three positive stds.")
+
+
+@dataclass(frozen=True)
+class Encoder(ABC):
+    """Settings of one frozen encoder. Subclass it, with `Features`, to let another embedder judge."""
+
+    @abstractmethod
+    def load(self, key: str) -> Features:
+        """Build the encoder with its weights.
+
+        Args:
+            key: the config key of this encoder, e.g. "metric.encoders.clip", for messages.
+
+        Raises:
+            MissingWeightsError: the weights are not here and cannot be had.
+        """
+
+    def fetch(self, key: str) -> None:  # noqa: B027 - encoders without files have nothing to fetch
+        """Make sure that the weights' files are here, without loading them; raises as `load` does."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that may move a number, as plain values, for the hash."""
+        values = dataclasses.asdict(self)
+        values.pop("path", None)
+        return {"kind": type(self).__name__, **values}
+
+
+@dataclass(frozen=True)
+class HubClip(Encoder):
+    """A published CLIP by its open_clip names.
+
+    Attributes:
+        model: open_clip's architecture, e.g. "ViT-B-32-quickgelu" (OpenAI's weights need the quickgelu form).
+        weights: open_clip's tag of the weights, e.g. "openai".
+        path: their file (safetensors or a state dict), or null: the hub cache, else a download.
+        preprocess: how pictures are prepared.
+    """
+
+    model: str
+    weights: str
+    path: str | None
+    preprocess: Preprocess
+
+    def load(self, key: str) -> Features:
+        """Build both towers in float32."""
+        import open_clip
+
+        from hiperlab.metric.features import ClipFeatures, make_transform
+
+        file = self._file(key)
+        try:
+            network = open_clip.create_model(self.model, pretrained=str(file), precision="fp32")
+        except Exception as error:  # unpickling, shapes, names: all mean that the file is not this model's
+            raise _unusable(file, f"{self.model}/{self.weights}", error) from error
+        return ClipFeatures(network, make_transform(self.preprocess), open_clip.get_tokenizer(self.model))
+
+    def fetch(self, key: str) -> None:
+        """Find or download the file."""
+        self._file(key)
+
+    def _file(self, key: str) -> Path:
+        """Where the weights lie on this machine."""
+        import open_clip
+
+        config = open_clip.get_model_config(self.model)
+        if config is None:
+            raise UserError(
+                f"{key}.model={self.model} is no open_clip model.{near(self.model, open_clip.list_models())}"
+            )
+        tag = open_clip.get_pretrained_cfg(self.model, self.weights)
+        if not tag:
+            known = open_clip.list_pretrained_tags_by_model(self.model)
+            raise UserError(f"{key}.weights={self.weights} is no tag of {self.model}.{near(self.weights, known)}")
+        if bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):  # open_clip only warns, and scores differ
+            other = "with" if tag.get("quick_gelu") else "without"
+            raise UserError(
+                f"{key}.model={self.model}: the weights {self.weights} were trained {other} QuickGELU; "
+                f"choose the model's name {other} '-quickgelu'."
+            )
+        what = f"{self.model}/{self.weights}"
+        if self.path:
+            return local_file(self.path, what, f"{key}.path")
+        repo, _, name = str(tag.get("hf_hub", "")).rpartition("/")
+        if not repo:
+            raise MissingWeightsError(f"weights of {what} are not on the hub: download them and set {key}.path=<file>.")
+        return hub_file(repo, (name,) if name else _CLIP_FILES, what, f"{key}.path")
+
+
+@dataclass(frozen=True)
+class FolderClip(Encoder):
+    """A CLIP of one's own: a folder with open_clip_config.json and one checkpoint.
+
+    The json is open_clip's: {"model_cfg": {embed_dim, vision_cfg, text_cfg}, "preprocess_cfg": {size, mean, std, …}}.
+    With tokenizer files of transformers beside it those are used, else open_clip's own BPE. Preprocessing is the
+    folder's, so it enters `Features.weights`, not the hash.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: str | None
+
+    def load(self, key: str) -> Features:
+        """Build both towers in float32."""
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        from hiperlab.metric.features import ClipFeatures
+
+        folder, file = self._folder(key)
+        text = (folder / "open_clip_config.json").read_text(encoding="utf-8")
+        try:
+            config = json.loads(text)
+            model = config.get("model_cfg", config)
+            network: Any = open_clip.CLIP(**model)
+            open_clip.load_checkpoint(network, str(file), strict=True)
+            cleaned = merge_preprocess_dict({"size": network.visual.image_size}, config.get("preprocess_cfg", {}))
+            transform = image_transform_v2(PreprocessCfg(**cleaned), is_train=False)
+        except Exception as error:  # json, keys, shapes: all mean that the folder does not hold one such model
+            raise _unusable(file, f"the CLIP that {folder}/open_clip_config.json describes", error) from error
+        length = network.context_length
+        own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        tokenizer: Any = (
+            open_clip.tokenizer.HFTokenizer(str(folder), context_length=length)
+            if own
+            else open_clip.SimpleTokenizer(context_length=length)
+        )
+        return ClipFeatures(network, transform, tokenizer)
+
+    def fetch(self, key: str) -> None:
+        """Check that both files are there."""
+        self._folder(key)
+
+    def _folder(self, key: str) -> tuple[Path, Path]:
+        """The folder and its checkpoint."""
+        what = "a CLIP folder (open_clip_config.json + one checkpoint)"
+        if not self.path:
+            raise MissingWeightsError(f"{key}.path is not set: give {what}, {key}.path=<folder>.")
+        folder = Path(self.path).expanduser()
+        if not (folder / "open_clip_config.json").is_file():
+            raise MissingWeightsError(f"{key}.path={self.path} is not {what}: put the two files there or name another.")
+        return folder, local_file(str(folder), what, f"{key}.path")
+
+
+@dataclass(frozen=True)
+class HubVision(Encoder):
+    """A picture encoder by its timm name, such as DINO.
+
+    Attributes:
+        model: timm's name with tag, e.g. "vit_small_patch16_224.dino".
+        path: its weights' file, or null: the hub cache, else a download.
+        preprocess: how pictures are prepared (timm's own crop differs from the published evaluators').
+    """
+
+    model: str
+    path: str | None
+    preprocess: Preprocess
+
+    def load(self, key: str) -> Features:
+        """Build it in float32, its input size set to the crop; the output is the pooled feature before any head."""
+        import timm
+
+        from hiperlab.metric.features import VisionFeatures, make_transform
+
+        file = self._file(key)
+        tensors = read_tensors(file, self.model)
+        try:
+            network = timm.create_model(
+                self.model,
+                pretrained=True,
+                pretrained_cfg_overlay={"state_dict": tensors},  # not "file": timm would unpickle anything
+                num_classes=0,
+                img_size=self.preprocess.crop,
+            )
+        except Exception as error:  # names and shapes: both mean that the file is not this model's
+            raise _unusable(file, self.model, error) from error
+        return VisionFeatures(network, make_transform(self.preprocess))
+
+    def fetch(self, key: str) -> None:
+        """Find or download the file."""
+        self._file(key)
+
+    def _file(self, key: str) -> Path:
+        """Where the weights lie on this machine."""
+        import timm
+
+        config = timm.models.get_pretrained_cfg(self.model) if timm.models.is_model(self.model) else None
+        if config is None:
+            raise UserError(f"{key}.model={self.model} is no timm model.{near(self.model, timm.list_pretrained())}")
+        if self.path:
+            return local_file(self.path, self.model, f"{key}.path")
+        if not config.hf_hub_id:
+            raise MissingWeightsError(f"{self.model} is not on the hub: download it and set {key}.path=<file>.")
+        return hub_file(config.hf_hub_id, _TIMM_FILES, self.model, f"{key}.path")
+
+
+def _unusable(file: Path, what: str, error: Exception) -> UserError:
+    """One line for a file that is there but does not fit."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:160]
+    return UserError(f"{file} does not hold {what} ({reason}): name the right file, or delete it to fetch it again.")

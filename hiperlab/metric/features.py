@@ -1,0 +1,139 @@
+"""Frozen encoders at work: PIL pictures or texts in, unit vectors out. Always float32, never a gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hiperlab.errors import UserError
+from hiperlab.metric.compare import unit
+
+if TYPE_CHECKING:
+    from hiperlab.metric.encoder import Preprocess
+
+
+class Features(nn.Module):
+    """What a metric may ask of an encoder; any embedder becomes a judge by subclassing this and `encoder.Encoder`.
+
+    Attributes:
+        weights: 12 hex digits naming the weights by content: the same tensors give the same digits whatever file held
+            them, so that scores of different weights are never averaged.
+    """
+
+    weights: str
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embed B RGB pictures: unit rows (B, D) float32, or a row of NaN where there is nothing to embed."""
+        raise NotImplementedError
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts into the pictures' space: unit rows (B, D) float32."""
+        raise UserError(f"{type(self).__name__} has no text tower: give the text score a CLIP encoder.")
+
+
+class VisionFeatures(Features):
+    """A network with pictures only, such as DINO.
+
+    Args:
+        network: takes (B, 3, H, W), returns (B, D).
+        transform: RGB picture -> (3, H, W).
+    """
+
+    def __init__(self, network: nn.Module, transform: Callable[[Image.Image], Tensor]) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.transform = transform
+        self.weights = content(network, repr(transform))
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embed B RGB pictures (B, D)."""
+        with _exact():
+            return unit(self._encode(torch.stack([self.transform(picture) for picture in pictures]).to(self._device())))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D), any length."""
+        return self.network(pixels)
+
+    def _device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+
+class ClipFeatures(VisionFeatures):
+    """A CLIP in open_clip's form: two towers, one space.
+
+    Args:
+        network: has encode_image and encode_text.
+        transform: RGB picture -> (3, H, W).
+        tokenizer: texts -> token ids (B, N); cuts at the context length.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+    ) -> None:
+        super().__init__(network, transform)
+        self.tokenizer = tokenizer
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts (B, D)."""
+        with _exact():
+            return unit(self.network.encode_text(self.tokenizer(list(texts)).to(self._device())))  # type: ignore[operator]
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D), any length."""
+        return self.network.encode_image(pixels)  # type: ignore[operator]
+
+
+def make_transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
+    """Resize the shorter side, crop the centre, normalise: on PIL, as the published evaluators do."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+    return Compose(
+        [
+            Resize(preprocess.resize, interpolation=InterpolationMode(preprocess.interpolation)),
+            CenterCrop(preprocess.crop),
+            ToTensor(),
+            Normalize(preprocess.mean, preprocess.std),
+        ]
+    )
+
+
+def content(network: nn.Module, extra: str = "") -> str:
+    """12 hex digits of a sha256 over all tensors (name, type, shape, bytes) and `extra` settings."""
+    digest = hashlib.sha256(extra.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """No gradient, no autocast, no TF32: a run's precision must not move its scores.
+
+    Per backend, because torch's global getter raises as soon as anybody has used the per-backend switches.
+    """
+    backends: Any = torch.backends  # its submodules' switches are made at run time, type checkers miss them
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        with (
+            torch.no_grad(),  # not inference mode: its tensors cannot be kept in a metric's state
+            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        for place, value in zip(places, before):
+            place.fp32_precision = value

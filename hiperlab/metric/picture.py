@@ -1,0 +1,120 @@
+"""Pictures as the judges take them: upright 8-bit RGB PIL images, whatever form they arrive in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from hiperlab.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_SLACK = 0.01  # rounding of a half-precision decoder, not another range
+
+
+def as_pictures(images: Tensor | Sequence[Image.Image]) -> list[Image.Image]:
+    """Turn a batch into PIL images, because tensor resizing scores up to 0.05 (normalised units) off.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], or PIL images of any 8-bit mode.
+
+    Raises:
+        UserError: a tensor of another shape or range.
+    """
+    if isinstance(images, Sequence):
+        return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"images of shape {tuple(images.shape)}: a metric takes (B, 3, H, W) in [0, 1].")
+    if images.numel() and not (images.min() >= -_SLACK and images.max() <= 1 + _SLACK):  # also catches NaN
+        low, high = images.min().item(), images.max().item()
+        raise UserError(f"images in [{low:.2f}, {high:.2f}]: a metric takes [0, 1]; map [-1, 1] by (x + 1) / 2 first.")
+    bytes_ = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in bytes_]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read one picture from disk as RGB, upright (EXIF applied).
+
+    Raises:
+        UserError: the file is missing, broken, or holds more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _EIGHT_BIT:
+                raise UserError(f"{path} has mode {image.mode}: convert it to 8 bits per channel before scoring.")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: sample again, or leave its line out of the list to score.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for broken PNGs
+        raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
+
+
+def pictures_from_folder(
+    folder: str | Path, concept: str | None = None, word: str = "", placeholder: str = ""
+) -> list[dict[str, Any]]:
+    """List anybody's samples for `score`, in CustomConcept101's layout.
+
+    The folder holds prompts.json {"stem": "prompt"} and the pictures, in samples/ or beside it.
+
+    Args:
+        folder: where prompts.json lies.
+        concept: name of the one concept shown; default: the folder's name.
+        word: its class noun, for protocols that put it in the placeholder's place.
+        placeholder: the word in the prompts that stands for the concept, if any.
+
+    Returns:
+        One record per picture, ordered by file name; "path" is relative to `folder`.
+
+    Raises:
+        UserError: no prompts.json, pictures without prompt, or prompts without picture.
+    """
+    root = Path(folder)
+    prompts = _read_prompts(root / "prompts.json")
+    place = root / "samples" if (root / "samples").is_dir() else root
+    found = [file for file in sorted(place.iterdir()) if file.suffix.lower() in SUFFIXES]
+    files = {file.stem: file for file in found}
+    if len(files) < len(found):
+        raise UserError(f"{place} has pictures of equal name but for the ending: prompts.json cannot tell them apart.")
+    for have, need, what in (
+        (files, prompts, "pictures without a prompt"),
+        (prompts, files, "prompts without a picture"),
+    ):
+        lone = sorted(set(have) - set(need))
+        if lone:
+            raise UserError(
+                f"{root} has {len(lone)} {what} ({', '.join(lone[:3])}{', …' if len(lone) > 3 else ''}): "
+                "prompts.json and the pictures must name the same stems."
+            )
+    name = concept or root.resolve().name
+    return [
+        {
+            "concept": name,
+            "prompt": prompts[stem].replace(placeholder, "{}") if placeholder else prompts[stem],
+            "text": prompts[stem],
+            "placeholder": placeholder,
+            "word": word,
+            "seed": None,
+            "path": str(file.relative_to(root)),
+        }
+        for stem, file in files.items()
+    ]
+
+
+def _read_prompts(file: Path) -> dict[str, str]:
+    """Read {"stem": "prompt"}."""
+    try:
+        prompts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f'{file} is not there: write one, {{"picture name without ending": "its prompt"}}.') from error
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}).") from error
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise UserError(f'{file} must hold {{"picture name without ending": "its prompt"}}.')
+    return prompts

@@ -1,0 +1,210 @@
+"""Score any set of pictures under a protocol: one row per picture and score, nothing averaged away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from hiperlab.errors import UserError, near
+from hiperlab.metric.picture import as_pictures, open_picture
+from hiperlab.metric.protocol import ImageScore, Protocol, TextScore, clean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hiperlab.metric.encoder import Encoder
+    from hiperlab.metric.features import Features
+
+Row = dict[str, Any]
+
+REAL = "real"  # in a row's column "picture": the ceiling, real pictures scored against each other
+COPY = "_copy"  # ending of the copy detector's scores
+_NEEDED = ("concept", "prompt", "text", "path")
+_OPTIONAL = ("placeholder", "word", "seed")
+_WRITTEN = ("picture", "metric", "value", "protocol", "protocol_hash", "trained", "weights")
+
+
+class Scored(NamedTuple):
+    """What `score` found.
+
+    Attributes:
+        rows: one per picture and score, in the order of members, then pictures; see `score`.
+        messages: one line per encoder without usable weights (its scores are absent) and per concept without a
+            ceiling.
+    """
+
+    rows: list[Row]
+    messages: list[str]
+
+
+def score(
+    pictures: Sequence[Mapping[str, Any]],
+    references: Mapping[str, Sequence[Image.Image]],
+    protocol: Protocol,
+    *,
+    root: str | Path = ".",
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+    loaded: MutableMapping[Encoder, Features] | None = None,
+) -> Scored:
+    """Score pictures from disk, whoever made them.
+
+    A row holds concept, prompt, seed, picture (the record's path), metric, value (None where nothing was found),
+    protocol, protocol_hash, trained, weights (content of the encoder's weights) and the record's further columns.
+    Beside every picture score M there is "M_copy", the similarity to the nearest reference. Per concept, M and M_copy
+    have one row with picture="real": real pictures against each other, each left out of its own references. A copy
+    score above that row's is nearer to one photograph than photographs of the concept are to each other.
+
+    Args:
+        pictures: records with concept, prompt (with "{}"), text (as sampled) and path, maybe placeholder, word (class
+            noun) and seed; further columns (e.g. truncation) are kept.
+        references: the real pictures of each concept.
+        protocol: what to measure.
+        root: what relative paths start from.
+        device: where the encoders run.
+        batch_size: pictures per pass; does not change the numbers beyond float32's rounding.
+        loaded: an empty dict that keeps encoders between calls; without it they are freed after use.
+
+    Raises:
+        UserError: a record lacks a column or uses one of ours, a picture is missing or broken, a concept has no
+            references.
+    """
+    _check(pictures, references)
+    rows: dict[str, list[Row]] = {name: [] for name in protocol.members}
+    messages: list[str] = []
+    for key in protocol.encoders:
+        names = [name for name, member in protocol.members.items() if member.encoder == key]
+        if not names or not pictures:
+            continue
+        try:
+            features = _load(protocol, key, device, loaded)
+        except UserError as error:  # absent weights or an unusable file: the other scores go on
+            messages.append(protocol.missing(key, error))
+            continue
+        embedded = _Embedded(features, pictures, references, Path(root), batch_size)
+        stamp = {"protocol": protocol.name, "protocol_hash": protocol.hash, "trained": protocol.trained,
+                 "weights": features.weights}  # fmt: skip
+        for name in names:
+            member = protocol.members[name]
+            if isinstance(member, TextScore):
+                rows[name] = _text_rows(name, member, embedded, stamp)
+            else:
+                rows[name] = _image_rows(name, member, embedded, stamp)
+    if any(isinstance(member, ImageScore) for member in protocol.members.values()):
+        lone = sorted({p["concept"] for p in pictures if len(references[p["concept"]]) < 2})
+        messages += [f"{concept} has one reference picture: no real-against-real ceiling." for concept in lone]
+    return Scored([row for name in protocol.members for row in rows[name]], messages)
+
+
+def _load(
+    protocol: Protocol, key: str, device: str | torch.device, loaded: MutableMapping[Encoder, Features] | None
+) -> Features:
+    """An encoder on its device, from `loaded` if it is there."""
+    recipe = protocol.encoders[key]
+    if loaded is None:
+        return protocol.load(key).to(device)
+    if recipe not in loaded:
+        loaded[recipe] = protocol.load(key)
+    return loaded[recipe].to(device)
+
+
+class _Embedded:
+    """Everything one encoder sees: pictures and references embedded once, texts on demand."""
+
+    def __init__(
+        self,
+        features: Features,
+        pictures: Sequence[Mapping[str, Any]],
+        references: Mapping[str, Sequence[Image.Image]],
+        root: Path,
+        batch_size: int,
+    ) -> None:
+        self.features = features
+        self.pictures = pictures
+        self.batch_size = batch_size
+        used = dict.fromkeys(picture["concept"] for picture in pictures)  # ordered, without repeats
+        self.references = {concept: self._images(as_pictures(references[concept])) for concept in used}
+        self.images = self._images([root / str(picture["path"]) for picture in pictures])
+
+    def _images(self, sources: Sequence[Path | Image.Image]) -> Tensor:
+        """Embed pictures or files (read batch by batch): (B, D)."""
+        import torch
+
+        parts = []
+        for start in range(0, len(sources), self.batch_size):
+            batch = sources[start : start + self.batch_size]
+            parts.append(self.features.images([open_picture(s) if isinstance(s, Path) else s for s in batch]))
+        return torch.cat(parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, equal ones once: (B, D)."""
+        import torch
+
+        unique = list(dict.fromkeys(texts))
+        starts = range(0, len(unique), self.batch_size)
+        table = torch.cat([self.features.texts(unique[i : i + self.batch_size]) for i in starts])
+        where = {text: i for i, text in enumerate(unique)}
+        return table[[where[text] for text in texts]]
+
+
+def _text_rows(name: str, member: TextScore, embedded: _Embedded, stamp: Row) -> list[Row]:
+    """Rows of one text score."""
+    texts = [
+        clean(p["prompt"], p["text"], p.get("placeholder") or "", p.get("word") or "", member.cleaning)
+        for p in embedded.pictures
+    ]
+    values = member.build(embedded.features).measure(embedded.images, embedded.texts(texts))
+    return [_row(p, name, value, stamp) for p, value in zip(embedded.pictures, values.tolist())]
+
+
+def _image_rows(name: str, member: ImageScore, embedded: _Embedded, stamp: Row) -> list[Row]:
+    """Rows of one picture score, its copy detector and their ceilings."""
+    metric = member.build(embedded.features)
+    rows: list[Row] = []
+    copies: list[Row] = []
+    for concept, references in embedded.references.items():
+        index = [i for i, picture in enumerate(embedded.pictures) if picture["concept"] == concept]
+        mine = [embedded.pictures[i] for i in index]
+        images = embedded.images[index]
+        for out, label, values, ceiling in (
+            (rows, name, metric.measure(images, references), metric.ceiling(references)),
+            (copies, name + COPY, metric.copies(images, references), metric.ceiling(references, "max")),
+        ):
+            out += [_row(p, label, value, stamp) for p, value in zip(mine, values.tolist())]
+            if len(ceiling):
+                real = {"concept": concept, "prompt": "", "seed": None, "path": REAL}
+                out.append(_row(real, label, ceiling.double().mean().item(), stamp))
+    return rows + copies
+
+
+def _row(picture: Mapping[str, Any], name: str, value: float, stamp: Row) -> Row:
+    """One line of scores.jsonl; NaN becomes None, which JSON can hold."""
+    extra = {k: v for k, v in picture.items() if k not in (*_NEEDED, *_OPTIONAL)}
+    return {
+        "concept": picture["concept"],
+        "prompt": picture["prompt"],
+        "seed": picture.get("seed"),
+        "picture": str(picture["path"]),
+        "metric": name,
+        "value": None if value != value else value,
+        **stamp,
+        **extra,
+    }
+
+
+def _check(pictures: Sequence[Mapping[str, Any]], references: Mapping[str, Sequence[Image.Image]]) -> None:
+    """Refuse what cannot be scored, before any weights are loaded."""
+    for picture in pictures:
+        lacking = [column for column in _NEEDED if column not in picture]
+        taken = [column for column in _WRITTEN if column in picture]
+        if lacking or taken:
+            what = f"lacks {', '.join(lacking)}" if lacking else f"may not have {', '.join(taken)}: rename it"
+            raise UserError(f"the record of picture {picture.get('path', '?')} {what}.")
+        if not references.get(picture["concept"]):
+            raise UserError(
+                f"concept {picture['concept']} has no reference pictures.{near(picture['concept'], references)}"
+            )

@@ -1,0 +1,73 @@
+"""Judges without judgement: tiny encoders with random weights, so that everything around a score runs offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hiperlab.metric.encoder import Encoder, Preprocess
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hiperlab.metric.features import Features
+
+
+@dataclass(frozen=True)
+class TwinClip(Encoder):
+    """A tiny CLIP with random weights from a seed: no files, no meaning, real plumbing."""
+
+    seed: int
+    width: int
+    preprocess: Preprocess
+
+    def load(self, key: str) -> Features:
+        """Build it; the same seed gives the same weights, and the global random state stays as it was."""
+        import open_clip
+
+        from hiperlab.metric.features import ClipFeatures, make_transform
+
+        network = _seeded(
+            self.seed,
+            lambda: open_clip.CLIP(
+                embed_dim=self.width,
+                vision_cfg={"image_size": self.preprocess.crop, "layers": 2, "width": self.width, "head_width": 16,
+                            "patch_size": self.preprocess.crop // 4},
+                text_cfg={"context_length": 77, "vocab_size": 49408, "width": self.width, "heads": 2, "layers": 2},
+            ),
+        )  # fmt: skip
+        return ClipFeatures(network, make_transform(self.preprocess), open_clip.SimpleTokenizer(context_length=77))
+
+
+@dataclass(frozen=True)
+class TwinVision(Encoder):
+    """A tiny vision transformer with random weights from a seed, in DINO's place."""
+
+    seed: int
+    width: int
+    preprocess: Preprocess
+
+    def load(self, key: str) -> Features:
+        """Build it; the same seed gives the same weights, and the global random state stays as it was."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        from hiperlab.metric.features import VisionFeatures, make_transform
+
+        crop = self.preprocess.crop
+        network = _seeded(
+            self.seed,
+            lambda: VisionTransformer(
+                img_size=crop, patch_size=crop // 4, embed_dim=self.width, depth=2, num_heads=2, num_classes=0
+            ),
+        )
+        return VisionFeatures(network, make_transform(self.preprocess))
+
+
+def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """Call `build` under its own random state."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
