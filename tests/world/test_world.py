@@ -19,7 +19,7 @@ REFERENCE = Path(__file__).with_name("reference.png")  # written by `python -m t
 
 
 def reference_pictures() -> np.ndarray:
-    """A sheet of 3 x 8 pictures of 48 px: every kind, pose, place, style, accessory and light occurs."""
+    """A sheet of 3 x 8 pictures of 44 px: every kind, pose, place, style, accessory and light occurs."""
     value = lambda table, k: list(table)[k % len(table)]  # noqa: E731
     pictures = [
         render(
@@ -32,7 +32,7 @@ def reference_pictures() -> np.ndarray:
                 accessory=value(words.ACCESSORIES, k + 1),
                 light=value(words.LIGHTS, 0 if k % 4 else k // 4),
             ),
-            48,
+            44,
         ).rgb
         for k in range(24)
     ]
