@@ -1,0 +1,211 @@
+"""Files that are whole or absent, and one run per folder. Nothing here knows what is in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hiperlab.errors import UserError
+
+LOCK_NAME = ".lock"
+_held: set[Path] = set()  # a POSIX lock never refuses its own process (two runs in one notebook), so we keep count
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` only when the block has ended well; otherwise what was there stays.
+
+    The temporary file lies in the same folder, because a rename is atomic only within one file system.
+
+    Raises:
+        OSError: full disk, missing rights; the temporary file is gone by then.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a run folder is shared with colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def atomic_write(path: str | Path, content: bytes | str | Callable[[IO[bytes]], Any]) -> None:
+    """Write bytes, text (UTF-8), or whatever a function writes into the open binary file, whole or not at all."""
+    with atomic_open(path) as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN is refused: no other program could read the file."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sidecar(path: str | Path) -> Path:
+    """Where the checksum of `path` lies: `x.ckpt` -> `x.ckpt.sha256`."""
+    return Path(f"{path}.sha256")
+
+
+def write_sidecar(path: str | Path) -> None:
+    """Put the checksum beside a file, in the form `sha256sum --check` reads."""
+    path = Path(path)
+    atomic_write(sidecar(path), f"{sha256(path)}  {path.name}\n")
+
+
+def broken(path: str | Path) -> str | None:
+    """Why the file cannot be trusted ("its checksum is missing", ...), or None if every byte is as it was written."""
+    path = Path(path)
+    if not path.is_file():
+        return "the file is missing"
+    try:
+        expected = sidecar(path).read_text(encoding="ascii").split()
+    except FileNotFoundError:
+        return f"its checksum {sidecar(path).name} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"its checksum cannot be read ({error})"
+    if not expected or expected[0] != sha256(path):
+        return "its bytes do not match its checksum"
+    return None
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of a distributed job (or alone), from the launchers' environment."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name]) == 0
+    # Lightning's own launcher sets these two: the first process of the first node has 0 in both.
+    return not int(os.environ.get("LOCAL_RANK") or 0) and not int(os.environ.get("NODE_RANK") or 0)
+
+
+class RunLock:
+    """Holds a run folder for one run: a second run is refused, a dead run's lock is not in the way.
+
+    The kernel drops a POSIX lock when its process ends, however it ends, and forked workers do not inherit it. Where
+    the file system has no locks, the process number and host in the file decide.
+
+    Args:
+        folder: the run folder; made if missing.
+        rank_zero: whether this process locks; the other ranks belong to its run. None asks the environment.
+    """
+
+    def __init__(self, folder: str | Path, rank_zero: bool | None = None) -> None:
+        self.folder = Path(folder).resolve()
+        self.rank_zero = is_rank_zero() if rank_zero is None else rank_zero
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> RunLock:
+        """Take the folder.
+
+        Raises:
+            UserError: another run holds it (one line naming its process and host).
+        """
+        if not self.rank_zero:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOCK_NAME
+        if self.folder in _held:
+            raise self._refusal({"pid": os.getpid(), "host": socket.gethostname()})
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
+        file.seek(0)
+        owner = _owner(file.read())
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise self._refusal(owner) from None
+        except OSError:  # this file system has no locks (some NFS): ask whether the owner is alive
+            if _alive(owner):
+                file.close()
+                raise self._refusal(owner) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+        file.flush()
+        _held.add(self.folder)
+        self._file = file
+        return self
+
+    def release(self) -> None:
+        """Give the folder back. The empty file stays: deleting it would let two runs lock two different files."""
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+            self._file = None
+            _held.discard(self.folder)
+
+    def _refusal(self, owner: dict[str, Any]) -> UserError:
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
+        since = f" since {owner['since']}" if owner.get("since") else ""
+        return UserError(
+            f"run folder {self.folder} is in use by {who}{since}: two runs would overwrite each other. "
+            "Wait for it, stop it, or choose another run_dir."
+        )
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _owner(text: str) -> dict[str, Any]:
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return {}  # empty after a release, or cut short by a crash: nobody's
+    return owner if isinstance(owner, dict) else {}
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the process may still run: certain on this host, assumed on another."""
+    if not isinstance(owner.get("pid"), int):
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut. Some network file systems cannot, and say so; the rename still holds."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)

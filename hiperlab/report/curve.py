@@ -1,0 +1,71 @@
+"""The loss curve as inline SVG: it takes the page's colours, light or dark, and needs no picture file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+_W, _H, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 240, 58, 34, 10, 10
+_MOST = 1200  # points drawn: more than the pixels there are
+
+
+def curve(steps: Sequence[float], values: Sequence[float | None], label: str) -> str:
+    """Single values (pale) and their running mean (strong) over optimizer steps.
+
+    Args:
+        steps: ascending.
+        values: one per step; None or infinite ones are left out.
+        label: names the vertical axis.
+
+    Returns:
+        An <svg> element, or "" if fewer than two values are left.
+    """
+    points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)]
+    if len(points) < 2:
+        return ""
+    smooth = _running_mean([v for _, v in points])
+    every = -(-len(points) // _MOST)
+    xs = [s for s, _ in points]
+    low, high = min(v for _, v in points), max(v for _, v in points)
+    y_ticks, x_ticks = _ticks(low, high), _ticks(xs[0], xs[-1])
+    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+
+    def x(step: float) -> float:
+        return _LEFT + (step - xs[0]) / (xs[-1] - xs[0] or 1) * (_W - _LEFT - _RIGHT)
+
+    def y(value: float) -> float:
+        return _TOP + (high - value) / (high - low or 1) * (_H - _TOP - _BOTTOM)
+
+    def line(numbers: Sequence[float], name: str) -> str:
+        marks = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in list(zip(xs, numbers, strict=True))[::every])
+        return f'<polyline class="{name}" points="{marks}"/>'
+
+    parts = [f'<svg class="curve" viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(label)} over steps">']
+    for tick in y_ticks:
+        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in (tick for tick in x_ticks if xs[0] <= tick <= xs[-1]):
+        parts.append(f'<text x="{x(tick):.1f}" y="{_H - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{(_LEFT + _W) / 2}" y="{_H - 2}" text-anchor="middle">optimizer steps</text>')
+    parts += [line([v for _, v in points], "raw"), line(smooth, "mean"), "</svg>"]
+    return "".join(parts)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of a twentieth of the curve; shorter at both ends."""
+    half = max(1, len(values) // 40)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
+
+
+def _ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that span low to high."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / about))
+    unit = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
+    first, last = math.floor(low / unit), math.ceil(high / unit)
+    return [round(unit * number, 12) for number in range(first, last + 1)]

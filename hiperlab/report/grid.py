@@ -1,0 +1,122 @@
+"""Pictures side by side with labels. Pixels are never resampled; only paper is added around them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from hiperlab import files
+
+_PAPER, _INK, _EMPTY = (255, 255, 255), (40, 40, 40), (236, 236, 236)
+_GAP = 6
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [0, 1] -> B RGB pictures, rounded to the nearest of 256 levels."""
+    levels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(each)) for each in levels]
+
+
+def grid(
+    images: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+) -> Image.Image:
+    """Lay out pictures with labels to the left and above.
+
+    Args:
+        images: a list of rows; None leaves a place empty, rows may differ in length.
+        rows: a label per row, or none.
+        columns: a label per column, or none.
+        title: a line above all.
+
+    Raises:
+        ValueError: no picture at all, or more labels than places.
+    """
+    present = [image for row in images for image in row if image is not None]
+    width_in_cells = max((len(row) for row in images), default=0)
+    if not present or len(rows) > len(images) or len(columns) > width_in_cells:
+        raise ValueError(
+            f"a grid of {len(images)} x {width_in_cells} places with {len(present)} pictures cannot carry "
+            f"{len(rows)} row and {len(columns)} column labels."
+        )
+    cell_w, cell_h = max(image.width for image in present), max(image.height for image in present)
+    font = _font(max(11, min(18, cell_w // 14)))
+    left = [_wrap(label, font, max(cell_w, 90)) for label in rows]
+    above = [_wrap(label, font, cell_w) for label in columns]
+    head = _wrap(title, font, width_in_cells * (cell_w + _GAP)) if title else []
+    line = sum(font.getmetrics()) + 2
+    x0 = _GAP + max((int(font.getlength(text)) + _GAP for label in left for text in label), default=0)
+    title_h = len(head) * line + (_GAP if head else 0)
+    y0 = _GAP + title_h + max((len(label) * line for label in above), default=0)
+    size = (x0 + width_in_cells * (cell_w + _GAP), y0 + len(images) * (cell_h + _GAP))
+    canvas = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _text(draw, head, _GAP, _GAP, line, font)
+    for column, label in enumerate(above):
+        _text(draw, label, x0 + column * (cell_w + _GAP), y0 - len(label) * line - 1, line, font)
+    for number, row in enumerate(images):
+        y = y0 + number * (cell_h + _GAP)
+        if number < len(left):
+            _text(draw, left[number], _GAP, y + max(0, (cell_h - len(left[number]) * line) // 2), line, font)
+        for column in range(width_in_cells):
+            x = x0 + column * (cell_w + _GAP)
+            image = row[column] if column < len(row) else None
+            if image is None:
+                draw.rectangle((x, y, x + cell_w - 1, y + cell_h - 1), fill=_EMPTY)
+            else:
+                canvas.paste(image, (x, y))
+    return canvas
+
+
+def strip(images: Sequence[Image.Image | None], labels: Sequence[str] = ()) -> Image.Image:
+    """One row of pictures with a label above each."""
+    return grid([images], columns=labels)
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    files.atomic_write(path, buffer.getvalue())
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans from matplotlib's own files: the same letters on every machine."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, height: int, font: ImageFont.FreeTypeFont
+) -> None:
+    for number, text in enumerate(lines):
+        draw.text((x, y + number * height), text, fill=_INK, font=font)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 4) -> list[str]:
+    """Break at spaces, inside a word only if it alone is too long; more than `most` lines end in an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    lines = [each for each in lines if each]
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "…") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last + "…"]
