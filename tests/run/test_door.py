@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,16 +92,18 @@ def test_a_mistake_is_one_line(ask, name):
 @pytest.mark.parametrize("words", [["method=nety"], ["method.lrr=1"], ["data=folder"], ["--help"]], ids=str)
 def test_it_answers_in_seconds_and_without_torch(here, words):
     code = (
-        "import sys, time; t = time.monotonic(); from hiperlab.run.door import main;"
+        "import sys; from hiperlab.run.door import main;"
         f"code = main(['-cp', 'conf', *{words!r}]);"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
-    began = time.monotonic()
+    before = os.times()
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=bench.environment(), capture_output=True, text=True, check=False)
+    after = os.times()
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < (3 if (os.cpu_count() or 1) > 1 else 6)
+    busy = after.children_user + after.children_system - before.children_user - before.children_system
+    assert busy < 3  # CPU seconds: a busy machine is not the door's fault
 
 
 def test_help_lists_groups_members_and_settings(ask, here):

@@ -60,7 +60,7 @@ def wait_for(condition, seconds: float = 30) -> None:
 def test_one_failure_never_costs_the_others(here):
     """Raised, exited, killed, silent: each is one row; the rest finishes; again does only what is missing."""
     words = ("-m", "method=ti", "behave=raise,exit,kill,silent,once,well", "sweep=all", "hydra.launcher.slots=2")
-    leaks = {"MASTER_ADDR": "1.2.3.4", "WORLD_SIZE": "4", "HYDRA_MAIN_MODULE": "x", "NODE_RANK": "1"}
+    leaks = {"MASTER_ADDR": "1.2.3.4", "MASTER_PORT": "1", "HYDRA_MAIN_MODULE": "x", "RANK": "0"}
     code, out, err = run(*words, **leaks)
     assert code == 1, err
     rows = {key.removeprefix("method=ti behave="): row for key, row in jobs("all").items()}
@@ -145,7 +145,7 @@ def test_a_job_saves_when_its_sweep_is_killed(here):
 
 @posix
 def test_a_job_that_hangs_is_ended_and_the_next_one_runs(here):
-    limits = ("hydra.launcher.timeout_min=0.05", "hydra.launcher.grace_s=0.5")
+    limits = ("hydra.launcher.timeout_min=0.13", "hydra.launcher.grace_s=0.5")
     code, _, _ = run("-m", "behave=hang,well", "sweep=h", *limits)
     rows = jobs("h")
     assert code == 1 and rows["behave=well"]["status"] == "finished"
@@ -225,7 +225,28 @@ def test_the_line_that_says_why(tmp_path):
 
 def test_torchrun_and_sweep_do_not_mix(here):
     code, _, err = run("-m", "seed=1,2", LOCAL_RANK="0")
-    assert code == 2 and "start it without torchrun" in err
+    assert code == 2 and "without torchrun" in err
+
+
+def test_a_job_inherits_no_ranks(monkeypatch):
+    for key in (
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "HYDRA_MAIN_MODULE",
+        "HIPERLAB_RUN_DIR",
+    ):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    for tasks, kept in [("1", False), ("4", True)]:  # with several tasks srun has started the ranks
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        env = sweep_job.environment(["3"])
+        assert not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "HIPERLAB_RUN_DIR"} & set(env)
+        assert "HYDRA_MAIN_MODULE" not in env and env["HYDRA_FULL_ERROR"] == "1" and env["CUDA_VISIBLE_DEVICES"] == "3"
+        assert ("SLURM_PROCID" in env) == kept and "SLURM_JOB_ID" in env
 
 
 no_optuna = importlib.util.find_spec("optuna") is None

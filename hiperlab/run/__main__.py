@@ -1,0 +1,8 @@
+"""`python -m hiperlab.run`."""
+
+import sys
+
+from hiperlab.run.door import main
+
+if __name__ == "__main__":
+    sys.exit(main())
