@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.data import draws
+from hiperlab import draws
 from hiperlab.data.batch import Batch
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept

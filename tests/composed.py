@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hiperlab.contract import Method, Subject
 from hiperlab.data.batch import Batch
-from hiperlab.data.draws import normal
+from hiperlab.draws import normal
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.draws import generator, integers, uniform
 from hiperlab.data.images import to_pixels
+from hiperlab.draws import generator, integers, uniform
 from hiperlab.errors import UserError
 
 CACHE_BYTES = 1_000_000_000  # pixels kept per process; 512 px: 317 pictures

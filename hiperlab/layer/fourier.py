@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiperlab.data import draws
+from hiperlab import draws
 
 
 def frequencies(seed: int, num_w: int, sigma_t: float, sigma_l: float) -> Tensor:

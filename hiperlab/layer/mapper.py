@@ -54,7 +54,7 @@ class Mapper(nn.Module):
         super().__init__()
         if num_time_anchors < 1 or num_timesteps % num_time_anchors:
             raise UserError(f"num_time_anchors={num_time_anchors} must divide {num_timesteps}. Choose 8, 10 or 20.")
-        self.num_layers, self.num_timesteps = num_layers, num_timesteps
+        self.outputs, self.num_layers, self.num_timesteps = outputs, num_layers, num_timesteps
         self.positional_encoding = positional_encoding
 
         def linear(inputs: int, outputs: int, name: str) -> StackedLinear:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hiperlab.data import draws
+from hiperlab import draws
 
 
 def keep_first(hidden: Tensor, keep: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hiperlab.data import draws
+from hiperlab import draws
 
 
 def uniform_init(seed: int, purpose: str, shape: tuple[int, ...], bound: float) -> Tensor:

@@ -70,6 +70,7 @@ class NeTI(Method):
     """
 
     time_dependent = True
+    target_norm: Tensor
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class NeTI(Method):
         num_layers, count = self.model.layers, len(t)
         layers = torch.arange(num_layers, device=t.device)[:, None].expand(-1, count)
         times = t.expand(num_layers, -1)
-        out = self.target_norm.new_zeros(num_layers, count, self.mapper.output_layer["0"].bias.shape[-1])
+        out = self.target_norm.new_zeros(num_layers, count, self.mapper.outputs)
         with torch.autocast(t.device.type, enabled=False):
             for index in concept.unique().tolist():
                 at = torch.nonzero(concept == index)[:, 0]

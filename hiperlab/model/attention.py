@@ -6,8 +6,9 @@ layers (methods/neti.md, section 19), so the index is fixed when the stack is bu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def _split(states: Tensor, heads: int) -> Tensor:
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def cross_attention_order(unet: UNet2DConditionModel) -> list[str]:
+def cross_attention_order(unet: Any) -> list[str]:
     """Paths of the cross-attention modules in the order the forward pass visits them: down, middle, up.
 
     `unet.attn_processors` and `named_modules()` list the middle block last although it runs between the two;
@@ -65,7 +66,7 @@ def cross_attention_order(unet: UNet2DConditionModel) -> list[str]:
     return sorted(names, key=lambda name: rank[name.split(".")[0]])  # sorted() is stable: inside a block order holds
 
 
-def install_cross_attention(unet: UNet2DConditionModel) -> list[str]:
+def install_cross_attention(unet: Any) -> list[str]:
     """Give every cross-attention layer its own processor; returns the layers' paths in execution order."""
     names = cross_attention_order(unet)
     index = {name: i for i, name in enumerate(names)}

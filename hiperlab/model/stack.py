@@ -80,6 +80,8 @@ class FrozenStack(nn.Module):
     """
 
     alpha_bar: Tensor
+    unet: Any  # diffusers' classes carry no types for what they inherit
+    vae: Any
 
     def __init__(
         self,

@@ -76,7 +76,12 @@ def clip_tokenizer() -> Any:
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", model_max_length=77)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]
+        pad_token="<|endoftext|>",
+        model_max_length=77,
+    )
 
 
 def _byte_letters() -> list[str]:
@@ -101,7 +106,7 @@ def _vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet() -> Any:
     return UNet2DConditionModel(
         sample_size=16, block_out_channels=[32, 32, 64, 64], layers_per_block=2, attention_head_dim=8,
         cross_attention_dim=WIDTH, norm_num_groups=32,
@@ -109,7 +114,7 @@ def _unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def _wake_up(unet: UNet2DConditionModel) -> None:
+def _wake_up(unet: torch.nn.Module) -> None:
     """Make cross-attention matter: at the default initialisation the text changes the output by 1e-4 only."""
     for name, parameter in unet.named_parameters():
         if ".attn2.to_" in name and name.endswith("weight"):

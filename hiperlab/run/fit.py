@@ -235,7 +235,7 @@ def _under(key: str, roots: tuple[str, ...]) -> bool:
 
 
 def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    values = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from hiperlab.data.draws import generator, integers, normal, uniform
+from hiperlab.draws import generator, integers, normal, uniform
 
 
 def test_fixed_values() -> None:

@@ -336,8 +336,7 @@ def test_t_special_cases(name, twin, cfg, subject, g) -> None:
 
 def test_h_training_loop(neti, root, cfg, g, monkeypatch) -> None:
     """The authors' real loop, replayed through our `training_step` with their recorded draws."""
-    from hiperlab import contract
-    from hiperlab.data import draws
+    from hiperlab import contract, draws
     from hiperlab.method import neti as module
 
     tokenizer, adam = neti.model.tokenizer, cfg["adam"]

@@ -1,0 +1,36 @@
+# Shortcuts; every target runs inside the project's own environment, which the first call makes.
+RUN := python3 .ci/env.py
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help setup format check test test-fast smoke notebook clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup:  ## make or update .venv
+	$(RUN)
+
+format:  ## format and sort imports
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+check:  ## lint, import walls, types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) lint-imports --no-cache
+	$(RUN) mypy hiperlab
+
+test:  ## the whole suite
+	$(RUN) python -m pytest
+
+test-fast:  ## without the tests marked slow
+	$(RUN) python -m pytest -m "not slow"
+
+smoke:  ## two steps of every method on the tiny stack
+	$(RUN) python -m hiperlab.run -m 'method=glob(*)' model=tiny fit.steps=2 sampler.steps=2 fit.sample_every=0 sweep=smoke-$$(date +%s)
+
+notebook:  ## execute notebooks/quickstart.ipynb in place
+	$(RUN) python -m nbclient.cli --inplace notebooks/quickstart.ipynb
+
+clean:  ## remove caches (never outputs)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
