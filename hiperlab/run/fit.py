@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from hiperlab import artifact, files
 from hiperlab.data.concept import fill
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.module import ConceptData
 from hiperlab.errors import UserError
-from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints, newest_valid, resume_path, step_of
+from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
 from hiperlab.report.guard import FiniteGuard
 from hiperlab.report.loggers import RewindLogs
@@ -26,15 +25,13 @@ from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.signals import StopCallback, StopSignals
+from hiperlab.run.resume import checkpoint_folder, remember, starting_point
 from hiperlab.run.session import Session
 
 if TYPE_CHECKING:
     from hiperlab.contract import Method
 
 log = logging.getLogger(__name__)
-# A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
-IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
-FREE = ("data.prompts", "model.optimise", "model.note", "method.truncation")
 
 
 def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, int]:
@@ -48,6 +45,8 @@ def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, in
     Raises:
         UserError: the batch cannot be shared evenly by the ranks.
     """
+    if batch_size < 1 or (micro is not None and micro < 1):
+        raise UserError(f"fit.batch_size={batch_size}, fit.micro_batch_size={micro}: choose 1 or more images.")
     if batch_size % world:
         raise UserError(
             f"fit.batch_size={batch_size} cannot be shared by {world} processes. "
@@ -67,7 +66,6 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
         UserError: the run was asked to resume under other settings.
     """
     with session.stage("fit") as found:
-        check_identity(session)
         rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
         found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
         found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
@@ -102,7 +100,7 @@ def _train(
     session: Session, group: list[int], signals: StopSignals, resume_command: str, micro: int | None, resume: str | None
 ) -> dict[str, Any]:
     cfg = session.cfg
-    folder = _checkpoint_folder(session, group)
+    folder = checkpoint_folder(session, group)
     method = session.build_method(group)
     per_concept = sum(p.numel() for p in method.parameters() if p.requires_grad) // len(group)
     checkpoints = StepCheckpoints(folder, cfg.fit.checkpoint_every, keep_all=bool(cfg.fit.keep_checkpoints))
@@ -114,7 +112,10 @@ def _train(
     concepts = tuple(session.data.concepts[index] for index in group)
     subset = DataSet(concepts, session.data.center_crop, session.data.flip)
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
-    start_from = _starting_point(session, folder, resume, cfg.fit.steps)
+    start_from = starting_point(folder, resume, cfg.fit.steps)
+    remember(session, fresh=start_from is None)
+    if start_from is not None:
+        log.info("resuming from %s of %d steps", start_from.stem, cfg.fit.steps)
     log.info(
         "%s: %s trainable parameters per concept, %d steps of %d images (%d at a time, %d process%s)",
         type(method).__name__, f"{per_concept:,}", cfg.fit.steps, cfg.fit.batch_size, rows, trainer.world_size,
@@ -183,64 +184,6 @@ def _trainer(
         use_distributed_sampler=False,
         default_root_dir=session.folder,
     )
-
-
-def _checkpoint_folder(session: Session, group: list[int]) -> Path:
-    folder = session.folder / "checkpoints"
-    return folder if len(group) == len(session.data.concepts) else folder / session.data.concepts[group[0]].name
-
-
-def _starting_point(session: Session, folder: Path, resume: str | None, steps: int) -> Path | None:
-    """The checkpoint to go on from; a fresh start refuses to train over an earlier run's checkpoints."""
-    if resume is None and (found := newest_valid(folder)) is not None:
-        raise UserError(
-            f"{folder} already holds training up to step {step_of(found)}. Add resume=auto to go on, "
-            "or choose another run_dir."
-        )
-    path = resume_path(resume, folder)
-    if path is not None:
-        done = step_of(path)
-        if done > steps:
-            raise UserError(f"{path} is at step {done}, beyond fit.steps={steps}. Ask for at least {done} steps.")
-        log.info("resuming from step %d of %d (%s)", done, steps, path.name)
-    return path
-
-
-def check_identity(session: Session) -> None:
-    """Remember what this training was asked, or refuse to resume it under other settings.
-
-    Raises:
-        UserError: naming each differing key with both values.
-    """
-    path = session.folder / "checkpoints" / "config.yaml"
-    if not path.is_file() or session.cfg.resume is None:
-        if files.is_rank_zero() and newest_valid(path.parent) is None:
-            files.atomic_write(path, OmegaConf.to_yaml(session.cfg, resolve=True))
-        return
-    before, now = _flat(OmegaConf.load(path)), _flat(session.cfg)
-    changed = [
-        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and _under(key, IDENTITY) and not _under(key, FREE)
-    ]
-    if changed:
-        raise UserError(
-            f"cannot resume {session.folder} under other settings: {'; '.join(changed[:5])}. "
-            "Put them back, or start a new run."
-        )
-
-
-def _under(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(f"{root}.") for root in roots)
-
-
-def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
 
 
 def write_artifacts(session: Session, method: Method, steps: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from hiperlab import files
-from hiperlab.errors import StoppedError
+from hiperlab.errors import StoppedError, UserError
 from hiperlab.run.door import resume_command, task_overrides
 from hiperlab.run.session import Session, configure_logging, open_session, write_settings
 
@@ -31,6 +32,7 @@ def main(cfg: DictConfig) -> float | None:
             print(f"hiperlab: {session.folder} is finished; nothing to do (more pictures: stages=[sample])")
             return session.results.get("objective")
         configure_logging(session.folder)
+        _check(session)  # before anything in the folder changes: a mistaken command must not mark a good run
         write_settings(session, task_overrides())
         session.update(status="running", seed=cfg.seed, run_dir=str(session.folder))
         try:
@@ -58,14 +60,40 @@ def _complete(session: Session) -> bool:
     return set(session.cfg.stages) <= set(session.results.get("stages", {}))
 
 
-def _run(session: Session) -> None:
-    # Data and protocol first: a broken picture or a wrong setting is named before gigabytes are loaded.
+def check_artifacts(cfg: DictConfig) -> None:
+    """Files named by `artifact=` must exist, and are for sampling, not for training.
+
+    Raises:
+        UserError: they do not, or the stages include fit.
+    """
+    paths = [cfg.artifact] if isinstance(cfg.artifact, str) else list(cfg.artifact or [])
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"artifact={path} does not exist. Give the file of a trained concept.")
+    if paths and "fit" in cfg.stages:
+        raise UserError("artifact=… samples a concept that is trained already: add stages=[sample,score,summary].")
+
+
+def _check(session: Session) -> None:
+    """Everything that can be wrong with a command, cheapest first, before gigabytes are loaded.
+
+    Raises:
+        UserError: bad pictures or settings, missing files, or a folder that cannot be trained in.
+    """
+    check_artifacts(session.cfg)
     data, protocol = session.data, session.protocol
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
-    stages = list(session.cfg.stages)
-    if "score" in stages:
+    if "fit" in session.cfg.stages:
+        from hiperlab.run.resume import check_resume
+
+        check_resume(session)
+    if "score" in session.cfg.stages:
         for message in protocol.fetch():
             log.warning("%s", message)
+
+
+def _run(session: Session) -> None:
+    stages = list(session.cfg.stages)
     from hiperlab.report.signals import StopSignals
     from hiperlab.run import fit, pictures, scoring
 
