@@ -65,9 +65,8 @@ def grid(
         y = y0 + number * (cell_h + _GAP)
         if number < len(left):
             _text(draw, left[number], _GAP, y + max(0, (cell_h - len(left[number]) * line) // 2), line, font)
-        for column in range(width_in_cells):
+        for column, image in enumerate(row):
             x = x0 + column * (cell_w + _GAP)
-            image = row[column] if column < len(row) else None
             if image is None:
                 draw.rectangle((x, y, x + cell_w - 1, y + cell_h - 1), fill=_EMPTY)
             else:

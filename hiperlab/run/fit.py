@@ -75,6 +75,7 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
             file.stat().st_size for file in (session.folder / "artifacts").glob("*.safetensors")
         )
         found["peak_memory"] = peak_memory()
+        session.update(steps=found["steps"], trainable_parameters=found["trainable_parameters"])
 
 
 def _fit_group(session: Session, group: list[int], signals: StopSignals, resume_command: str) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def summary(session: Session) -> None:
             write_csv(session.folder / "metrics.jsonl")
         path = session.folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        write_report(session.folder, session.results, rows, session.notes)
+        # The page is the run's last act, so it may say how the run ends.
+        write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
         _to_wandb(session, rows)
 
 

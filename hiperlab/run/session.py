@@ -170,7 +170,8 @@ class Session:
         found: dict[str, Any] = {}
         yield found
         found["seconds"] = round(time.monotonic() - start, 2)
-        self.update(stages={**self.results.get("stages", {}), name: found})
+        stages = {**self.results.get("stages", {}), name: found}
+        self.update(stages=stages, seconds={key: value["seconds"] for key, value in stages.items()})
         log.info("stage %s took %.1f s", name, found["seconds"])
 
 

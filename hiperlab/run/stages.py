@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from hiperlab import files
 from hiperlab.errors import StoppedError, UserError
+from hiperlab.report.environment import command
 from hiperlab.run.door import resume_command, task_overrides
 from hiperlab.run.session import Session, configure_logging, open_session, write_settings
 
@@ -34,7 +35,14 @@ def main(cfg: DictConfig) -> float | None:
         configure_logging(session.folder)
         _check(session)  # before anything in the folder changes: a mistaken command must not mark a good run
         write_settings(session, task_overrides())
-        session.update(status="running", seed=cfg.seed, run_dir=str(session.folder))
+        session.update(
+            status="running",
+            **{group: session.choices.get(group) for group in ("method", "data", "model")},
+            concepts=[concept.name for concept in session.data.concepts],
+            seed=cfg.seed,
+            command=command(),
+            run_dir=str(session.folder),
+        )
         try:
             _run(session)
         except BaseException as error:
