@@ -83,6 +83,15 @@ def test_constraints_cover_the_dependencies() -> None:
     assert names <= pinned, names - pinned
 
 
+def test_rooms_keep_their_walls() -> None:
+    import subprocess
+    import sys
+
+    program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", program, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_quickstart_notebook_runs() -> None:
     import nbformat

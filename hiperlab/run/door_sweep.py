@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hiperlab import files
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.run import sweep
 from hiperlab.run.door_check import Request, check_config, check_plugins, compose, variants
@@ -99,7 +100,16 @@ def _sum_up(folder: Path, rows: Sequence[sweep.Outcome], fixed: Sequence[str], s
     command = shlex.join(["python", "-m", "hiperlab.run", *sys.argv[1:]])
     jobs = [asdict(row) for row in rows]
     content = {"sweep": folder.name, "command": command, "seconds": round(seconds, 1), "jobs": jobs}
-    sweep.write_json(folder / "sweep.json", content)
+    files.write_json(folder / "sweep.json", content)
+    done = [row for row in rows if row.status in sweep.DONE and (Path(row.folder) / "scores.jsonl").is_file()]
+    if done:
+        from hiperlab.report.compare import Job, compare  # only now: a sweep that measured nothing needs no pictures
+
+        finished = [Job(sweep.labels(row, fixed), Path(row.folder)) for row in done]
+        try:
+            print(f"\n{compare(folder, finished)}", flush=True)
+        except UserError as error:  # a sweep over metric=…: the jobs are done, only their scores cannot be mixed
+            print(f"\nno comparison: {error}", flush=True)
 
 
 def _refuse(lines: Sequence[str]) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override
 
+from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.run.door_earlier import results
 from hiperlab.run.door_overrides import parse, without
@@ -116,23 +114,12 @@ def objective(folder: Path) -> float | None:
     return float(value)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Whole or absent: a temporary file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def record(sweep_dir: Path, outcome: Outcome) -> None:
     """Keep what became of a job; the launcher's process may be another than the one that prints the table."""
     known = {row.job: row for row in outcomes(sweep_dir, outcome.invocation)}
     if outcome.status == "skipped" and outcome.job in known:
         return  # an optimiser asked twice for the same point: the first answer tells more
-    write_json(sweep_dir / ".jobs" / f"{outcome.job}.json", asdict(outcome))
+    files.write_json(sweep_dir / ".jobs" / f"{outcome.job}.json", asdict(outcome))
 
 
 def outcomes(sweep_dir: Path, invocation: str) -> list[Outcome]:
@@ -143,6 +130,12 @@ def outcomes(sweep_dir: Path, invocation: str) -> list[Outcome]:
         if outcome.invocation == invocation:
             found.append(outcome)
     return found
+
+
+def labels(row: Outcome, fixed: Sequence[str]) -> dict[str, str]:
+    """What was swept for this job, key by key as shown in tables."""
+    swept = [o for o in parse(row.overrides) if o.key_or_group not in (*fixed, *UNNAMED) and not o.is_delete()]
+    return {o.key_or_group: _short(o) for o in swept}
 
 
 def table(rows: Sequence[Outcome], fixed: Sequence[str]) -> str:

@@ -19,9 +19,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from hiperlab import files
 from hiperlab.errors import UserError, near
 from hiperlab.run.door_overrides import choices, parse
-from hiperlab.run.sweep import write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -198,7 +198,7 @@ class Study(Sweeper):
             return
         best = study.best_trial
         print(f"hiperlab: best objective {best.value:.6g} with {' '.join(f'{k}={v}' for k, v in best.params.items())}")
-        write_json(sweep_dir / "best.json", json.loads(json.dumps({"value": best.value, "params": best.params})))
+        files.write_json(sweep_dir / "best.json", json.loads(json.dumps({"value": best.value, "params": best.params})))
 
 
 def _complete(study: optuna.Study) -> list[Any]:
