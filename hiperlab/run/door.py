@@ -194,7 +194,7 @@ def _run(hydra: Any, request: Any, cfg: Any) -> int:
     from hiperlab.run.door_earlier import HANDED, choose_run_dir
 
     cfg.hydra.mode = RunMode.RUN
-    check_config(cfg, request)
+    check_config(cfg, request, hydra, request.overrides)
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
     os.environ[HANDED] = str(folder)
     cfg.run_dir = str(folder)

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hiperlab.errors import UserError, near
 from hiperlab.run.door_overrides import choices, parse
 from hiperlab.run.door_targets import check_targets
+from hiperlab.run.door_types import check_types, group_lines
 
 STAGES = ("fit", "sample", "score", "summary")
 EXTRAS = {  # the module that a launcher or sweeper needs -> what installs it
@@ -79,8 +80,14 @@ def compose(hydra: Hydra, request: Request, overrides: Sequence[str], mode: RunM
         raise _explain(error, hydra, request, overrides) from None
 
 
-def check_config(cfg: DictConfig, request: Request) -> None:
+def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequence[str]) -> None:
     """Refuse what would fail only after the model has loaded.
+
+    Args:
+        cfg: composed from `lines`.
+        request: the command line.
+        hydra: for the defaults that the values are compared with.
+        lines: overrides of this job.
 
     Raises:
         UserError: missing mandatory values, unresolvable references, unknown stages, wrong resume, foreign targets.
@@ -98,6 +105,14 @@ def check_config(cfg: DictConfig, request: Request) -> None:
         how = " ".join(f"{key}=…" for key in missing)
         raise UserError(f"Missing: {', '.join(missing)}. Give {how} on the command line.")
     _check_values(plain)
+    groups = set(hydra.list_all_config_groups())
+    base = hydra.compose_config(
+        request.config_name,
+        group_lines(lines, groups, hydra.config_loader),
+        run_mode=RunMode.RUN,
+        with_log_configuration=False,
+    )
+    check_types(base, task)
     check_targets(plain, request.allowed_targets)
 
 

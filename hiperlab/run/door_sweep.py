@@ -46,7 +46,7 @@ def run_sweep(hydra: Hydra, request: Request) -> int:
     asked = merge([f"{key}={value}" for key, value in params.items()], without(request.overrides, ("hydra.mode",)))
     for lines in variants(hydra, asked):
         cfg = compose(hydra, request, [*lines, "hydra.mode=RUN"])
-        check_config(cfg, request)
+        check_config(cfg, request, hydra, lines)
         _refuse_devices(master, cfg)
     own = [o for o in parse(asked, hydra.config_loader) if not o.is_hydra_override()]
     fixed = sorted({o.key_or_group for o in own if not o.is_sweep_override()})

@@ -45,8 +45,6 @@ def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, in
     Raises:
         UserError: the batch cannot be shared evenly by the ranks.
     """
-    if batch_size < 1 or (micro is not None and micro < 1):
-        raise UserError(f"fit.batch_size={batch_size}, fit.micro_batch_size={micro}: choose 1 or more images.")
     if batch_size % world:
         raise UserError(
             f"fit.batch_size={batch_size} cannot be shared by {world} processes. "

@@ -169,7 +169,9 @@ MISTAKES = {
     "unknown cat": (["data.concepts=tabi"], "tabby"),
     "artifact that is not there": (["artifact=/nowhere/x.pt"], "does not exist"),
     "unknown scheduler": (["sampler.scheduler=DDIMSchedular"], "DDIMScheduler"),
-    "batch beyond sharing": (["fit.batch_size=0"], "batch_size"),
+    "batch of nothing": (["fit.batch_size=0"], "fit.batch_size=0: expected a whole number, 1 or more"),
+    "number that is none": (["method.optimizer.lr=fast"], "method.optimizer.lr=fast: expected a number"),
+    "seeds that are no list": (["sample.seeds=3"], "expected a list, e.g. sample.seeds=[0,1]"),
     "vectors out of range": (["method.num_vectors=100"], "Choose 1 to 60"),
 }
 
