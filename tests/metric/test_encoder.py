@@ -34,6 +34,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch):
     """An empty hub cache and no connection."""
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
     hub_problem.cache_clear()
     yield
     hub_problem.cache_clear()

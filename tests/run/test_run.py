@@ -150,7 +150,7 @@ def test_artifact_of_another_tool_can_be_sampled(tmp_path) -> None:
 
 
 def test_missing_judge_keeps_the_samples(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run(tmp_path / "run", "method=ti", "metric=neti") == 0
     found = results(tmp_path / "run")
     assert found["status"] == "finished" and found["stages"]["sample"]["pictures"] == 4
