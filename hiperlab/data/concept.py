@@ -52,6 +52,8 @@ class Concept:
                 f"concept name {self.name!r} cannot be a file name: use letters, digits, '_', '.' and '-', "
                 "the first one a letter or digit."
             )
+        if self.name.lower() == "all":
+            raise UserError("a concept cannot be called 'all': tables use that name for their totals.")
         if not self.placeholder or re.search(r"[\s{}]", self.placeholder):
             raise UserError(f"placeholder {self.placeholder!r} must be one word without spaces or braces, e.g. <cat>.")
         if not self.word.strip():

@@ -82,6 +82,7 @@ class FrozenStack(nn.Module):
     alpha_bar: Tensor
     unet: Any  # diffusers' classes carry no types for what they inherit
     vae: Any
+    _predictor: Any
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class FrozenStack(nn.Module):
         self.cross_attention = install_cross_attention(unet)
         self.requires_grad_(False)
         self.eval()
-        self._predictor: Any = self.unet
+        self._set_predictor(self.unet)
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
@@ -159,8 +160,12 @@ class FrozenStack(nn.Module):
             self.unet.enable_gradient_checkpointing()
         if compile:
             torch._dynamo.config.recompile_limit = 64  # sixteen processors differ in their index; the limit is 8
-            self._predictor = torch.compile(self.unet)
+            self._set_predictor(torch.compile(self.unet))
         return self
+
+    def _set_predictor(self, predictor: Any) -> None:
+        """What `predict` calls; kept out of the module tree, where it would stand for the U-Net a second time."""
+        object.__setattr__(self, "_predictor", predictor)
 
     # ---- text ----------------------------------------------------------------------------------------------------
 

@@ -63,8 +63,8 @@ def objective(session: Session) -> float | None:
     if wanted not in session.protocol.members:
         raise UserError(f"objective={wanted} is no score.{near(wanted, ['loss', *session.protocol.members])}")
     table = session.results.get("scores", [])
-    means = [row["mean"] for row in table if row["metric"] == wanted and row["concept"] == ALL]
-    return means[0] if means else None
+    means = {row["variant"]: row["mean"] for row in table if row["metric"] == wanted and row["concept"] == ALL}
+    return means.get("", next(iter(means.values()), None))  # the plain pictures count, if any were drawn
 
 
 def summary(session: Session) -> None:

@@ -92,7 +92,8 @@ def test_compiles_as_one_graph_per_shape(inputs) -> None:
     states = Conditioning(random_states(16), random_states(16, seed=2))
     expected = stack.predict(*inputs, states)
     torch._dynamo.config.recompile_limit = 64
-    stack._predictor = torch.compile(stack.unet, backend="eager", fullgraph=True)
+    stack._set_predictor(torch.compile(stack.unet, backend="eager", fullgraph=True))
+    assert not any("predictor" in name for name in stack.state_dict())
     torch.testing.assert_close(stack.predict(*inputs, states), expected, atol=1e-5, rtol=0)
     torch._dynamo.reset()
 
