@@ -2,7 +2,7 @@
 RUN := python3 .ci/env.py
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup format check test test-fast smoke notebook clean
+.PHONY: help setup format check test test-fast smoke notebook miniature-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ smoke:  ## two steps of every method on the tiny stack
 
 notebook:  ## execute notebooks/quickstart.ipynb in place
 	$(RUN) python -m nbclient.cli --inplace notebooks/quickstart.ipynb
+
+miniature-report:  ## measure the bars of a trained miniature: make miniature-report FOLDER=weights
+	$(RUN) python -m hiperlab.world.train stages=[report] report.folder=$(FOLDER) out=outputs/world/report
 
 clean:  ## remove caches (never outputs)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,6 +22,7 @@ from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
 MANIFEST = "samples.jsonl"
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def sample(session: Session) -> None:
@@ -45,17 +46,22 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:
     method = load_artifacts(session, group).to(session.device)
-    records = [record for index in group for record in _plan(session, index, method.variants)]
+    records = [
+        record
+        for place, index in enumerate(group)
+        for record in _plan(session, index, method.variants, _digest(method.artifact(place)))
+    ]
     missing = [record for record in records if not _is_there(session.folder, record)]
     if len(missing) < len(records):
         log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
-    start, size = time.monotonic(), session.cfg.sample.batch_size
+    start = time.monotonic()
     rank, world = _rank()
     mine = missing[rank::world]
+    progress = _Progress(len(mine))
     for variant in method.variants:
         chosen = [record for record in mine if record["variant"] == variant]
-        for at in range(0, len(chosen), size):
-            batch = chosen[at : at + size]
+        for at in range(0, len(chosen), session.cfg.sample.batch_size):
+            batch = chosen[at : at + session.cfg.sample.batch_size]
             pictures = method.sample(
                 [record["text"] for record in batch],
                 [record["seed"] for record in batch],
@@ -65,18 +71,35 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
                 sampler=session.sampler,
                 variant=variant,
                 negative=session.cfg.sample.negative,
-                batch_size=size,
+                batch_size=len(batch),
             )
             for record, picture in zip(batch, to_pil(pictures), strict=True):
                 _write(session.folder, record, picture)
-            done = at + len(batch)
-            rate = (time.monotonic() - start) / done
-            log.info("drew %d of %d%s, %.1f s a picture", done, len(chosen), f" ({variant})" if variant else "", rate)
+            progress.add(len(batch))
     if missing:
         found["seconds_per_picture"] = round((time.monotonic() - start) / max(1, len(mine)), 3)
     if world > 1:
         torch.distributed.barrier()
     return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+
+class _Progress:
+    """Pictures drawn, speed and time left; a line every few seconds at most."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Note `count` more pictures."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < SECONDS_BETWEEN_LINES and self.done < self.total:
+            return
+        self.shown = now
+        rate = (now - self.start) / self.done
+        left = rate * (self.total - self.done)
+        log.info("drew %d of %d, %.1f s a picture, %.0f s left", self.done, self.total, rate, left)
 
 
 def _rank() -> tuple[int, int]:
@@ -86,16 +109,21 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _plan(session: Session, index: int, variants: tuple[str, ...]) -> list[dict[str, Any]]:
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Names a concept by its numbers; the file's bytes also depend on the order of its metadata."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plan(session: Session, index: int, variants: tuple[str, ...], concept_digest: str) -> list[dict[str, Any]]:
     """One record per picture of a concept, with a key that names everything its pixels depend on."""
     cfg, concept = session.cfg, session.data.concepts[index]
     prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
-    given = cfg.artifact
-    path = session.folder / "artifacts" / f"{concept.name}.safetensors"
-    if given:
-        path = Path(given if isinstance(given, str) else given[index])
     settings = [
-        files.sha256(path), session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
+        concept_digest, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
         session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
     ]  # fmt: skip
     records = []

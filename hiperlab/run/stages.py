@@ -48,6 +48,10 @@ def main(cfg: DictConfig) -> float | None:
         except BaseException as error:
             stopped = isinstance(error, StoppedError) and error.code != 1
             session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
+            if (
+                isinstance(error, StoppedError) and error.code != 1 and "resume with" not in str(error)
+            ):  # outside training: pictures drawn so far are kept
+                raise StoppedError(f"{error}; resume with: {resume_command(session.folder)}", error.code) from error
             raise
         session.results.pop("error", None)
         session.update(status="finished" if _complete(session) else "partial")

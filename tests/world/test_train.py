@@ -1,0 +1,360 @@
+"""The training recipe: every stage starts, learns, is checked and not done twice; others can load what comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hiperlab.world.train import bars, record
+from hiperlab.world.train.door import MODULES, main
+from hiperlab.world.train.plan import ORDER
+
+STAGES = [stage for stage in ORDER if stage != "report"]
+TRAINED = ("vae", "clip", "unet", "identity", "reader", "scorer")
+
+
+def call(*words: str) -> int:
+    return main(["preset=smoke", "say_every=0", *words])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "smoke"
+    assert call(f"out={folder}", f"stages=[{','.join(STAGES)}]") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(out) -> Path:
+    return out / "export" / "weights"
+
+
+def test_every_stage_has_a_module_and_a_place_in_the_order():
+    assert set(MODULES) == set(ORDER)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_ends_with_a_record_and_a_check(out, stage):
+    found = record.read(out / stage)
+    assert found["status"] == "finished" and found["check"] and found["seed"] == 2026
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_loss_falls(out, stage):
+    curve = [loss for _, loss in record.read(out / stage)["curve"]]
+    third = len(curve) // 3
+    assert len(curve) >= 12 and np.mean(curve[-third:]) < np.mean(curve[:third])
+
+
+def test_drawn_again_the_pictures_are_the_same(out, tmp_path):
+    assert call(f"out={tmp_path}", "stages=[data]", "data.sets.main.pictures=64") == 0
+    for file in ("00000.npy", "00000.json"):
+        assert (tmp_path / "data" / "main" / file).read_bytes() == (out / "data" / "main" / file).read_bytes()
+
+
+def test_no_subject_is_in_two_sets_and_held_out_ones_are_held_out(out):
+    from hiperlab.world.subjects import HELD_OUT, TRAINED
+
+    seen = {
+        name: {who for path in (out / "data" / name).glob("*.json") if path.stem.isdigit()
+               for who in json.loads(path.read_text())["identity"]}
+        for name in ("main", "judge", "held", "pairs")
+    }  # fmt: skip
+    assert not seen["main"] & seen["judge"] and len(seen["main"]) == 64 and len(seen["judge"]) == 32
+    assert all(who in TRAINED for who in seen["main"] | seen["judge"])
+    assert all(who in HELD_OUT for who in seen["held"] | seen["pairs"])
+
+
+def test_finished_stages_are_not_done_again(out, capsys):
+    before = (out / "vae" / "weights" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert call(f"out={out}", "stages=[tokenizer,data,vae]") == 0
+    assert capsys.readouterr().out.count("(done before)") == 3
+    assert (out / "vae" / "weights" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_latents_are_whitened_by_the_autoencoder_itself(out):
+    check = record.read(out / "vae")["check"]
+    assert check["scaling_factor"] == pytest.approx(1, abs=0.01)
+    assert record.read(out / "latents")["check"]["standard_deviation"] == pytest.approx(1, abs=0.1)
+
+
+def linked(out: Path, folder: Path, stages: tuple[str, ...]) -> Path:
+    """A training that has some stages of another one."""
+    folder.mkdir()
+    for stage in stages:
+        (folder / stage).symlink_to(out / stage)
+    return folder
+
+
+def test_a_stopped_training_goes_on_exactly(out, tmp_path, monkeypatch):
+    from hiperlab.errors import StoppedError
+    from hiperlab.world.train import fit, unet
+
+    folder = linked(out, tmp_path / "again", tuple(name for name in STAGES if name != "unet"))
+    plain_loss = unet.UnetModule.loss
+
+    def interrupted(self, step):
+        if step == 7:
+            raise StoppedError("stopped by the test", 143)
+        return plain_loss(self, step)
+
+    monkeypatch.setattr(unet.UnetModule, "loss", interrupted)
+    assert call(f"out={folder}", "stages=[unet]", "unet.fit.checkpoint_every=3") == 143
+    assert fit.newest_valid(folder / "unet" / "checkpoints").name == "step-000006.ckpt"
+    assert record.read(folder / "unet")["status"] == "running"
+    monkeypatch.setattr(unet.UnetModule, "loss", plain_loss)
+    assert call(f"out={folder}", "stages=[unet]", "unet.fit.checkpoint_every=3") == 0
+    name = "unet/weights/diffusion_pytorch_model.safetensors"
+    assert (folder / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_budget_ends_a_stage_and_a_larger_one_goes_on(out, tmp_path):
+    folder = linked(out, tmp_path / "short", ("tokenizer", "data"))
+    words = (f"out={folder}", "stages=[reader]", "reader.fit.steps=100000", "reader.fit.minutes=1")
+    assert call(*words, "budget_minutes=0.01") == 0
+    first = record.read(folder / "reader")
+    assert first["status"] == "budget" and 0 < first["steps"] < 100000 and first["check"]
+    assert call(*words, "budget_minutes=0.01") == 0
+    assert record.read(folder / "reader")["steps"] == first["steps"]
+    assert call(*words, "budget_minutes=0.02") == 0
+    assert record.read(folder / "reader")["steps"] > first["steps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["preset=smok"], "Did you mean smoke?"),
+        (["vae.fit.stepz=3"], "Did you mean vae.fit.steps"),
+        (["+vae.fit.stepz=3", "stages=[data,vae]"], "vae.fit takes exactly"),
+        (["stages=[vea]"], "Did you mean vae?"),
+        (["stages=vae"], "expected a list"),
+        (["size=100"], "expected 64, 128"),
+        (["seed=-1"], "expected a whole number"),
+        (["budget_minutes=0"], "positive number"),
+        (["device=gpu"], "Choices: auto, cpu, cuda"),
+        (["stages=[unet]"], "needs stage tokenizer"),
+        (["stages=[report]"], "is no exported miniature"),
+        (["data.sets.pairs.views=3", "stages=[data]"], "must divide"),
+        (["-m", "seed=1,2"], "no sweep"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, words, said):
+    known = [] if words[0].startswith("preset") else ["preset=smoke"]
+    quick = [f"data.sets.{name}.pictures=4" for name in ("held", "pairs", "judge", "main")]
+    extra = quick if words[0].startswith("+") else []
+    assert main([*known, f"out={tmp_path}", *extra, *words]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and err[0].startswith("hiperlab: ") and said in err[0]
+
+
+def test_other_settings_do_not_mix_with_what_is_there(out, capsys):
+    assert call(f"out={out}", "stages=[vae]", "vae.kl=0.1") == 2
+    assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_what_was_trained_on_something_older_is_not_built_upon(out, tmp_path, capsys):
+    folder = linked(out, tmp_path / "newer", ("tokenizer", "data", "latents", "clip", "unet"))
+    assert call(f"out={folder}", "stages=[vae]", "vae.fit.steps=2") == 0
+    capsys.readouterr()
+    assert call(f"out={folder}", "stages=[unet]") == 2
+    assert "begun with another vae" in capsys.readouterr().err
+    assert call(f"out={folder}", "stages=[export]") == 2
+    assert "unet was trained on an earlier vae" in capsys.readouterr().err
+
+
+def test_help_lists_the_settings(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "budget_minutes=null" in text and "preset=gpu|cpu|smoke" in text
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------------
+
+
+def test_hiperlab_loads_the_export(export):
+    from hiperlab.model.load import pretrained
+
+    stack = pretrained("mini", str(export), size=64)
+    assert stack.layers == 16 and stack.width == 32 and stack.latent_shape == (4, 8, 8)
+    assert stack.word_embedding("cat").shape == (32,)
+    assert stack.encode_text(["a photo of <my-cat> on the beach", ""]).shape == (2, 77, 32)
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert stack.decode(stack.scale(stack.encode_moments(pixels)[:, :4])).shape == pixels.shape
+
+
+def test_plain_diffusers_loads_the_export(export):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(str(export), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    picture = pipe("a photo of a cat on the beach", num_inference_steps=2, generator=noise).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_open_clip_loads_the_scorer(export):
+    from hiperlab.metric.encoder import FolderClip
+
+    features = FolderClip(str(export / "judges" / "clip")).load("metric.encoders.clip")
+    from PIL import Image
+
+    images = features.images([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (80, 64), "blue")])
+    texts = features.texts(["a photo of a cat", "a pencil sketch of a dog on the beach"])
+    assert images.shape == texts.shape == (2, 32)
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(2))
+    assert not torch.equal(texts[0], texts[1])
+
+
+def test_the_export_is_half_precision_and_has_a_card(export):
+    from safetensors.torch import load_file
+
+    for path in export.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
+    card = json.loads((export / "card.json").read_text())
+    assert set(card["stages"]) == set(STAGES) - {"export"} and card["missing_judges"] == []
+    assert card["environment"]["packages"]["torch"] and "seconds" in card["stages"]["unet"]
+    assert "| unet | finished | 16 |" in (export / "README.md").read_text()
+
+
+def test_an_export_without_judges_says_so(out, tmp_path):
+    folder = linked(out, tmp_path / "bare", ("tokenizer", "data", "vae", "latents", "clip", "unet"))
+    assert call(f"out={folder}", "stages=[export]", "commit=abc123") == 0
+    assert json.loads((folder / "export" / "weights" / "card.json").read_text())["commit"] == "abc123"
+    assert record.read(folder / "export")["check"]["missing_judges"] == ["clip", "identity", "attributes"]
+    assert "NOT trained" in (folder / "export" / "weights" / "README.md").read_text()
+
+
+def test_too_heavy_an_export_is_refused(out, tmp_path, capsys):
+    folder = linked(out, tmp_path / "heavy", ("tokenizer", "data", "vae", "latents", "clip", "unet"))
+    assert call(f"out={folder}", "stages=[export]", "export.limit_mb=0.5") == 2
+    assert "more than export.limit_mb=0.5" in capsys.readouterr().err
+    assert not (folder / "export" / "weights").exists()
+
+
+def test_the_report_measures_what_it_can_and_says_the_rest(export, capsys, tmp_path):
+    assert call(f"out={tmp_path}", "stages=[report]", f"report.folder={export}", "report.subjects=4") == 0
+    found = {row["key"]: row for row in json.loads((export / "report.json").read_text())}
+    assert set(found) == set(bars.BARS)
+    assert found["personalised"]["value"] is None and found["personalised"]["gpu_reached"] == "not measured"
+    assert all(row["value"] is not None for key, row in found.items() if key != "personalised")
+    assert found["identity_retrieval"]["gpu_reached"] == "not compared"  # 4 subjects are not 400
+    assert not any(row["gpu_reached"] == "yes" for row in found.values())
+    assert (tmp_path / "report" / "samples.png").is_file() and "not reached" not in found["clip_retrieval"][
+        "gpu_reached"
+    ]
+    assert "| what | measured |" in capsys.readouterr().out
+
+
+# ---- the mathematics ---------------------------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_by_steps_and_ends_with_time_or_steps():
+    from hiperlab.world.train.module import rate
+
+    assert rate(0, 10, 0.0) == pytest.approx(0.1) and rate(9, 10, 0.0) == 1
+    assert rate(500, 10, 0.5) == pytest.approx(0.505) and rate(500, 10, 1.0) == pytest.approx(0.01)
+
+
+def test_budgets_are_shared_in_proportion_among_the_asked_stages():
+    from hiperlab.world.train.plan import share_budget
+
+    plan = {"data": {"minutes": 2}, "vae": {"fit": {"minutes": 6, "steps": 5}}, "unet": {"fit": {"minutes": 9}}}
+    shared = share_budget(plan, ["data", "vae"], 4.0)
+    assert shared["data"]["minutes"] == 1 and shared["vae"]["fit"] == {"minutes": 3, "steps": 5}
+    assert shared["unet"]["fit"]["minutes"] == 9
+
+
+def test_contrastive_losses_by_hand():
+    from hiperlab.world.train.clip import contrastive, top1
+    from hiperlab.world.train.identity import supervised_contrastive
+
+    eye = torch.eye(2)
+    wanted = -np.log(np.e / (np.e + 1))  # cosines 1 and 0 at scale 1
+    assert float(contrastive(3 * eye, eye, torch.tensor(0.0))) == pytest.approx(wanted, rel=1e-5)
+    z = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]])
+    who = torch.tensor([0, 0, 1, 1, 2])
+    first = -np.log(np.e / (np.e + 3))  # one positive at cosine 1, three others at 0
+    second = -np.log(np.e / (2 * np.e + 2))  # the fifth row looks the same and is somebody else
+    loss = supervised_contrastive(z, who, temperature=1.0)  # the fifth has no positive and does not count
+    assert float(loss) == pytest.approx((2 * first + 2 * second) / 4, rel=1e-5)
+    assert top1(torch.tensor([[1.0, 0], [0.9, 0.1]]), eye) == 0.5
+
+
+def test_picture_losses_by_hand():
+    from hiperlab.world.train.vae import kl_to_unit_normal, psnr, pyramid_loss
+
+    picture, shifted = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.2)
+    assert float(pyramid_loss(shifted, picture)) == pytest.approx(0.2 + 0.5 * 0.04)  # no edge differs
+    assert float(psnr(shifted, picture)) == pytest.approx(20.0, abs=1e-4)  # peak 2, error 0.2
+    assert float(kl_to_unit_normal(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))) == 0
+    assert float(kl_to_unit_normal(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))) == pytest.approx(8)
+
+
+def test_noise_weights_and_the_running_mean():
+    from hiperlab.world.train.unet import ema_decay, snr_weight
+
+    share = torch.tensor([0.5, 10 / 11])  # signal to noise 1 and 10
+    torch.testing.assert_close(snr_weight(share, 5.0), torch.tensor([1.0, 0.5]))
+    assert snr_weight(share, None).tolist() == [1, 1]
+    assert ema_decay(0, 0.999) == pytest.approx(0.1) and ema_decay(10**6, 0.999) == 0.999
+
+
+def test_whitening_changes_no_reconstruction():
+    from hiperlab.world.train import vae
+
+    class Some:
+        def batch(self, rows):
+            return torch.rand(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+    torch.manual_seed(0)
+    network = vae.build(64, [8, 16, 16, 16], 1, 4).eval()
+    pixels = Some().batch(range(2))
+    with torch.no_grad():
+        before = network.decode(network.encode(pixels).latent_dist.mean).sample
+        spread = network.encode(pixels).latent_dist.std
+        factor = vae.whiten(network, Some(), torch.arange(6))
+        after = network.encode(pixels).latent_dist
+        torch.testing.assert_close(network.decode(after.mean).sample, before, atol=1e-4, rtol=1e-3)
+    assert factor == pytest.approx(1, abs=0.02)
+    assert (after.std / spread).flatten(2).std(2).max() < 1e-2  # the posterior is stretched alike everywhere
+
+
+@pytest.mark.parametrize("preset", ["gpu", "cpu"])
+def test_a_preset_fits_its_limit_and_its_lease(preset):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from open_clip import CLIP
+
+    from hiperlab.metric.truth_judge import Judge, Shape
+    from hiperlab.run.door import config_dir
+    from hiperlab.world.train import clip, scorer, unet, vae
+
+    class Tokens:
+        bos_token_id, eos_token_id, pad_token_id = 2046, 2047, 2047
+
+        def __len__(self):
+            return 2048
+
+    with initialize_config_dir(str(config_dir() / "world"), version_base="1.3"):
+        cfg: Any = OmegaConf.to_container(compose("train", overrides=[f"preset={preset}"]), resolve=True)
+    size, width = cfg["size"], cfg["clip"]["text"]["width"]
+    with torch.device("meta"):
+        parts = [
+            vae.build(size, cfg["vae"]["channels"], cfg["vae"]["layers"], cfg["vae"]["groups"]),
+            clip.build_text(Tokens(), **cfg["clip"]["text"]),
+            clip.build_vision(size, **cfg["clip"]["vision"], space=cfg["clip"]["space"]),
+            unet.build(size // 8, width, cfg["unet"]["channels"], cfg["unet"]["heads"], cfg["unet"]["groups"]),
+            *(Judge(Shape(size, tuple(cfg[name]["channels"]), {"out": 64}, {})) for name in ("identity", "reader")),
+            CLIP(**scorer.config(size, 2048, cfg["scorer"]["space"], cfg["scorer"]["vision"],
+                                 cfg["scorer"]["text"])["model_cfg"]),
+        ]  # fmt: skip
+    weight = sum(2 * p.numel() for part in parts for p in part.parameters()) / 1e6
+    assert weight < cfg["export"]["limit_mb"] - 1  # tokenizers and cards take less than one
+    minutes = sum((cfg[s].get("fit") or cfg[s]).get("minutes", 0) for s in MODULES)
+    assert minutes <= {"gpu": 20.5, "cpu": 190}[preset]
+    assert all(cfg["data"]["shard"] % each["views"] == 0 for each in cfg["data"]["sets"].values())
