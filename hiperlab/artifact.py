@@ -6,7 +6,7 @@ The file's metadata: format number, the method's class and settings, base model,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,27 +128,28 @@ def load_into(method: Method, index: int, path: Path) -> None:
     method.load_artifact(index, artifact.tensors)
 
 
-def card(method: Method, steps: int, run: str, written: Mapping[str, list[str]]) -> str:
+def card(method: str, base: Base, note: str, steps: int, run: str, written: Sequence[tuple[Subject, list[str]]]) -> str:
     """Markdown that tells a stranger what the files beside it are and how to use them.
 
     Args:
-        method: holds the concepts.
+        method: the method's name.
+        base: the model the concepts belong to.
+        note: what must be known of that model, "" for nothing.
         steps: optimizer steps taken.
         run: command that trained them.
-        written: concept name -> names of its files in other tools' formats.
+        written: each concept with the names of its files in other tools' formats.
     """
-    base = method.model.base
     lines = [
-        f"# {type(method).__name__} on {base.name}",
+        f"# {method} on {base.name}",
         "",
         f"Trained for {steps} steps with hiperlab: `{run}`",
-        *([f"\n**Note:** {method.model.note}"] if method.model.note else []),
+        *([f"\n**Note:** {note}"] if note else []),
         "",
         "| concept | placeholder | class noun | file | for other tools |",
         "|---|---|---|---|---|",
     ]
-    for subject in method.concepts:
-        others = ", ".join(f"`{name}`" for name in written.get(subject.name, [])) or "none"
+    for subject, names in written:
+        others = ", ".join(f"`{name}`" for name in names) or "none"
         lines.append(
             f"| {subject.name} | `{subject.placeholder}` | {subject.word} | `{subject.name}.safetensors` | {others} |"
         )

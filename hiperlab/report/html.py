@@ -48,7 +48,7 @@ def write_report(
         _what(folder, results),
         page.section("Scores", _scores(results.get("scores") or aggregate(rows)), _per_prompt(rows)),
         page.section("Pictures", *_pictures(folder)),
-        page.section("Training", _loss(folder), *_training_samples(folder)),
+        page.section("Training", *_losses(folder), *_training_samples(folder)),
         page.section("Cost", *_cost(folder, results)),
         _environment(folder),
     ]
@@ -118,7 +118,7 @@ def _pictures(folder: Path) -> list[str]:
 
 def _training_samples(folder: Path, most: int = 8) -> list[str]:
     """A strip over steps: the first, the last and evenly chosen ones between."""
-    paths = sorted(folder.glob("grids/train-*.png"))
+    paths = sorted([*folder.glob("grids/train-*.png"), *folder.glob("concepts/*/grids/train-*.png")])
     if not paths:
         return []
     count = min(most, len(paths))
@@ -129,12 +129,17 @@ def _training_samples(folder: Path, most: int = 8) -> list[str]:
     return [f"<h3>Samples while training{left_out}</h3>", page.flow(figures)]
 
 
-def _loss(folder: Path) -> str:
+def _losses(folder: Path) -> list[str]:
+    """The run's curve, or one per concept where they were trained one by one."""
+    return [_loss(folder), *(_loss(part, f" ({part.name})") for part in sorted(folder.glob("concepts/*")))]
+
+
+def _loss(folder: Path, whose: str = "") -> str:
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row and row.get("step") is not None]
     drawn = curve([row["step"] for row in rows], [row["loss"] for row in rows], "loss")
     if not drawn:
         return ""
-    caption = "Loss of each step (pale) and its running mean. It depends mostly on the timesteps drawn."
+    caption = f"Loss{page.escape(whose)} of each step (pale), running mean. It depends mostly on the timesteps drawn."
     return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -20,16 +20,16 @@ from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
 from hiperlab.report.guard import FiniteGuard
-from hiperlab.report.loggers import RewindLogs
+from hiperlab.report.loggers import JsonlLogger, RewindLogs
 from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.signals import StopCallback, StopSignals
-from hiperlab.run.resume import checkpoint_folder, remember, starting_point
+from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
 from hiperlab.run.session import Session
 
 if TYPE_CHECKING:
-    from hiperlab.contract import Method
+    from hiperlab.contract import Method, Subject
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
     """
     with session.stage("fit") as found:
         rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
+        if files.is_rank_zero():
+            _write_card(session, rows)
         found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
         found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
         found["train_seconds"] = round(sum(row["train_seconds"] for row in rows), 2)
@@ -84,15 +86,25 @@ def _fit_group(session: Session, group: list[int], signals: StopSignals, resume_
         try:
             return _train(session, group, signals, resume_command, micro, resume)
         except torch.OutOfMemoryError:
-            used = session.results["micro_batch_size"]
-            if used == 1:
-                raise UserError(
-                    "out of memory with one image at a time. Use model.optimise.gradient_checkpointing=true, "
-                    "precision=bf16, or a smaller model.size."
-                ) from None
-            micro, resume = used // 2, "auto"
-            torch.cuda.empty_cache()
-            log.warning("out of memory: micro batch %d -> %d; the batch per step stays the same.", used, micro)
+            micro, resume = _smaller(session), "auto"
+        torch.cuda.empty_cache()  # out here: the exception, and with it the failed attempt's tensors, is gone
+
+
+def _smaller(session: Session) -> int:
+    """Half the micro batch that did not fit.
+
+    Raises:
+        UserError: nothing is left to halve, or several processes would have to agree on it.
+    """
+    used, world = session.results["micro_batch_size"], session.results["world_size"]
+    if used == 1 or world > 1:
+        lower = f"fit.micro_batch_size={used // 2}, " if used > 1 else ""
+        raise UserError(
+            f"out of memory with {used} images at a time. Use {lower}model.optimise.gradient_checkpointing=true, "
+            "precision=bf16, or a smaller model.size; then resume=auto goes on."
+        )
+    log.warning("out of memory: micro batch %d -> %d; the batch per step stays the same.", used, used // 2)
+    return used // 2
 
 
 def _train(
@@ -107,7 +119,7 @@ def _train(
     trainer = _trainer(session, method, group, checkpoints, stop)
     rows, accumulate = split_batch(cfg.fit.batch_size, micro, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
-    session.update(micro_batch_size=rows)
+    session.update(micro_batch_size=rows, world_size=trainer.world_size)
     concepts = tuple(session.data.concepts[index] for index in group)
     subset = DataSet(concepts, session.data.center_crop, session.data.flip)
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
@@ -127,10 +139,10 @@ def _train(
         trainer.fit(method, datamodule=data, ckpt_path=start_from, weights_only=True)
     stop.raise_if_stopped()
     seconds = time.monotonic() - start
-    if trainer.is_global_zero:
-        write_artifacts(session, method, trainer.global_step)
+    written = write_artifacts(session, method, trainer.global_step) if trainer.is_global_zero else []
     trainer.strategy.barrier()
     return {
+        "written": written,
         "steps": trainer.global_step,
         "world_size": trainer.world_size,
         "micro_batch_size": rows,
@@ -156,8 +168,9 @@ def _trainer(
         for number, concept in enumerate(chosen)
         for prompt in concept.prompts[: cfg.fit.sample_prompts]
     ]
+    folder = log_folder(session, group)
     samples = TrainingSamples(
-        session.folder / "grids",
+        folder / "grids",
         cfg.fit.sample_every,
         [prompt for prompt, _ in prompts],
         list(range(len(prompts))),
@@ -176,7 +189,7 @@ def _trainer(
         gradient_clip_val=cfg.fit.gradient_clip,
         callbacks=[stop, FiniteGuard(checkpoints), samples, checkpoints, RewindLogs(), StepProgress()],
         plugins=plugins,
-        logger=session.loggers,
+        logger=[JsonlLogger(folder), session.wandb],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -185,18 +198,26 @@ def _trainer(
     )
 
 
-def write_artifacts(session: Session, method: Method, steps: int) -> None:
-    """One safetensors per concept, its files for other tools, and a card."""
+def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[Subject, list[str]]]:
+    """One safetensors per concept, and its files for other tools; returns the latter's names."""
     folder = session.folder / "artifacts"
-    written: dict[str, list[str]] = {}
+    written = []
     for index, subject in enumerate(method.concepts):
         artifact.write(folder / f"{subject.name}.safetensors", method, index, session.method_settings(), steps)
         other = folder / subject.name
         other.mkdir(parents=True, exist_ok=True)
-        written[subject.name] = [f"{subject.name}/{path.name}" for path in method.export(index, other)]
-        if not written[subject.name]:
+        names = [f"{subject.name}/{path.name}" for path in method.export(index, other)]
+        if not names:
             other.rmdir()
-    files.atomic_write(folder / "README.md", artifact.card(method, steps, command(), written))
+        written.append((subject, names))
+    return written
+
+
+def _write_card(session: Session, rows: list[dict[str, Any]]) -> None:
+    written = [each for row in rows for each in row["written"]]
+    name, stack = session.cfg.method._target_.rsplit(".", 1)[-1], session.stack
+    text = artifact.card(name, stack.base, stack.note, rows[0]["steps"], command(), written)
+    files.atomic_write(session.folder / "artifacts" / "README.md", text)
 
 
 def load_artifacts(session: Session, group: list[int]) -> Method:

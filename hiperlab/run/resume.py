@@ -60,6 +60,13 @@ def checkpoint_folder(session: Session, group: list[int]) -> Path:
     return folder if len(group) == len(session.data.concepts) else folder / session.data.concepts[group[0]].name
 
 
+def log_folder(session: Session, group: list[int]) -> Path:
+    """Where a group's metrics and training samples go: the run folder, or one per concept when one by one."""
+    if len(group) == len(session.data.concepts):
+        return session.folder
+    return session.folder / "concepts" / session.data.concepts[group[0]].name
+
+
 def starting_point(folder: Path, resume: str | None, steps: int) -> Path | None:
     """The checkpoint to go on from, None for a fresh start.
 

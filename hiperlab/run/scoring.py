@@ -71,8 +71,8 @@ def summary(session: Session) -> None:
     """results.json, metrics.csv, report.html, and the same to W&B."""
     with session.stage("summary"):
         session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
-        if (session.folder / "metrics.jsonl").is_file():
-            write_csv(session.folder / "metrics.jsonl")
+        for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
+            write_csv(metrics)
         path = session.folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         # The page is the run's last act, so it may say how the run ends.
@@ -92,21 +92,18 @@ def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
         by_picture.setdefault(row["picture"], {})[row["metric"]] = row["value"]
     names = sorted({row["metric"] for row in table})
     records = read_manifest(session.folder)
-    for logger in session.loggers:
-        if not hasattr(logger, "log_table"):
-            continue
-        logger.summary({**means, "objective": session.results.get("objective")})
-        cells = []
-        for record in records:
-            with Image.open(session.folder / record["path"]) as picture:
-                values = [by_picture.get(record["path"], {}).get(name) for name in names]
-                cells.append(
-                    [record["concept"], record["text"], record["seed"], record["variant"], picture.copy(), *values]
-                )
-        if cells:
-            logger.log_table("samples", ["concept", "prompt", "seed", "variant", "picture", *names], cells)
-        for grid in sorted((session.folder / "grids").glob("*.png")):
-            if not grid.name.startswith("train-"):
-                with Image.open(grid) as picture:
-                    logger.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
-        logger.finish()
+    session.wandb.summary({**means, "objective": session.results.get("objective")})
+    cells = []
+    for record in records:
+        with Image.open(session.folder / record["path"]) as picture:
+            values = [by_picture.get(record["path"], {}).get(name) for name in names]
+            cells.append(
+                [record["concept"], record["text"], record["seed"], record["variant"], picture.copy(), *values]
+            )
+    if cells:
+        session.wandb.log_table("samples", ["concept", "prompt", "seed", "variant", "picture", *names], cells)
+    for grid in sorted((session.folder / "grids").glob("*.png")):
+        if not grid.name.startswith("train-"):
+            with Image.open(grid) as picture:
+                session.wandb.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
+    session.wandb.finish()

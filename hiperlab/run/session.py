@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hiperlab.data.dataset import DataSet
     from hiperlab.metric.protocol import Protocol
     from hiperlab.model.stack import FrozenStack
+    from hiperlab.report.wandb_logger import GuardedWandb
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +136,8 @@ class Session:
         return [note for note in dict.fromkeys(notes) if note]
 
     @cached_property
-    def loggers(self) -> list[Any]:
-        """The local log and, beside it, W&B; the same two for all stages, so that W&B sees one run."""
-        from hiperlab.report.loggers import JsonlLogger
+    def wandb(self) -> GuardedWandb:
+        """The W&B run, the same for all stages."""
         from hiperlab.report.wandb_logger import GuardedWandb
 
         settings = OmegaConf.to_container(self.cfg.logger, resolve=True)
@@ -147,7 +147,7 @@ class Session:
         settings["tags"] = [*(settings.get("tags") or []), *names]
         wandb = GuardedWandb(self.folder, **{str(key): value for key, value in settings.items()})
         wandb.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
-        return [JsonlLogger(self.folder), wandb]
+        return wandb
 
     @cached_property
     def choices(self) -> dict[str, Any]:

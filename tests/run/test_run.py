@@ -260,6 +260,11 @@ def test_a_method_that_cannot_stack_goes_one_by_one(tmp_path, monkeypatch) -> No
     assert {path.name for path in (tmp_path / "run" / "artifacts").glob("*.safetensors")} == {
         "tabby.safetensors", "ginger.safetensors",
     }  # fmt: skip
+    for concept in ("tabby", "ginger"):
+        lines = (tmp_path / "run" / "concepts" / concept / "metrics.jsonl").read_text().splitlines()
+        assert sum('"loss"' in line for line in lines) == 3
+        assert concept in (tmp_path / "run" / "artifacts" / "README.md").read_text()
+    assert (tmp_path / "run" / "report.html").read_text().count("running mean") == 2
     monkeypatch.undo()
     assert run(tmp_path / "stacked", "method=ti", "data.concepts=[tabby,ginger]", "stages=[fit]", *EXACT) == 0
     alone, stacked = (
