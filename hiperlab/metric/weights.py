@@ -6,20 +6,18 @@ probe decides once per process whether the hub can be reached; if not, the answe
 
 from __future__ import annotations
 
-import functools
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiperlab.errors import UserError
+from hiperlab.hub import first_line, hub_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt")
-_PROBE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -53,41 +51,17 @@ def hub_file(repo: str, names: Sequence[str], what: str, key: str) -> Path:
             log.warning("Downloading the weights of %s (%s from %s), once.", what, name, repo)
             return Path(huggingface_hub.hf_hub_download(repo, name))
         except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it means: the connection broke
-            reason = _first_line(error)
+            reason = first_line(error)
             break
         except EntryNotFoundError:
             reason = f"{repo} has no {' or '.join(names)}"
         except (HfHubHTTPError, OSError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             break
     raise MissingWeightsError(
         f"weights of {what} are not here ({reason}). Fetch them where there is a connection with "
         f"`hf download {repo} {names[0]}`, or copy that file here and set {key}=<file>."
     )
-
-
-@functools.cache
-def hub_problem() -> str | None:
-    """Why the hub cannot be asked, or None. Asked once per process, for at most about ten seconds."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS / 2)
-            answer.append(None)
-        except Exception as error:  # any failure at all means the same here, and its reason goes into the message
-            answer.append(_first_line(error))
-
-    thread = threading.Thread(target=ask, daemon=True)  # a thread, as name resolution ignores timeouts
-    thread.start()
-    thread.join(_PROBE_SECONDS)
-    if not answer:
-        return f"{constants.ENDPOINT} did not answer in {_PROBE_SECONDS:.0f} s"
-    return None if answer[0] is None else f"no connection to {constants.ENDPOINT}: {answer[0]}"
 
 
 def local_file(path: str, what: str, key: str) -> Path:
@@ -128,7 +102,7 @@ def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own family of errors; all mean an unusable file
         raise UserError(
-            f"{file} cannot be read as weights of {what} ({_first_line(error)}): "
+            f"{file} cannot be read as weights of {what} ({first_line(error)}): "
             "give a safetensors file or a plain state dict."
         ) from error
     for inner in ("state_dict", "model"):
@@ -137,9 +111,3 @@ def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{file} is no state dict: give the weights of {what} as safetensors or a plain state dict.")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(". ")[:160] if lines else "") or type(error).__name__

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, CLIPTextModel
 
 from hiperlab.errors import UserError
+from hiperlab.hub import hub_problem
 from hiperlab.model.stack import FrozenStack
 
 
@@ -28,11 +30,20 @@ def pretrained(name: str, path: str, size: int, revision: str | None = None, var
             of Stable Diffusion 1.x / 2.x's kind.
     """
     folder = Path(path).expanduser()
+    options: dict[str, Any] = {}
     if folder.exists() or path.startswith((".", "/", "~")):
         _check_folder(folder)
-        path, options = str(folder), {}
+        path = str(folder)
     else:
-        options = {"revision": revision} if revision else {}
+        if revision:
+            options["revision"] = revision
+        if reason := hub_problem():  # the parts may lie in the local cache; its client would retry for a minute
+            if not isinstance(try_to_load_from_cache(path, "unet/config.json", revision=revision), str):
+                raise UserError(
+                    f"model.path={path} is not in the local hub cache and cannot be fetched ({reason}). Fetch it where "
+                    f"there is a connection with `hf download {path}`, or give a local folder in diffusers' layout."
+                )
+            options["local_files_only"] = True
 
     def part(loader: Callable[..., Any], subfolder: str, **extra: Any) -> Any:
         try:

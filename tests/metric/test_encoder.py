@@ -15,11 +15,12 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 
 from hiperlab.errors import UserError
+from hiperlab.hub import hub_problem
 from hiperlab.metric import weights
 from hiperlab.metric.encoder import FolderClip, HubClip, HubVision, Preprocess
 from hiperlab.metric.features import content, make_transform
 from hiperlab.metric.twin import TwinClip
-from hiperlab.metric.weights import MissingWeightsError, hub_file, hub_problem
+from hiperlab.metric.weights import MissingWeightsError, hub_file
 from tests.metric.conftest import load_protocol, noise
 
 CLIP_CFG = {
@@ -167,7 +168,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, n
             time.sleep(3)
 
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: Silent())
-    monkeypatch.setattr(weights, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("hiperlab.hub.PROBE_SECONDS", 0.2)
     assert "did not answer" in (hub_problem() or "")
 
 

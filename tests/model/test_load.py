@@ -85,12 +85,16 @@ def test_mistakes(folder, tmp_path) -> None:
 
 
 def test_unreachable_hub_is_one_line(monkeypatch) -> None:
-    import huggingface_hub.constants
+    from hiperlab.hub import hub_problem
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model\.path=nobody/nothing: cannot load scheduler") as caught:
-        pretrained("x", "nobody/nothing", size=512)
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_problem.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"model\.path=nobody/nothing is not in the local hub cache") as caught:
+            pretrained("x", "nobody/nothing", size=512)
+    finally:
+        hub_problem.cache_clear()
+    assert "\n" not in str(caught.value) and "HF_HUB_OFFLINE" in str(caught.value)
 
 
 def test_twin_is_a_function_of_its_seed() -> None:
