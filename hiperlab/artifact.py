@@ -114,7 +114,7 @@ def load_into(method: Method, index: int, path: Path) -> None:
     Raises:
         UserError: wrong method, wrong base, wrong shapes, or an unreadable file.
     """
-    if not is_own(path) and path.suffix != "":
+    if not is_own(path):
         if not path.is_file():
             raise UserError(f"artifact={path} does not exist.")
         method.load_foreign(index, path)

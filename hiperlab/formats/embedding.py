@@ -30,10 +30,7 @@ def read(path: Path) -> Tensor:
         UserError: there is no file, it is broken or unsafe, or it holds something else.
     """
     if path.suffix == ".safetensors":
-        try:
-            content: Any = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path.name} cannot be read as safetensors ({error}).") from error
+        content: Any = tensors(path)
     else:
         content = pickles.load(path, stand_ins=[PARAMETER_DICT])
     tensor = _single(_parameters(content))
@@ -43,6 +40,18 @@ def read(path: Path) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of another tool's safetensors file.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path.name} cannot be read as safetensors ({error}).") from error
 
 
 def _parameters(content: Any) -> Any:
@@ -56,8 +65,8 @@ def _parameters(content: Any) -> Any:
 def _single(content: Any) -> Tensor | None:
     if isinstance(content, Tensor):
         return content
-    tensors = [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, Mapping) else []
-    return tensors[0] if len(tensors) == 1 else None
+    found = [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, Mapping) else []
+    return found[0] if len(found) == 1 else None
 
 
 def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str) -> list[Path]:

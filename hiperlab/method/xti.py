@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 from torch.optim import Optimizer
 
 from hiperlab.contract import Method, Step, Subject
 from hiperlab.errors import UserError
+from hiperlab.formats import embedding
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
@@ -61,7 +61,7 @@ class ExtendedTextualInversion(Method):
     def load_foreign(self, index: int, path: Path) -> None:
         """A promptplusplus file: one vector per layer, keys `<name-{layer}-0>`."""
         rows = {}
-        for key, row in _read(path).items():
+        for key, row in embedding.tensors(path).items():
             if found := re.fullmatch(r"<?.+-(\d+)-(\d+)>?", key):
                 rows[int(found[1]), int(found[2])] = row.float()
         wanted = [(layer, 0) for layer in range(self.model.layers)]
@@ -72,10 +72,3 @@ class ExtendedTextualInversion(Method):
             )
         with torch.no_grad():
             self.vectors[index].copy_(torch.stack([rows[key] for key in wanted]))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path.name} cannot be read as safetensors ({error}).") from error

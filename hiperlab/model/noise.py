@@ -9,6 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled linear betas over 1000 steps
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
 
 

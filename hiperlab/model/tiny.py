@@ -17,19 +17,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
 
 WIDTH = 32
-SD_SCHEDULE = {  # Stable Diffusion's: scaled linear betas over 1000 steps
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
 
 
 def tiny(
@@ -58,7 +49,7 @@ def tiny(
         text=text,
         vae=vae,
         unet=unet,
-        scheduler_config={**SD_SCHEDULE, "prediction_type": prediction_type},
+        scheduler_config={**SCHEDULE, "prediction_type": prediction_type},
         size=size,
         trained=False,
         note=note,

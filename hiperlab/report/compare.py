@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ def compare(sweep_dir: Path, jobs: Sequence[Job]) -> str:
         UserError: the jobs were scored under different protocols.
     """
     keys = [key for key in dict.fromkeys(key for job in jobs for key in job.labels) if key != "seed"]
-    rows = [{**row, **job.labels} for job in jobs for row in _rows(job.folder)]
+    rows = [{**row, **job.labels} for job in jobs for row in files.read_jsonl(job.folder / "scores.jsonl")]
     if not rows:
         return ""
     table = aggregate([row for row in rows if not row["metric"].endswith(COPY)], by=(*keys, "variant"))
@@ -61,11 +60,6 @@ def compare(sweep_dir: Path, jobs: Sequence[Job]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     return "\n".join([*text, *notes, str(sweep_dir / "comparison.html")])
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "scores.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _lines(totals: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[list[str]]:
@@ -92,7 +86,10 @@ def _value(row: Mapping[str, Any] | None) -> str:
 def _side_by_side(sweep_dir: Path, jobs: Sequence[Job]) -> Path | None:
     """The same prompts and sampling seed under each job, references left out; None without common pictures."""
     shown = jobs[:MOST_COLUMNS]
-    found = [{(r["concept"], r["prompt"], r["seed"]): r for r in _records(job.folder)} for job in shown]
+    found = [
+        {(r["concept"], r["prompt"], r["seed"]): r for r in files.read_jsonl(job.folder / "samples" / "samples.jsonl")}
+        for job in shown
+    ]
     common = [key for key in (found[0] if found else {}) if all(key in each for each in found)]
     first: dict[tuple[str, str], tuple[str, str, int]] = {}
     for key in common:
@@ -111,8 +108,3 @@ def _side_by_side(sweep_dir: Path, jobs: Sequence[Job]) -> Path | None:
     path = sweep_dir / "comparison.png"
     save_png(grid(rows, rows=[f"{concept}: {prompt}" for concept, prompt, _ in chosen], columns=columns), path)
     return path
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "samples" / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

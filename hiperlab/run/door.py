@@ -75,9 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(program: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a program's own `main` in the door's environment and turn whatever it raises into an exit code."""
     with _own_environment():
         try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
+            return program(argv)
         except KeyboardInterrupt:
             print("hiperlab: interrupted", file=sys.stderr)
             return 130

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -61,7 +60,7 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
 
     Raises:
         StoppedError: told to stop (everything is saved), or a loss was not finite.
-        UserError: the run was asked to resume under other settings.
+        UserError: out of memory with nothing left to halve.
     """
     with session.stage("fit") as found:
         rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
@@ -227,13 +226,12 @@ def load_artifacts(session: Session, group: list[int]) -> Method:
         UserError: a file is missing or does not fit.
     """
     method = session.build_method(group)
-    given = session.cfg.artifact
-    paths = [given] if isinstance(given, str) else list(given or [])
+    paths = session.given_artifacts
     if paths and len(paths) != len(session.data.concepts):
         raise UserError(f"artifact names {len(paths)} files for {len(session.data.concepts)} concepts: give one each.")
     for place, index in enumerate(group):
         name = session.data.concepts[index].name
-        path = Path(paths[index]) if paths else session.folder / "artifacts" / f"{name}.safetensors"
+        path = paths[index] if paths else session.folder / "artifacts" / f"{name}.safetensors"
         if not path.is_file():
             raise UserError(f"{path} does not exist: train first (stages=[fit,sample]), or give artifact=<file>.")
         artifact.load_into(method, place, path)

@@ -30,18 +30,14 @@ def sample(session: Session) -> None:
     with session.stage("sample") as found:
         records = [record for group in session.groups for record in _sample_group(session, group, found)]
         if files.is_rank_zero():
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            files.atomic_write(session.folder / "samples" / MANIFEST, lines)
+            files.write_jsonl(session.folder / "samples" / MANIFEST, records)
             write_grids(session, records)
         found["pictures"] = len(records)
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The records of samples/samples.jsonl; empty when nothing was sampled."""
-    path = folder / "samples" / MANIFEST
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return files.read_jsonl(folder / "samples" / MANIFEST)
 
 
 def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -37,8 +36,7 @@ def score(session: Session) -> None:
         scored = score_pictures(known, references, session.protocol, root=session.folder, device=session.device)
         for message in scored.messages:
             log.warning("%s", message)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows)
-        files.atomic_write(session.folder / "scores.jsonl", lines)
+        files.write_jsonl(session.folder / "scores.jsonl", scored.rows)
         found |= {"rows": len(scored.rows), "protocol": session.protocol.name, "hash": session.protocol.hash}
         session.update(score_messages=scored.messages, scores=summarise(scored.rows))
 
@@ -73,8 +71,7 @@ def summary(session: Session) -> None:
         session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
         for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
             write_csv(metrics)
-        path = session.folder / "scores.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        rows = files.read_jsonl(session.folder / "scores.jsonl")
         # The page is the run's last act, so it may say how the run ends.
         write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
         _to_wandb(session, rows)

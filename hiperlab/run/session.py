@@ -40,7 +40,6 @@ class Session:
         cfg: the composed configuration.
         folder: the run folder.
         results: content of results.json, written after every change.
-        group: index of the concepts in hand when a method takes them one by one.
     """
 
     cfg: DictConfig
@@ -64,8 +63,7 @@ class Session:
         """The frozen model in its precision, on the CPU."""
         import torch
 
-        settings = OmegaConf.to_container(self.cfg.model, resolve=True)
-        assert isinstance(settings, dict)
+        settings = _plain(self.cfg.model)
         switches = settings.pop("optimise", None)
         start = time.monotonic()
         stack: FrozenStack = instantiate(settings)
@@ -102,7 +100,7 @@ class Session:
 
         return [Subject(concept.name, concept.placeholder, concept.word) for concept in self.data.concepts]
 
-    @property
+    @cached_property
     def groups(self) -> list[list[int]]:
         """Concept numbers trained together: all at once, or one by one for methods that cannot stack them."""
         everything = list(range(len(self.data.concepts)))
@@ -112,6 +110,12 @@ class Session:
             log.warning("%s takes one concept at a time: the run goes one by one.", self.cfg.method._target_)
         return [[index] for index in everything]
 
+    @property
+    def given_artifacts(self) -> list[Path]:
+        """The files named by `artifact=`, one per concept; empty for the run's own."""
+        given = self.cfg.artifact
+        return [Path(path) for path in ([given] if isinstance(given, str) else given or [])]
+
     def build_method(self, group: list[int]) -> Method:
         """A fresh method for some of the concepts, untrained, on the CPU."""
         # Partial: Hydra would turn our dataclasses into configs if they went through its hands.
@@ -120,9 +124,7 @@ class Session:
 
     def method_settings(self) -> dict[str, Any]:
         """The method's composed configuration as plain containers."""
-        settings = OmegaConf.to_container(self.cfg.method, resolve=True)
-        assert isinstance(settings, dict)
-        return {str(key): value for key, value in settings.items()}
+        return _plain(self.cfg.method)
 
     @property
     def notes(self) -> list[str]:
@@ -140,13 +142,12 @@ class Session:
         """The W&B run, the same for all stages."""
         from hiperlab.report.wandb_logger import GuardedWandb
 
-        settings = OmegaConf.to_container(self.cfg.logger, resolve=True)
-        assert isinstance(settings, dict)
+        settings = _plain(self.cfg.logger)
         names = [str(self.choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
         settings["name"] = settings.get("name") or f"{names[0]}_{names[1]}_{self.cfg.seed}"
         settings["tags"] = [*(settings.get("tags") or []), *names]
-        wandb = GuardedWandb(self.folder, **{str(key): value for key, value in settings.items()})
-        wandb.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+        wandb = GuardedWandb(self.folder, **settings)
+        wandb.log_hyperparams(_plain(self.cfg))
         return wandb
 
     @cached_property
@@ -173,6 +174,13 @@ class Session:
         stages = {**self.results.get("stages", {}), name: found}
         self.update(stages=stages, seconds={key: value["seconds"] for key, value in stages.items()})
         log.info("stage %s took %.1f s", name, found["seconds"])
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config node as plain containers, resolved."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def open_session(cfg: DictConfig) -> Session:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -46,12 +45,10 @@ def main(cfg: DictConfig) -> float | None:
         try:
             _run(session)
         except BaseException as error:
-            stopped = isinstance(error, StoppedError) and error.code != 1
+            stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
             session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
-            if (
-                isinstance(error, StoppedError) and error.code != 1 and "resume with" not in str(error)
-            ):  # outside training: pictures drawn so far are kept
-                raise StoppedError(f"{error}; resume with: {resume_command(session.folder)}", error.code) from error
+            if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
+                raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
             raise
         session.results.pop("error", None)
         session.update(status="finished" if _complete(session) else "partial")
@@ -72,17 +69,16 @@ def _complete(session: Session) -> bool:
     return set(session.cfg.stages) <= set(session.results.get("stages", {}))
 
 
-def check_artifacts(cfg: DictConfig) -> None:
+def check_artifacts(session: Session) -> None:
     """Files named by `artifact=` must exist, and are for sampling, not for training.
 
     Raises:
         UserError: they do not, or the stages include fit.
     """
-    paths = [cfg.artifact] if isinstance(cfg.artifact, str) else list(cfg.artifact or [])
-    for path in paths:
-        if not Path(path).is_file():
+    for path in session.given_artifacts:
+        if not path.is_file():
             raise UserError(f"artifact={path} does not exist. Give the file of a trained concept.")
-    if paths and "fit" in cfg.stages:
+    if session.given_artifacts and "fit" in session.cfg.stages:
         raise UserError("artifact=… samples a concept that is trained already: add stages=[sample,score,summary].")
 
 
@@ -92,7 +88,7 @@ def _check(session: Session) -> None:
     Raises:
         UserError: bad pictures or settings, missing files, or a folder that cannot be trained in.
     """
-    check_artifacts(session.cfg)
+    check_artifacts(session)
     data, protocol = session.data, session.protocol
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "fit" in session.cfg.stages:

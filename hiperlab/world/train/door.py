@@ -38,18 +38,9 @@ settings:"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line says; returns the exit code."""
-    from hiperlab.run.door import _own_environment, _report
+    from hiperlab.run.door import guarded
 
-    with _own_environment():
-        try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
-        except KeyboardInterrupt:
-            print("hiperlab: interrupted", file=sys.stderr)
-            return 130
-        except SystemExit as error:
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException as error:
-            return _report(error)
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from hiperlab.model.noise import add_noise, sample_posterior
+from hiperlab.model.noise import SCHEDULE, add_noise, sample_posterior
 from hiperlab.world.train import clip, latents, words
 from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.fit import train
@@ -18,18 +18,6 @@ from hiperlab.world.train.keys import normals, rows, stream
 from hiperlab.world.train.module import Fit, StageModule, freeze
 from hiperlab.world.train.pictures import Pictures
 from hiperlab.world.train.plan import Workshop
-
-SCHEDULE = {  # Stable Diffusion's
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "prediction_type": "epsilon",
-}
 
 
 def snr_weight(alpha_bar: Tensor, gamma: float | None) -> Tensor:
