@@ -1,6 +1,7 @@
 # Shortcuts; every target runs inside the project's own environment, which the first call makes.
 RUN := python3 .ci/env.py
 export OMP_WAIT_POLICY := PASSIVE
+FOLDER ?= hiperlab/weights/mini
 
 .PHONY: help setup format check test test-fast smoke notebook miniature-report clean
 
@@ -32,7 +33,7 @@ smoke:  ## two steps of every method on the tiny stack
 notebook:  ## execute notebooks/quickstart.ipynb in place
 	$(RUN) python -m nbclient.cli --inplace notebooks/quickstart.ipynb
 
-miniature-report:  ## measure the bars of a trained miniature: make miniature-report FOLDER=weights
+miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<export>
 	$(RUN) python -m hiperlab.world.train stages=[report] report.folder=$(FOLDER) out=outputs/world/report
 
 clean:  ## remove caches (never outputs)

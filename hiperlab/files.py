@@ -17,7 +17,15 @@ from typing import IO, Any
 from hiperlab.errors import UserError
 
 LOCK_NAME = ".lock"
+SHIPPED = "hiperlab:"  # begins a path inside the installed package
 _held: set[Path] = set()  # a POSIX lock never refuses its own process (two runs in one notebook), so we keep count
+
+
+def expand(path: str) -> Path:
+    """A path as people and configs write it: "~" is the home folder, "hiperlab:weights/mini" lies in the package."""
+    if path.startswith(SHIPPED):
+        return Path(__file__).parent / path.removeprefix(SHIPPED)
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiperlab import files
 from hiperlab.errors import UserError, near
 from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
 
@@ -189,7 +190,7 @@ class FolderClip(Encoder):
         what = "a CLIP folder (open_clip_config.json + one checkpoint)"
         if not self.path:
             raise MissingWeightsError(f"{key}.path is not set: give {what}, {key}.path=<folder>.")
-        folder = Path(self.path).expanduser()
+        folder = files.expand(self.path)
         if not (folder / "open_clip_config.json").is_file():
             raise MissingWeightsError(f"{key}.path={self.path} is not {what}: put the two files there or name another.")
         return folder, local_file(str(folder), what, f"{key}.path")

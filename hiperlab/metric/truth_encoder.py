@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.metric.encoder import Encoder, Preprocess
 from hiperlab.metric.weights import MissingWeightsError
@@ -38,7 +39,7 @@ class _FolderJudge(Encoder):
     def _folder(self, key: str) -> Path:
         if not self.path:
             raise MissingWeightsError(f"{key}.path is not set: name a folder of the miniature's judges/.")
-        folder = Path(self.path).expanduser()
+        folder = files.expand(self.path)
         if not (folder / "model.safetensors").is_file():
             raise MissingWeightsError(f"{key}.path={folder} holds no judge: name a folder of the miniature's judges/.")
         return folder

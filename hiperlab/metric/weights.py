@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line, hub_problem
 
@@ -71,7 +72,7 @@ def local_file(path: str, what: str, key: str) -> Path:
         MissingWeightsError: no such file, or a folder without a checkpoint.
         UserError: a folder with several checkpoints of the preferred kind.
     """
-    place = Path(path).expanduser()
+    place = files.expand(path)
     if place.is_file():
         return place
     if not place.is_dir():

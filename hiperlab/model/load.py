@@ -10,28 +10,33 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, CLIPTextModel
 
+from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import hub_problem
 from hiperlab.model.stack import FrozenStack
 
 
-def pretrained(name: str, path: str, size: int, revision: str | None = None, variant: str | None = None) -> FrozenStack:
+def pretrained(
+    name: str, path: str, size: int, revision: str | None = None, variant: str | None = None, note: str = ""
+) -> FrozenStack:
     """Load tokenizer, text encoder, VAE, U-Net and schedule of one Stable Diffusion in float32.
 
     Args:
         name: how artifacts and results call the base, e.g. "sd14".
-        path: a folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
+        path: a folder in diffusers' layout ("hiperlab:weights/mini" is the shipped one), or a hub id such as
+            "CompVis/stable-diffusion-v1-4".
         size: picture side in pixels (512; 768 for SD 2.1).
         revision: branch or commit on the hub.
         variant: "fp16" to load the half-precision files.
+        note: one line shown with every result.
 
     Raises:
         UserError: nothing is there, the hub cannot be reached, the weights are not safetensors, or the model is not
             of Stable Diffusion 1.x / 2.x's kind.
     """
-    folder = Path(path).expanduser()
+    folder = files.expand(path)
     options: dict[str, Any] = {}
-    if folder.exists() or path.startswith((".", "/", "~")):
+    if folder.exists() or path.startswith((".", "/", "~", files.SHIPPED)):
         _check_folder(folder)
         path = str(folder)
     else:
@@ -65,7 +70,8 @@ def pretrained(name: str, path: str, size: int, revision: str | None = None, var
             f"{width}). Choose such a model, e.g. model=sd15."
         )
     return FrozenStack(
-        name=name, tokenizer=tokenizer, text=text, vae=vae, unet=unet, scheduler_config=scheduler, size=size
+        name=name, tokenizer=tokenizer, text=text, vae=vae, unet=unet, scheduler_config=scheduler, size=size,
+        note=note,
     )
 
 

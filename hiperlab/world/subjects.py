@@ -23,28 +23,21 @@ TRAINED = range(0, 2**31)
 HELD_OUT = range(2**31, 2**32)
 NAMED = 2**32
 
-TEMPLATES = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a picture of the {}",
-    "an image of a {}",
-    "a rendering of a {}",
-    "a close-up photo of the {}",
-)
+TEMPLATES = ("a photo of a {}", "a photograph of a {}", "a {}")  # as the world's captions speak of plain photos
 PROMPTS = (
-    "a photo of {}",
-    "a photo of {} on the beach",
-    "a photo of {} jumping in the snow",
-    "a photo of {} sleeping in a living room",
-    "{} wearing a santa hat in the city at night",
-    "{} wearing a blue scarf in the desert",
-    "an oil painting of {}",
-    "a watercolor painting of {} in a meadow",
-    "a pencil sketch of {} sitting",
-    "a neon sign of {} waving",
-    "a pixel art picture of {} under water",
-    "a cartoon of {} running in the jungle with a crown",
-    "a photo of {} on the moon",
+    "a photo of a {}",
+    "a photo of a {} on the beach",
+    "a photo of a {} jumping in the snow",
+    "a photo of a {} sleeping in a living room",
+    "a photo of a {} wearing a santa hat in the city at night",
+    "a photo of a {} wearing a blue scarf in the desert",
+    "an oil painting of a {}",
+    "a watercolor painting of a {} in a meadow",
+    "a pencil sketch of a {} sitting",
+    "a neon sign of a {} waving",
+    "a pixel art picture of a {} under water",
+    "a cartoon of a {} running wearing a crown in the jungle",
+    "a photo of a {} on the moon",
 )
 
 

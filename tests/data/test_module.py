@@ -12,7 +12,7 @@ import torch
 
 from hiperlab.data import module
 from hiperlab.data.batch import Batch
-from hiperlab.data.cats import load
+from hiperlab.data.world import load_named
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData, MicroBatches, view_order
@@ -22,17 +22,17 @@ SIZE = 16
 
 
 def cats(*names: str, flip: float = 0.5) -> DataSet:
-    return load(list(names), None, "cat", "object", None, "none", None, 32, False, flip)
+    return load_named(list(names), None, None, "object", None, "none", None, 64, False, flip)
 
 
 @pytest.fixture(scope="module")
 def one() -> DataSet:
-    return cats("tabby")
+    return cats("puppy")
 
 
 @pytest.fixture(scope="module")
 def four() -> DataSet:
-    return cats("cats", "tabby", "tuxedo", "ginger")
+    return cats("cats", "puppy", "teddy", "bunny")
 
 
 def data(dataset: DataSet, rows: int = 2, accumulate: int = 1, workers: int = 0, **trainer: int) -> ConceptData:

@@ -129,12 +129,12 @@ def test_more_steps_go_on_from_the_last(finished) -> None:
 def test_several_concepts_at_once_equal_each_alone(tmp_path) -> None:
     """The whole run, not only the step: data order, flips, templates and artifacts of a concept are its own."""
     shared = ["method=ti", "stages=[fit]", *EXACT]
-    assert run(tmp_path / "both", *shared, "data.concepts=[tabby,ginger]") == 0
-    assert run(tmp_path / "one", *shared, "data.concepts=[ginger]") == 0
-    both = load_file(tmp_path / "both" / "artifacts" / "ginger.safetensors")["vectors"]
-    one = load_file(tmp_path / "one" / "artifacts" / "ginger.safetensors")["vectors"]
+    assert run(tmp_path / "both", *shared, "data.concepts=[puppy,bunny]") == 0
+    assert run(tmp_path / "one", *shared, "data.concepts=[bunny]") == 0
+    both = load_file(tmp_path / "both" / "artifacts" / "bunny.safetensors")["vectors"]
+    one = load_file(tmp_path / "one" / "artifacts" / "bunny.safetensors")["vectors"]
     torch.testing.assert_close(both, one, **CLOSE)
-    assert (tmp_path / "both" / "artifacts" / "tabby.safetensors").is_file()
+    assert (tmp_path / "both" / "artifacts" / "puppy.safetensors").is_file()
 
 
 def test_artifact_of_another_tool_can_be_sampled(tmp_path) -> None:
@@ -166,7 +166,7 @@ MISTAKES = {
     "prompt without placeholder": (['data.prompts=["a cat on a boat"]'], "a cat on a boat"),
     "placeholder that is a word": (["data.placeholder=cat"], "already a word"),
     "class noun of several tokens": (["data.word=hippopotamuses"], "tokens"),
-    "unknown cat": (["data.concepts=tabi"], "tabby"),
+    "unknown cat": (["data.concepts=pupi"], "puppy"),
     "artifact that is not there": (["artifact=/nowhere/x.pt"], "does not exist"),
     "unknown scheduler": (["sampler.scheduler=DDIMSchedular"], "DDIMScheduler"),
     "batch of nothing": (["fit.batch_size=0"], "fit.batch_size=0: expected a whole number, 1 or more"),
@@ -256,18 +256,18 @@ def test_a_method_that_cannot_stack_goes_one_by_one(tmp_path, monkeypatch) -> No
     from hiperlab.method.ti import TextualInversion
 
     monkeypatch.setattr(TextualInversion, "stacks_concepts", False)
-    assert run(tmp_path / "run", "method=ti", "data.concepts=[tabby,ginger]", *EXACT) == 0
+    assert run(tmp_path / "run", "method=ti", "data.concepts=[puppy,bunny]", *EXACT) == 0
     assert {path.name for path in (tmp_path / "run" / "artifacts").glob("*.safetensors")} == {
-        "tabby.safetensors", "ginger.safetensors",
+        "puppy.safetensors", "bunny.safetensors",
     }  # fmt: skip
-    for concept in ("tabby", "ginger"):
+    for concept in ("puppy", "bunny"):
         lines = (tmp_path / "run" / "concepts" / concept / "metrics.jsonl").read_text().splitlines()
         assert sum('"loss"' in line for line in lines) == 3
         assert concept in (tmp_path / "run" / "artifacts" / "README.md").read_text()
     assert (tmp_path / "run" / "report.html").read_text().count("running mean") == 2
     monkeypatch.undo()
-    assert run(tmp_path / "stacked", "method=ti", "data.concepts=[tabby,ginger]", "stages=[fit]", *EXACT) == 0
+    assert run(tmp_path / "stacked", "method=ti", "data.concepts=[puppy,bunny]", "stages=[fit]", *EXACT) == 0
     alone, stacked = (
-        load_file(tmp_path / each / "artifacts" / "ginger.safetensors")["vectors"] for each in ("run", "stacked")
+        load_file(tmp_path / each / "artifacts" / "bunny.safetensors")["vectors"] for each in ("run", "stacked")
     )
     torch.testing.assert_close(alone, stacked, **CLOSE)

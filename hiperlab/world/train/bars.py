@@ -17,6 +17,7 @@ class Bar:
         gpu, cpu: what a miniature trained there should reach; None where the bar is no number.
         most: whether the bar is a most, not a least.
         needs: pictures, subjects or steps that the question takes; an easier one is not compared with the bar.
+        digits: behind the point, where numbers are shown.
     """
 
     what: str
@@ -25,6 +26,7 @@ class Bar:
     cpu: float | None
     most: bool = False
     needs: int = 0
+    digits: int = 1
 
     def reached(self, value: float | None, bar: float | None) -> str:
         """One of: yes, not reached, not measured."""
@@ -34,7 +36,7 @@ class Bar:
 
     def show(self, value: float | None) -> str:
         """A number with its unit."""
-        return "–" if value is None else f"{value:.1f} {self.unit}"
+        return "–" if value is None else f"{value:.{self.digits}f} {self.unit}".strip()
 
 
 BARS = {
@@ -46,7 +48,7 @@ BARS = {
     "sample_style": Bar("samples whose style is read as prompted", "%", 90, 65, needs=50),
     "identity_retrieval": Bar("identity encoder: right subject among 400, other scene", "%", 90, 70, needs=400),
     "personalised": Bar("Textual Inversion of 5 held-out subjects: identity similarity above the class prompt's", "",
-                        None, None),
+                        0.0, 0.0, needs=5, digits=3),
     "seconds_per_picture": Bar("sampling one picture, 25 steps, guidance, 2 CPU threads", "s", 2.5, 2.5, most=True,
                                needs=25),
 }  # fmt: skip

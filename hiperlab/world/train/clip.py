@@ -82,6 +82,18 @@ class Captioned:
         return self.pictures.batch(chosen), ids.long()
 
 
+def trim(ids: Tensor, end: int, multiple: int = 16) -> Tensor:
+    """Leave out the padding behind every text's end: attention is causal, so what is learnt stays the same.
+
+    Args:
+        ids: (B, 77), each row padded behind its first `end`.
+        end: the end token.
+        multiple: lengths are rounded up to it, so that a compiled network sees few shapes.
+    """
+    longest = int((ids == end).int().argmax(dim=1).max()) + 1
+    return ids[:, : -(-longest // multiple) * multiple]
+
+
 class ClipModule(StageModule):
     """Both towers with the contrastive loss.
 
@@ -105,9 +117,8 @@ class ClipModule(StageModule):
 
     def loss(self, step: int) -> Tensor:
         """Contrast of the step's pairs."""
-        images, texts = self.fast("embed", self.embed)(
-            *self.data.step(self.seed, "clip", step, self.fit_settings.batch)
-        )
+        pixels, ids = self.data.step(self.seed, "clip", step, self.fit_settings.batch)
+        images, texts = self.fast("embed", self.embed)(pixels, trim(ids, self.text.config.eos_token_id))
         return contrastive(images.float(), texts.float(), self.log_scale)
 
 

@@ -19,7 +19,7 @@ from hiperlab.errors import UserError
 MODULES = {  # stage -> module with its `work`
     "tokenizer": "words",
     "data": "pictures",
-    **{name: name for name in ("vae", "latents", "clip", "unet", "identity", "reader", "scorer", "export", "report")},
+    **{name: name for name in ("vae", "latents", "decoder", "clip", "unet", "identity", "reader", "scorer", "export", "report")},
 }
 USAGE = """\
 Train the miniature Stable Diffusion on the procedural world.

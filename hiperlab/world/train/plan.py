@@ -22,6 +22,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "data": (),
     "vae": ("data",),
     "latents": ("data", "vae"),
+    "decoder": ("data", "vae", "latents"),
     "clip": ("tokenizer", "data"),
     "unet": ("tokenizer", "data", "vae", "latents", "clip"),
     "identity": ("data",),

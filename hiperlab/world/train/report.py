@@ -30,10 +30,6 @@ from hiperlab.world.train.plan import Workshop
 from hiperlab.world.words import KINDS, PLACES, POSES, STYLES
 
 SEED = 20  # of the report's own subjects and scenes: the training's checks use others
-PERSONAL = (
-    "not measured by this report: needs five personalisation runs (python -m hiperlab.run method=ti model=pretrained "
-    "model.path=… data=world …, metric with judges/identity)"
-)
 
 
 def prompts(count: int) -> list[str]:
@@ -169,8 +165,9 @@ def work(
     batch: int,
     speed_steps: int,
     speed_repeats: int,
+    personal: dict[str, Any],
 ) -> dict[str, Any]:
-    """The stage: prints the table, writes report.md and report.json into the measured folder, samples.png beside.
+    """The stage: prints the table, writes report.md and report.json into the measured folder, pictures beside.
 
     Args:
         shop: what all stages share.
@@ -183,6 +180,7 @@ def work(
         batch: samples at a time; does not change them beyond rounding.
         speed_steps: of the timed picture (25).
         speed_repeats: timed pictures; their median counts.
+        personal: of the personalised subjects, as `personal.measure` takes them; no subjects, no measurement.
 
     Raises:
         UserError: there is no export, or drawing is not possible here.
@@ -194,7 +192,7 @@ def work(
         raise UserError("the report draws held-out pictures and needs skia-python, which is not installed here.")
     size = int(json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]) * 8
     values: dict[str, float | None] = {}
-    notes = {"personalised": PERSONAL}
+    notes = {}
     pixels, captions, labels = drawn("held", 1, pictures, size)
     pairs = drawn("pairs", 2, 2 * subjects, size)[0]
     texts = prompts(samples)
@@ -209,12 +207,25 @@ def work(
     except UserError as error:
         notes["sample_kind"] = str(error)
     _note(values, notes, "seconds_per_picture", lambda: measure_speed(place, speed_steps, speed_repeats))
-    asked = {"clip_retrieval": pictures, "identity_retrieval": subjects, "reader_accuracy": pictures,
+    if personal["identity_seeds"]:
+        _note(values, notes, "personalised", lambda: _personal(shop, place, size, personal, notes))
+    asked = {"personalised": len(personal["identity_seeds"]), "clip_retrieval": pictures, "identity_retrieval": subjects, "reader_accuracy": pictures,
              "vae_psnr": pictures, "sample_kind": steps, "sample_place": steps, "sample_style": steps,
              "seconds_per_picture": speed_steps}  # fmt: skip
     found = bars.rows(values, notes, asked)
     _write(shop, place, found, images, f"{size} px, {environment()['device']}, seed {SEED}.")
     return {"status": "finished", "check": {row["key"]: row["value"] for row in found}}
+
+
+def _personal(shop: Workshop, place: Path, size: int, settings: dict[str, Any], notes: dict[str, str]) -> float:
+    """The sure part of the gain; what it is made of goes into the notes, pictures beside the report."""
+    from hiperlab.world.train import personal
+
+    gain, pictures = personal.measure(place, size, **settings)
+    notes["personalised"] = str(gain)
+    sheet = grid(pictures, 3)
+    files.atomic_write(shop.folder("report") / "personalised.png", lambda file: sheet.save(file, format="PNG"))
+    return gain.sure
 
 
 def _note(values: dict[str, float | None], notes: dict[str, str], key: str, measure: Callable[[], float]) -> None:

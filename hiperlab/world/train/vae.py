@@ -17,18 +17,20 @@ from hiperlab.world.train.pictures import Pictures
 from hiperlab.world.train.plan import Workshop
 
 SCALES = 4
+SQUARES = 8.0
 
 
 def pyramid_loss(picture: Tensor, target: Tensor) -> Tensor:
     """Distances of values and of edges at four sizes; edges stand in for LPIPS, which would need foreign weights.
 
-    L1 alone paints thin strokes away; halving the size four times weighs shapes as much as pixels.
+    L1 alone paints thin strokes away; halving the size four times weighs shapes as much as pixels. The squares keep
+    large areas at their colour.
 
     Args:
         picture: (B, 3, H, W) in [-1, 1], H and W divisible by 8.
         target: the same.
     """
-    loss = (picture - target).abs().mean() + 0.5 * (picture - target).square().mean()
+    loss = (picture - target).abs().mean() + SQUARES * (picture - target).square().mean()
     for scale in range(SCALES):
         if scale:
             picture, target = F.avg_pool2d(picture, 2), F.avg_pool2d(target, 2)
@@ -155,7 +157,7 @@ def work(
     return outcome | {"check": check(vae, held, check_pictures) | {"scaling_factor": round(factor, 5)}}
 
 
-def load(shop: Workshop) -> Any:
-    """The trained autoencoder, frozen, on the device."""
-    vae = AutoencoderKL.from_pretrained(str(shop.weights("vae")), local_files_only=True)
+def load(shop: Workshop, stage: str = "vae") -> Any:
+    """The trained autoencoder, frozen, on the device; stage "decoder" has the same encoder."""
+    vae = AutoencoderKL.from_pretrained(str(shop.weights(stage)), local_files_only=True)
     return freeze(vae.to(shop.device))

@@ -1,0 +1,63 @@
+"""Stage decoder: the autoencoder's decoder alone learns on, while its latents stay what the U-Net is trained on.
+
+Most of the autoencoder's cost and error lie in its decoder. With the encoder fixed, the latents on disk stay valid, so
+this stage may run beside the U-Net's (on a CPU: one core each), and its steps need no encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hiperlab.model.noise import sample_posterior
+from hiperlab.world.train import latents
+from hiperlab.world.train import vae as stage_vae
+from hiperlab.world.train.fit import train
+from hiperlab.world.train.keys import normals, rows
+from hiperlab.world.train.module import Fit, StageModule, freeze
+from hiperlab.world.train.pictures import Pictures
+from hiperlab.world.train.plan import Workshop
+
+
+class DecoderModule(StageModule):
+    """The decoder with its loss.
+
+    Args:
+        fit, seed: as in StageModule.
+        vae: the trained autoencoder; only `decoder` and `post_quant_conv` are kept and learn.
+        pictures: what it learns from.
+        moments: their posteriors (N, 8, h, w), as stage latents left them.
+    """
+
+    def __init__(self, fit: Fit, seed: int, vae: Any, pictures: Pictures, moments: Tensor) -> None:
+        super().__init__(fit, seed)
+        self.decoder = vae.decoder.train().requires_grad_(True).to(memory_format=torch.channels_last)
+        self.post_quant_conv = vae.post_quant_conv.train().requires_grad_(True)
+        self.scale = vae.config.scaling_factor
+        self.pictures, self.moments = pictures, moments
+
+    def _pass(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latent))
+
+    def loss(self, step: int) -> Tensor:
+        """Reconstruction of the step's pictures from sampled latents."""
+        chosen = rows(self.seed, "decoder", step, len(self.moments), self.fit_settings.batch)
+        moments = self.moments[chosen.to(self.moments.device)].float()
+        shape = (len(chosen), 4, *moments.shape[2:])
+        latent = sample_posterior(moments, normals(self.seed, "decoder noise", step, shape, self.device)) / self.scale
+        picture = self.fast("pass", self._pass)(latent.contiguous(memory_format=torch.channels_last))
+        return stage_vae.pyramid_loss(picture.float(), self.pictures.batch(chosen))
+
+
+def work(shop: Workshop, *, fit: dict[str, Any], check_pictures: int) -> dict[str, Any]:
+    """The stage; leaves the whole autoencoder."""
+    vae = stage_vae.load(shop)
+    main = Pictures(shop.folder("data") / "main", shop.device, shop.cache_pictures)
+    module = DecoderModule(Fit(**fit), shop.seed, vae, main, latents.load(shop))
+    outcome = train(shop, "decoder", module)
+    freeze(module.float().to(shop.device))
+    vae.save_pretrained(shop.weights("decoder"))  # the module trained its parts in place
+    held = Pictures(shop.folder("data") / "held", shop.device)
+    return outcome | {"check": stage_vae.check(vae, held, check_pictures)}

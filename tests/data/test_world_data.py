@@ -1,0 +1,89 @@
+"""The embedded subjects: always the same pixels, any held-out identity, texts in the world's grammar."""
+
+import hashlib
+
+import pytest
+
+from hiperlab.data.dataset import DataSet
+from hiperlab.data.templates import TEMPLATES as PUBLISHED
+from hiperlab.data.world import NOTE, load_held_out, load_named
+from hiperlab.errors import UserError
+from hiperlab.metric.truth_features import known_subject
+from hiperlab.world.caption import parse
+from hiperlab.world.subjects import SEEDS, held_out, subject
+
+SETTINGS = {
+    "placeholder": None,
+    "word": None,
+    "property": "world",
+    "prompts": None,
+    "class_noun": "none",
+    "max_views": None,
+    "resolution": 64,
+    "center_crop": False,
+    "flip": 0.5,
+}
+
+
+def named(concepts: object = "cats", **changed: object) -> DataSet:
+    return load_named(concepts=concepts, **{**SETTINGS, **changed})  # type: ignore[arg-type]
+
+
+def unseen(identity_seed: object, kind: str | None = None, **changed: object) -> DataSet:
+    return load_held_out(identity_seed=identity_seed, kind=kind, **{**SETTINGS, **changed})  # type: ignore[arg-type]
+
+
+def digests(data: DataSet) -> list[str]:
+    return [hashlib.sha256(view.tobytes()).hexdigest() for concept in data.concepts for view in concept.views]
+
+
+def test_one_cat_five_views_always_the_same() -> None:
+    (cat,) = named().concepts
+    assert (cat.name, cat.placeholder, cat.word, cat.note) == ("cats", "<cats>", "cat", NOTE)
+    assert len(cat.views) == len(cat.sources) == 5 == len(set(digests(named())))
+    assert all(view.size == (64, 64) and view.mode == "RGB" for view in cat.views)
+    assert digests(named()) == digests(named())
+
+
+def test_every_subject_with_its_own_noun_and_article() -> None:
+    data = named(list(SEEDS), max_views=2)
+    assert [c.word for c in data.concepts] == [subject(name).word for name in SEEDS]
+    assert {len(c.views) for c in data.concepts} == {2}
+    elephant = named("elephant").concepts[0]
+    assert elephant.templates[0] == "a photo of an {}" and elephant.prompts[1] == "a photo of an {} on the beach"
+    assert named("cats", class_noun="all").concepts[0].templates[0] == "a photo of a {} cat"
+
+
+def test_texts_are_of_the_grammar_unless_others_are_asked_for() -> None:
+    (cat,) = named().concepts
+    for text in cat.templates + cat.prompts:
+        said = parse(text.replace("{}", cat.placeholder), cat.placeholder)
+        assert said["subject"] and not said["unparsed"], text
+    assert named(property="object").concepts[0].templates == PUBLISHED["object"]
+    assert named(prompts=["a {} here"]).concepts[0].prompts == ("a {} here",)
+
+
+def test_held_out_identities_are_named_so_that_the_truth_knows_them() -> None:
+    one, two = unseen([17, 18], "robot").concepts
+    assert (one.name, one.placeholder, one.word) == ("world-17-robot", "<world-17-robot>", "robot")
+    assert known_subject(one.name) == held_out(17, "robot") != known_subject(two.name)
+    assert unseen(17).concepts[0].word == held_out(17).kind
+    assert digests(unseen(17, "robot")) != digests(unseen(18, "robot"))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: named("cat"), "Did you mean cats"),
+        (lambda: named("cats", resolution=16), "resolution=16"),
+        (lambda: named("cats", max_views=0), "max_views=0"),
+        (lambda: named(["cats", "cats"]), "twice"),
+        (lambda: named([]), "no concept to learn"),
+        (lambda: named("cats", property="wrold"), "wrold"),
+        (lambda: unseen(-1), "identity_seed=-1"),
+        (lambda: unseen(3, "catt"), "Did you mean cat"),
+    ],
+)
+def test_mistakes(make: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make()  # type: ignore[operator]
