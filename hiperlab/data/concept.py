@@ -20,6 +20,28 @@ def fill(text: str, word: str) -> str:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What an edit wants of its one picture, in exact texts.
+
+    Attributes:
+        source: what the picture shows.
+        targets: what its edits should show.
+        truths: the true picture of each target where the world knows it, else None; empty where none is known.
+        mask: white where an edit may change the picture, black where it must not; None where nobody knows.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    truths: tuple[Image.Image | None, ...] = ()
+    mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source.strip() or not self.targets or not all(text.strip() for text in self.targets):
+            raise UserError("an edit needs a source text and at least one target text, none of them empty.")
+        assert len(self.truths) in (0, len(self.targets)), f"{len(self.truths)} truths, {len(self.targets)} targets"
+
+
+@dataclass(frozen=True)
 class Concept:
     """One thing to personalise.
 
@@ -32,6 +54,7 @@ class Concept:
         templates: training prompts, each with "{}".
         prompts: evaluation prompts, each with "{}".
         note: what a reader of the results must know about the pictures, e.g. "drawn placeholder, not a photograph".
+        edit: for an edit: the texts as they stand; its prompts may lack the slot where a target names another noun.
 
     Raises:
         UserError: if one of these is not so.
@@ -45,6 +68,7 @@ class Concept:
     templates: tuple[str, ...]
     prompts: tuple[str, ...]
     note: str = ""
+    edit: Edit | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -65,5 +89,5 @@ class Concept:
             if not texts:
                 raise UserError(f"concept {self.name} has no {kind}: give at least one with '{SLOT}'.")
             for text in texts:
-                if SLOT not in text:
+                if SLOT not in text and not (self.edit and kind == "prompt"):
                     raise UserError(f"{kind} {text!r} of concept {self.name} lacks '{SLOT}', the placeholder's slot.")

@@ -26,6 +26,7 @@ class DataSet:
         concepts: one or several, with different names and placeholders.
         center_crop: cut the largest centred square before resizing (else pictures are squeezed).
         flip: probability in [0, 1] of mirroring a picture.
+        short_side: resize the short side, then cut the middle (HiPer, Imagic), whatever `center_crop` says.
 
     Raises:
         UserError: if one of these is not so.
@@ -34,6 +35,7 @@ class DataSet:
     concepts: tuple[Concept, ...]
     center_crop: bool
     flip: float
+    short_side: bool = False
 
     def __post_init__(self) -> None:
         if not self.concepts:

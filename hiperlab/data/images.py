@@ -118,7 +118,7 @@ def read_image(path: Path) -> Image.Image:
         raise ImageProblem(f"broken ({error})".replace("\n", " ")) from error
 
 
-def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool) -> Tensor:
+def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, short_side: bool = False) -> Tensor:
     """Training pixels of a picture, as in the authors' loader (neti.md section 10).
 
     Without a crop a picture that is not square is squeezed: it is resized straight to size x size, bicubic.
@@ -128,19 +128,33 @@ def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool) -> T
         size: side of the result in pixels.
         center_crop: first cut the largest centred square.
         flip: mirror left and right (after resizing, as the authors do).
+        short_side: the edit methods' way instead (hiper.md section 2): the short side to `size`, bilinear, then the
+            middle of the long one.
 
     Returns:
         float32 (3, size, size) in [-1, 1], x / 127.5 - 1.
     """
-    if center_crop:
+    if short_side:
+        image = _short_side(image, size)
+    elif center_crop:
         w, h = image.size
         side = min(w, h)
         left, top = (w - side) // 2, (h - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if image.size != (size, size) or not short_side:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     scaled = np.asarray(image) / 127.5 - 1.0  # float64, then rounded once: bit-equal to the authors'
     pixels = torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1)
     return (pixels.flip(-1) if flip else pixels).contiguous()
+
+
+def _short_side(image: Image.Image, size: int) -> Image.Image:
+    """Torchvision's Resize(size) and CenterCrop(size) on a PIL picture."""
+    w, h = image.size
+    long = int(size * max(w, h) / min(w, h))
+    image = image.resize((size, long) if w <= h else (long, size), Image.Resampling.BILINEAR)
+    left, top = (round((side - size) / 2.0) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def _formats() -> list[str]:

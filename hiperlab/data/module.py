@@ -131,7 +131,9 @@ class _PixelCache:
         pixels = self.kept.get((concept, view))
         if pixels is None:
             image = self.dataset.concepts[concept].views[view]
-            pixels = to_pixels(image, self.size, self.dataset.center_crop, flip=False)
+            pixels = to_pixels(
+                image, self.size, self.dataset.center_crop, flip=False, short_side=self.dataset.short_side
+            )
             if len(self.kept) < self.most:
                 self.kept[(concept, view)] = pixels
         return pixels.flip(-1) if flip else pixels

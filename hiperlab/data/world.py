@@ -72,8 +72,15 @@ def load_held_out(
     Args:
         identity_seed: one or several of 0 to 2**31 - 1.
         kind: one of `hiperlab.world.words.KINDS`, or None to let each seed choose.
-        placeholder: the new word (None: "<world-17>" or "<world-17-cat>", from which the truth scores know the subject).
-        word, property, prompts, class_noun, max_views, resolution, center_crop, flip: as in `load_named`.
+        placeholder: the new word (None: "<world-17>" or "<world-17-cat>"; the truth scores know the subject by it).
+        word: as in `load_named`.
+        property: as in `load_named`.
+        prompts: as in `load_named`.
+        class_noun: as in `load_named`.
+        max_views: as in `load_named`.
+        resolution: as in `load_named`.
+        center_crop: as in `load_named`.
+        flip: as in `load_named`.
 
     Raises:
         UserError: seed out of range, unknown kind, resolution or number of views.

@@ -1,4 +1,6 @@
-"""Pictures side by side with labels. Pixels are never resampled; only paper is added around them."""
+"""Pictures side by side with labels. Pixels are never resampled: paper is added around them, and small pictures are
+enlarged by a whole factor so that they can be looked at.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from hiperlab import files
 
 _PAPER, _INK, _EMPTY = (255, 255, 255), (40, 40, 40), (236, 236, 236)
 _GAP = 6
+_LOOKABLE = 128  # pixels; smaller pictures are enlarged to about this
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -46,7 +49,9 @@ def grid(
             f"a grid of {len(images)} x {width_in_cells} places with {len(present)} pictures cannot carry "
             f"{len(rows)} row and {len(columns)} column labels."
         )
-    cell_w, cell_h = max(image.width for image in present), max(image.height for image in present)
+    factor = max(1, _LOOKABLE // max(max(image.size) for image in present))
+    images = [[None if image is None else _enlarge(image, factor) for image in row] for row in images]
+    cell_w, cell_h = (factor * max(image.size[axis] for image in present) for axis in (0, 1))
     font = _font(max(11, min(18, cell_w // 14)))
     left = [_wrap(label, font, max(cell_w, 90)) for label in rows]
     above = [_wrap(label, font, cell_w) for label in columns]
@@ -84,6 +89,13 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     files.atomic_write(path, buffer.getvalue())
+
+
+def _enlarge(image: Image.Image, factor: int) -> Image.Image:
+    """Every pixel as a square of `factor` x `factor`."""
+    if factor == 1:
+        return image
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

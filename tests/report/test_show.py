@@ -70,7 +70,9 @@ def test_grid_keeps_pixels_and_places():
     sheet = grid(images, rows=["one", "a long label of many words"], columns=["x", "y"], title="t")
     counts = {colour: count for count, colour in sheet.getcolors(maxcolors=10**6) or []}
     assert {(0, 0, 7), (0, 90, 7), (90, 0, 7)} <= counts.keys() and (90, 90, 7) not in counts
-    assert counts[0, 90, 7] == 32 * 32
+    assert counts[0, 90, 7] == 128 * 128  # 32 px are too small to look at: each pixel became 4 x 4
+    large = [[Image.new("RGB", (200, 100), (1, 2, 3))]]
+    assert dict((c, n) for n, c in grid(large).getcolors() or [])[1, 2, 3] == 200 * 100
     with pytest.raises(ValueError, match="labels"):
         grid(images, rows=["a", "b", "c"])
     with pytest.raises(ValueError, match="0 pictures"):

@@ -358,3 +358,30 @@ def test_a_preset_fits_its_limit_and_its_lease(preset):
     minutes = sum((cfg[s].get("fit") or cfg[s]).get("minutes", 0) for s in MODULES)
     assert minutes <= {"gpu": 20.5, "cpu": 190}[preset]
     assert all(cfg["data"]["shard"] % each["views"] == 0 for each in cfg["data"]["sets"].values())
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    from hiperlab.world.train.muon import Muon, orthogonal, split
+
+    torch.manual_seed(0)
+    for shape in ((8, 72), (72, 8), (16, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert 0.3 < float(values.min()) and float(values.max()) < 1.3, shape
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 4, 3))
+    matrices, others = split(network.named_parameters())
+    assert [w.ndim for w in matrices] == [4, 4] and all(w.ndim == 1 for w in others)
+    mine = Muon(matrices, others, lr=0.1, adam_lr=0.01, weight_decay=0.1, betas=(0.9, 0.98))
+    reference = [w.detach().clone().requires_grad_() for w in others]
+    adam = torch.optim.AdamW(reference, lr=0.01, weight_decay=0.0, betas=(0.9, 0.98))
+    picture = torch.randn(2, 3, 8, 8)
+    before = float(network(picture).square().mean())
+    for _ in range(5):
+        network.zero_grad()
+        network(picture).square().mean().backward()
+        for theirs, ours in zip(reference, others):
+            theirs.grad = ours.grad.clone()
+        mine.step()
+        adam.step()
+    for theirs, ours in zip(reference, others):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert float(network(picture).square().mean()) < before

@@ -12,6 +12,8 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from hiperlab.world.train import muon
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -21,11 +23,12 @@ class Fit:
         steps: most optimizer steps.
         minutes: budget of wall time, compilation included; null = none, and then the result depends on steps alone.
         batch: samples a step.
-        lr: highest learning rate.
+        lr: highest learning rate of AdamW.
         warmup: steps until it is reached.
         weight_decay: AdamW's.
         clip: largest gradient norm.
         checkpoint_every: steps between checkpoints.
+        muon: highest learning rate of the matrices under Muon; null = AdamW for everything.
     """
 
     steps: int
@@ -36,6 +39,7 @@ class Fit:
     weight_decay: float
     clip: float
     checkpoint_every: int
+    muon: float | None
 
 
 def rate(step: int, warmup: int, progress: float, floor: float = 0.01) -> float:
@@ -99,10 +103,17 @@ class StageModule(LightningModule, ABC):
         optimizer: Any = self.optimizers()
         share = rate(self.global_step, self.fit_settings.warmup, self.progress())
         for group in optimizer.param_groups:
-            group["lr"] = self.fit_settings.lr * share
+            group["lr"] = group.get("highest_lr", self.fit_settings.lr) * share
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, no decay on vectors; not fused, as Lightning refuses to clip a fused optimizer's gradients."""
+        """AdamW or Muon, no decay on vectors; AdamW not fused, as Lightning refuses to clip a fused optimizer's gradients."""
+        settings = self.fit_settings
+        if settings.muon is not None:
+            matrices, others = muon.split(self.named_parameters())
+            return muon.Muon(
+                matrices, others, lr=settings.muon, adam_lr=settings.lr, weight_decay=settings.weight_decay,
+                betas=(0.9, 0.98),
+            )  # fmt: skip
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.fit_settings.weight_decay},

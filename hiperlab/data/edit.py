@@ -1,0 +1,96 @@
+"""Edits: one picture with its source text and target texts, and how concepts and edits become one another.
+
+An edit is a concept whose texts have the class noun replaced by the slot: prompt.replace(placeholder, word) gives the
+exact text back. So edit methods read plain texts, and concept methods run on the same data with their placeholder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from PIL import Image
+
+from hiperlab.data.concept import SLOT, Concept, Edit, fill
+from hiperlab.data.dataset import DataSet
+from hiperlab.errors import UserError
+
+
+def slotted(text: str, word: str) -> str:
+    """The text with the first whole-word occurrence of `word` as the slot; unchanged where the word is not in it."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", SLOT, text, count=1)
+
+
+def edit_concept(
+    name: str, placeholder: str, word: str, picture: Image.Image, where: str, edit: Edit, note: str = ""
+) -> Concept:
+    """A concept of one picture.
+
+    Args:
+        name: as in `Concept`.
+        placeholder: as in `Concept`.
+        word: the noun that the source text names.
+        picture: the source, RGB.
+        where: names the picture in messages.
+        edit: the texts.
+        note: as in `Concept`.
+
+    Raises:
+        UserError: the source text lacks the noun.
+    """
+    source = slotted(edit.source, word)
+    if SLOT not in source:
+        raise UserError(
+            f"the source text {edit.source!r} lacks the noun {word!r}: name the noun that is in it, data.word=…"
+        )
+    prompts = tuple(slotted(text, word) for text in edit.targets)
+    return Concept(name, placeholder, word, (picture,), (where,), (source,), prompts, note, edit)
+
+
+def as_edits(dataset: DataSet) -> DataSet:
+    """Every concept as an edit of its first view; edits stay as they are, except for the published crop.
+
+    A concept nobody described is "a photo of a <noun>", and its evaluation prompts are the targets.
+    """
+    return replace(dataset, concepts=tuple(map(_as_edit, dataset.concepts)), flip=0.0, short_side=True)
+
+
+def _as_edit(concept: Concept) -> Concept:
+    if concept.edit:
+        return concept
+    article = "an" if concept.word[0].lower() in "aeiou" else "a"
+    edit = Edit(f"a photo of {article} {concept.word}", tuple(fill(text, concept.word) for text in concept.prompts))
+    return replace(
+        concept,
+        views=concept.views[:1],
+        sources=concept.sources[:1],
+        templates=(slotted(edit.source, concept.word),),
+        edit=edit,
+    )
+
+
+def one_per_target(dataset: DataSet) -> DataSet:
+    """Every edit as several of one target each, for methods whose fit serves one target only.
+
+    They are called <name>-0, <name>-1, … in the targets' order; so are their placeholders.
+    """
+    return replace(dataset, concepts=tuple(one for concept in dataset.concepts for one in _split(concept)))
+
+
+def _split(concept: Concept) -> list[Concept]:
+    edit = concept.edit
+    assert edit, f"{concept.name} is no edit: as_edits comes first"
+    if len(edit.targets) == 1:
+        return [concept]
+    parts = []
+    for number, (target, prompt) in enumerate(zip(edit.targets, concept.prompts, strict=True)):
+        truths = edit.truths[number : number + 1]
+        ending = ">" if concept.placeholder.endswith(">") else ""
+        placeholder = f"{concept.placeholder.removesuffix('>')}-{number}{ending}"
+        parts.append(
+            replace(
+                concept, name=f"{concept.name}-{number}", placeholder=placeholder, prompts=(prompt,),
+                edit=replace(edit, targets=(target,), truths=truths),
+            )
+        )  # fmt: skip
+    return parts
