@@ -21,6 +21,11 @@ def slotted(text: str, word: str) -> str:
     return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", SLOT, text, count=1)
 
 
+def described(word: str) -> str:
+    """What a picture of a thing shows where nobody said: "a photo of an elephant"."""
+    return f"a photo of {'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
+
+
 def edit_concept(
     name: str, placeholder: str, word: str, picture: Image.Image, where: str, edit: Edit, note: str = ""
 ) -> Concept:
@@ -58,15 +63,29 @@ def as_edits(dataset: DataSet) -> DataSet:
 def _as_edit(concept: Concept) -> Concept:
     if concept.edit:
         return concept
-    article = "an" if concept.word[0].lower() in "aeiou" else "a"
-    edit = Edit(f"a photo of {article} {concept.word}", tuple(fill(text, concept.word) for text in concept.prompts))
+    # Where the noun follows the placeholder (data.class_noun), the noun in its place would be there twice.
+    prompts = tuple(text.replace(f"{SLOT} {concept.word}", SLOT) for text in concept.prompts)
+    edit = Edit(described(concept.word), tuple(fill(text, concept.word) for text in prompts))
     return replace(
         concept,
         views=concept.views[:1],
         sources=concept.sources[:1],
         templates=(slotted(edit.source, concept.word),),
+        prompts=prompts,
         edit=edit,
     )
+
+
+def at_most(dataset: DataSet, most: int | None) -> DataSet:
+    """Only the first `most` targets of every edit (None: all), for methods that pay a fit for each."""
+    return replace(dataset, concepts=tuple(_first(concept, most) for concept in dataset.concepts))
+
+
+def _first(concept: Concept, most: int | None) -> Concept:
+    edit = concept.edit
+    assert edit, f"{concept.name} is no edit: as_edits comes first"
+    kept = replace(edit, targets=edit.targets[:most], truths=edit.truths[:most])
+    return replace(concept, prompts=concept.prompts[:most], edit=kept)
 
 
 def one_per_target(dataset: DataSet) -> DataSet:

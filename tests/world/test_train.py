@@ -286,10 +286,13 @@ def test_contrastive_losses_by_hand():
 
 
 def test_picture_losses_by_hand():
-    from hiperlab.world.train.vae import kl_to_unit_normal, psnr, pyramid_loss
+    from hiperlab.world.train.vae import centre, kl_to_unit_normal, psnr, pyramid_loss
 
-    picture, shifted = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.2)
-    assert float(pyramid_loss(shifted, picture)) == pytest.approx(0.2 + 0.5 * 0.04)  # no edge differs
+    picture, shifted = torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 0.2)
+    flat = 0.2 + 10 * 0.04  # L1 and squares; the weights' own slope is all that the edges see
+    assert float(pyramid_loss(picture, picture)) == 0 and flat < float(pyramid_loss(shifted, picture)) < flat + 0.05
+    weights = centre(64, 64)
+    assert float(weights.mean()) == pytest.approx(1, abs=1e-5) and 2.5 < float(weights.max() / weights.min()) <= 3
     assert float(psnr(shifted, picture)) == pytest.approx(20.0, abs=1e-4)  # peak 2, error 0.2
     assert float(kl_to_unit_normal(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))) == 0
     assert float(kl_to_unit_normal(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))) == pytest.approx(8)

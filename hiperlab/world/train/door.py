@@ -19,7 +19,10 @@ from hiperlab.errors import UserError
 MODULES = {  # stage -> module with its `work`
     "tokenizer": "words",
     "data": "pictures",
-    **{name: name for name in ("vae", "latents", "decoder", "clip", "unet", "identity", "reader", "scorer", "export", "report")},
+    **{
+        name: name
+        for name in ("vae", "latents", "decoder", "clip", "unet", "identity", "reader", "scorer", "export", "report")
+    },
 }
 USAGE = """\
 Train the miniature Stable Diffusion on the procedural world.

@@ -106,7 +106,7 @@ class StageModule(LightningModule, ABC):
             group["lr"] = group.get("highest_lr", self.fit_settings.lr) * share
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW or Muon, no decay on vectors; AdamW not fused, as Lightning refuses to clip a fused optimizer's gradients."""
+        """AdamW or Muon, no decay on vectors; not fused, as Lightning refuses to clip a fused optimizer's gradients."""
         settings = self.fit_settings
         if settings.muon is not None:
             matrices, others = muon.split(self.named_parameters())

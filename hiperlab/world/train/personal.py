@@ -44,7 +44,7 @@ class Gain:
 
     @property
     def gains(self) -> list[float]:
-        """after - before."""
+        """After - before."""
         return [after - before for before, after in zip(self.before, self.after, strict=True)]
 
     @property
@@ -83,7 +83,8 @@ def measure(
         batch: pictures of each subject in a step.
         lr: of Adam.
         draws: pictures per prompt and subject.
-        sampling_steps, guidance: of the pictures.
+        sampling_steps: of the pictures.
+        guidance: of the pictures.
 
     Returns:
         The gain, and pictures to look at (3 per subject, 3, size, size): its own, the class prompt's, the method's.

@@ -209,9 +209,13 @@ def work(
     _note(values, notes, "seconds_per_picture", lambda: measure_speed(place, speed_steps, speed_repeats))
     if personal["identity_seeds"]:
         _note(values, notes, "personalised", lambda: _personal(shop, place, size, personal, notes))
-    asked = {"personalised": len(personal["identity_seeds"]), "clip_retrieval": pictures, "identity_retrieval": subjects, "reader_accuracy": pictures,
-             "vae_psnr": pictures, "sample_kind": steps, "sample_place": steps, "sample_style": steps,
-             "seconds_per_picture": speed_steps}  # fmt: skip
+    asked = dict.fromkeys(("vae_psnr", "clip_retrieval", "reader_accuracy"), pictures)
+    asked |= dict.fromkeys(("sample_kind", "sample_place", "sample_style"), steps)
+    asked |= {
+        "identity_retrieval": subjects,
+        "personalised": len(personal["identity_seeds"]),
+        "seconds_per_picture": speed_steps,
+    }
     found = bars.rows(values, notes, asked)
     _write(shop, place, found, images, f"{size} px, {environment()['device']}, seed {SEED}.")
     return {"status": "finished", "check": {row["key"]: row["value"] for row in found}}
