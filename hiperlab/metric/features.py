@@ -36,6 +36,18 @@ class Features(nn.Module):
         """Embed B texts into the pictures' space: unit rows (B, D) float32."""
         raise UserError(f"{type(self).__name__} has no text tower: give the text score a CLIP encoder.")
 
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """B pictures as pixels of one size: (B, 3, H, W) in [0, 1]."""
+        raise UserError(f"{type(self).__name__} gives no pixels: give the score the pixel encoder.")
+
+    def patches(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Deep features of B pictures' patches: (B, N, D)."""
+        raise UserError(f"{type(self).__name__} gives no patches: give the structure score such an encoder.")
+
+    def perceptual(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> Tensor:
+        """Perceptual distance of pairs of pictures: (B,)."""
+        raise UserError(f"{type(self).__name__} gives no perceptual distance: give the score an LPIPS encoder.")
+
 
 class VisionFeatures(Features):
     """A network with pictures only, such as DINO.
@@ -53,7 +65,7 @@ class VisionFeatures(Features):
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Embed B RGB pictures (B, D)."""
-        with _exact():
+        with exact():
             return unit(self._encode(torch.stack([self.transform(picture) for picture in pictures]).to(self._device())))
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -85,7 +97,7 @@ class ClipFeatures(VisionFeatures):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed B texts (B, D)."""
-        with _exact():
+        with exact():
             return unit(self.network.encode_text(self.tokenizer(list(texts)).to(self._device())))  # type: ignore[operator]
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -117,7 +129,7 @@ def content(network: nn.Module, extra: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """No gradient, no autocast, no TF32: a run's precision must not move its scores.
 
     Per backend, because torch's global getter raises as soon as anybody has used the per-backend switches.

@@ -14,9 +14,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hiperlab.errors import UserError, near
+from hiperlab.metric.edit_member import EditScore
 from hiperlab.metric.encoder import Encoder
 from hiperlab.metric.weights import MissingWeightsError
 
@@ -70,6 +71,7 @@ class TextScore:
     encoder: str
     scale: str
     cleaning: str
+    lower: ClassVar[bool] = False  # whether less is better
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
@@ -91,6 +93,7 @@ class ImageScore:
     encoder: str
     scale: str
     pairing: str
+    lower: ClassVar[bool] = False
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
@@ -130,7 +133,7 @@ class Protocol:
     name: str
     trained: bool
     encoders: Mapping[str, Encoder]
-    members: Mapping[str, TextScore | ImageScore]
+    members: Mapping[str, TextScore | ImageScore | EditScore]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", dict(self.encoders))
@@ -139,10 +142,10 @@ class Protocol:
             # Hydra turns dataclasses inside a dict into configs again unless told to convert.
             assert isinstance(encoder, Encoder), f"encoder {key} is a {type(encoder).__name__}: set _convert_: all"
         for name, member in self.members.items():
-            assert isinstance(member, (TextScore, ImageScore)), f"member {name} is a {type(member).__name__}"
+            assert isinstance(member, (TextScore, ImageScore, EditScore)), f"member {name} is a {type(member).__name__}"
             self._check(name, member)
 
-    def _check(self, name: str, member: TextScore | ImageScore) -> None:
+    def _check(self, name: str, member: TextScore | ImageScore | EditScore) -> None:
         """Refuse settings that do not exist."""
         known = {"encoder": tuple(self.encoders), "scale": SCALES, "pairing": PAIRINGS, "cleaning": CLEANINGS,
                  "missing": MISSING}  # fmt: skip

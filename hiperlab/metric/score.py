@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from hiperlab.errors import UserError, near
+from hiperlab.metric.edit_member import EditScore
 from hiperlab.metric.picture import as_pictures, open_picture
 from hiperlab.metric.protocol import ImageScore, Protocol, TextScore, clean
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from hiperlab.metric.edit import EditReference
     from hiperlab.metric.encoder import Encoder
     from hiperlab.metric.features import Features
 
@@ -25,7 +27,7 @@ REAL = "real"  # in a row's column "picture": the ceiling, real pictures scored 
 COPY = "_copy"  # ending of the copy detector's scores
 _NEEDED = ("concept", "prompt", "text", "path")
 _OPTIONAL = ("placeholder", "word", "seed")
-_WRITTEN = ("picture", "metric", "value", "protocol", "protocol_hash", "trained", "weights")
+_WRITTEN = ("picture", "metric", "value", "protocol", "protocol_hash", "trained", "weights", "lower_is_better")
 
 
 class Scored(NamedTuple):
@@ -50,11 +52,13 @@ def score(
     device: str | torch.device = "cpu",
     batch_size: int = 32,
     loaded: MutableMapping[Encoder, Features] | None = None,
+    edits: Mapping[str, EditReference] | None = None,
 ) -> Scored:
     """Score pictures from disk, whoever made them.
 
     A row holds concept, prompt, seed, picture (the record's path), metric, value (None where nothing was found),
-    protocol, protocol_hash, trained, weights (content of the encoder's weights) and the record's further columns.
+    protocol, protocol_hash, trained, lower_is_better, weights (content of the encoder's
+    weights) and the record's further columns.
     Beside every picture score M there is "M_copy", the similarity to the nearest reference. Per concept, M and M_copy
     have one row with picture="real": real pictures against each other, each left out of its own references. A copy
     score above that row's is nearer to one photograph than photographs of the concept are to each other.
@@ -68,6 +72,7 @@ def score(
         device: where the encoders run.
         batch_size: pictures per pass; does not change the numbers beyond float32's rounding.
         loaded: an empty dict that keeps encoders between calls; without it they are freed after use.
+        edits: what the edits among the concepts are judged against; other concepts have no edit scores.
 
     Raises:
         UserError: a record lacks a column or uses one of ours, a picture is missing or broken, a concept has no
@@ -85,17 +90,23 @@ def score(
         except UserError as error:  # absent weights or an unusable file: the other scores go on
             messages.append(protocol.missing(key, error))
             continue
-        embedded = _Embedded(features, pictures, references, Path(root), batch_size)
-        stamp = {"protocol": protocol.name, "protocol_hash": protocol.hash, "trained": protocol.trained,
+        others = [name for name in names if not isinstance(protocol.members[name], EditScore)]
+        embedded = _Embedded(features, pictures, references, Path(root), batch_size) if others else None
+        base = {"protocol": protocol.name, "protocol_hash": protocol.hash, "trained": protocol.trained,
                  "weights": features.weights}  # fmt: skip
         for name in names:
             member = protocol.members[name]
+            stamp = {**base, "lower_is_better": member.lower}
+            if isinstance(member, EditScore):
+                rows[name] = _edit_rows(name, member, features, pictures, edits or {}, Path(root), stamp)
+                continue
+            assert embedded
             if isinstance(member, TextScore):
                 rows[name] = _text_rows(name, member, embedded, stamp)
             else:
                 rows[name] = _image_rows(name, member, embedded, stamp)
     if any(isinstance(member, ImageScore) for member in protocol.members.values()):
-        lone = sorted({p["concept"] for p in pictures if len(references[p["concept"]]) < 2})
+        lone = sorted({p["concept"] for p in pictures if len(references[p["concept"]]) < 2} - (edits or {}).keys())
         messages += [f"{concept} has one reference picture: no real-against-real ceiling." for concept in lone]
     return Scored([row for name in protocol.members for row in rows[name]], messages)
 
@@ -179,6 +190,29 @@ def _image_rows(name: str, member: ImageScore, embedded: _Embedded, stamp: Row) 
                 real = {"concept": concept, "prompt": "", "seed": None, "path": REAL}
                 out.append(_row(real, label, ceiling.double().mean().item(), stamp))
     return rows + copies
+
+
+def _edit_rows(
+    name: str,
+    member: EditScore,
+    features: Features,
+    pictures: Sequence[Mapping[str, Any]],
+    edits: Mapping[str, EditReference],
+    root: Path,
+    stamp: Row,
+) -> list[Row]:
+    """Rows of one score of edits; a picture of a concept that is no edit has none."""
+    rows = []
+    for concept, reference in edits.items():
+        mine = [p for p in pictures if p["concept"] == concept]
+        if mine:
+            texts = [
+                clean(p["prompt"], p["text"], p.get("placeholder") or "", p.get("word") or "", "noun") for p in mine
+            ]
+            opened = [open_picture(root / str(p["path"])) for p in mine]
+            values = member.measure(features, opened, texts, reference)
+            rows += [_row(p, name, value, stamp) for p, value in zip(mine, values.tolist(), strict=True)]
+    return rows
 
 
 def _row(picture: Mapping[str, Any], name: str, value: float, stamp: Row) -> Row:

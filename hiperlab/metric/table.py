@@ -17,6 +17,7 @@ import numpy as np
 from hiperlab.errors import UserError
 from hiperlab.metric.score import REAL, Row
 
+SOURCE = "source"  # role of an edit's reconstruction, which is no edit
 ALL = "all"  # in the table's column "concept": over all concepts
 DRAWS = 2000
 LEVEL = 0.95
@@ -26,18 +27,19 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
     """Summarise score rows.
 
     Args:
-        rows: lines of scores.jsonl, of one protocol.
+        rows: lines of scores.jsonl, of one protocol; reconstructions (role "source") are left out.
         by: further columns to keep apart, e.g. ("method", "truncation").
 
     Returns:
         One line per value of `by`, metric and concept, then concept="all": mean over pictures, low and high (95 %
         interval, None for a single picture), n (pictures with a score), missed (pictures without), ceiling (real
-        against real; over all: the concepts' mean; None if unknown), protocol, protocol_hash, trained, weights.
+        against real; over all: the concepts' mean; None if unknown), protocol, protocol_hash, trained, weights,
+        lower_is_better.
 
     Raises:
         UserError: rows of several protocols, protocol hashes or judges' weights.
     """
-    rows = list(rows)
+    rows = [row for row in rows if row.get("role") != SOURCE]
     _refuse_mixtures(rows)
     real = {(row["metric"], row["concept"]): row["value"] for row in rows if row["picture"] == REAL}
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
@@ -105,7 +107,9 @@ def _summary(concepts: Sequence[Sequence[Mapping[str, Any]]]) -> Row:
 
 def _stamp(rows: Sequence[Mapping[str, Any]]) -> Row:
     """What the numbers are, from any of their rows."""
-    return {column: rows[0].get(column) for column in ("protocol", "protocol_hash", "trained", "weights")}
+    return {
+        column: rows[0].get(column) for column in ("protocol", "protocol_hash", "trained", "weights", "lower_is_better")
+    }
 
 
 def _refuse_mixtures(rows: Sequence[Mapping[str, Any]]) -> None:

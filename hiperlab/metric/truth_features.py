@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.metric.edit import perceptual_distance
 from hiperlab.metric.features import Features, VisionFeatures, content, make_transform
 from hiperlab.metric.truth import read_attributes, said_attributes
 from hiperlab.metric.truth_distance import pack, truths
@@ -29,6 +31,24 @@ class IdentityFeatures(VisionFeatures):
     def _encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
         return self.network(pixels)["embedding"]
+
+    def maps(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
+        """The blocks' feature maps, (B, C, H, W) each, from fine to coarse."""
+        network: Any = self.network
+        x, found = torch.stack([self.transform(picture) for picture in pictures]).to(self._device()), []
+        with torch.no_grad():
+            for block in network.blocks:
+                x = block(x)
+                found.append(x)
+        return found
+
+    def patches(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """B pictures -> (B, N, D): the map at an eighth of the side, as DINO's patches are."""
+        return self.maps(pictures)[2].flatten(2).mT
+
+    def perceptual(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> Tensor:
+        """Distance of all maps, without learnt weights: (B,)."""
+        return perceptual_distance(self.maps(pictures), self.maps(others)).cpu()
 
 
 class ReaderFeatures(Features):

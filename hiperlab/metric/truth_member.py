@@ -69,6 +69,7 @@ class TruthScore(TextScore):
     """Distance to the rendered truth, smaller is better; needs cleaning "keep", the placeholder names the subject."""
 
     part: ClassVar[str] = "total"
+    lower: ClassVar[bool] = True
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""

@@ -69,7 +69,8 @@ def _lines(totals: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[lis
     settings: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for row in totals:
         settings.setdefault(tuple(str(row.get(name) or "") for name in names), {})[row["metric"]] = row
-    lines = [[*names, *metrics, "pictures"]]
+    lower = {row["metric"] for row in totals if row.get("lower_is_better")}
+    lines = [[*names, *(f"{metric} ↓" if metric in lower else metric for metric in metrics), "pictures"]]
     for setting, found in settings.items():
         cells = [_value(found.get(metric)) for metric in metrics]
         lines.append([*setting, *cells, str(max(row["n"] for row in found.values()))])

@@ -73,7 +73,13 @@ def _what(folder: Path, results: Mapping[str, Any]) -> str:
 def _scores(scores: Sequence[Mapping[str, Any]]) -> str:
     """The table of `metric.table.aggregate`, further columns (such as a variant) first."""
     known = {"metric", "concept", "mean", "low", "high", "n", "missed", "ceiling"}
-    known |= {"protocol", "protocol_hash", "trained", "weights"}  # said in the caption, or in the run's notes
+    known |= {
+        "protocol",
+        "protocol_hash",
+        "trained",
+        "weights",
+        "lower_is_better",
+    }  # said in the caption, or in the run's notes
     more = [name for name in (scores[0] if scores else ()) if name not in known]
     head = [*more, "metric", "concept", "mean", "95 % interval", "n", "missed", "real pictures"]
     lines = []
@@ -82,12 +88,17 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> str:
         interval = "–" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
         judge = "" if score.get("trained", True) else " (untrained judge)"
         numbers = [_number(score.get("mean")), interval, score.get("n", "–"), score.get("missed", 0)]
-        names = [*(score.get(name, "") for name in more), f"{score['metric']}{judge}", score.get("concept", "")]
+        names = [
+            *(score.get(name, "") for name in more),
+            f"{score['metric']}{' ↓' if score.get('lower_is_better') else ''}{judge}",
+            score.get("concept", ""),
+        ]
         lines.append([*names, *numbers, _number(score.get("ceiling"))])
     protocols = sorted({f"{s['protocol']} ({s['protocol_hash']})" for s in scores if s.get("protocol")})
     caption = (
         (f"Protocol {', '.join(protocols)}. " if protocols else "")
         + "Mean over pictures; interval by bootstrap over prompts; missed: pictures a judge could not score. "
+        + "↓ marks scores of which less is better. "
         + "Real pictures: the references scored against each other, about as high as a score can honestly get."
     )
     classes = ["total" if score.get("concept") == "all" else "" for score in scores]

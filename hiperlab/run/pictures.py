@@ -15,7 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hiperlab import files
-from hiperlab.data.concept import fill
+from hiperlab.data.concept import Concept, fill
+from hiperlab.data.images import to_pixels
+from hiperlab.metric.table import SOURCE
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.session import Session
@@ -118,12 +120,15 @@ def _plan(session: Session, index: int, variants: tuple[str, ...], concept_diges
     """One record per picture of a concept, with a key that names everything its pixels depend on."""
     cfg, concept = session.cfg, session.data.concepts[index]
     prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
+    # An edit also draws its own source text: what an edit keeps can be judged only beside what was learnt.
+    asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
+    asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
     settings = [
         concept_digest, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
         session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
     ]  # fmt: skip
     records = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, role) in enumerate(asked):
         for variant in variants:
             for seed in cfg.sample.seeds:
                 text = fill(prompt, concept.placeholder)
@@ -135,6 +140,7 @@ def _plan(session: Session, index: int, variants: tuple[str, ...], concept_diges
                         "word": concept.word, "seed": int(seed), "variant": variant,
                         "path": f"samples/{concept.name}/{ending}.png",
                         "key": hashlib.sha256(content.encode()).hexdigest()[:16], "concept_index": index,
+                        **role,
                     }
                 )  # fmt: skip
     return records
@@ -170,6 +176,9 @@ def write_grids(session: Session, records: list[dict[str, Any]]) -> None:
                 rows.setdefault(label, []).append(picture.convert("RGB"))
         if not rows:
             continue
+        if concept.edit:
+            save_png(_edit_strip(session, concept, mine), session.folder / "grids" / f"{concept.name}.png")
+            continue
         size = session.stack.size
         references = [view.resize((size, size), Image.Resampling.BICUBIC) for view in concept.views]
         widest = max(len(row) for row in rows.values())
@@ -179,3 +188,32 @@ def write_grids(session: Session, records: list[dict[str, Any]]) -> None:
             title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
         )
         save_png(image, session.folder / "grids" / f"{concept.name}.png")
+
+
+def _edit_strip(session: Session, concept: Concept, records: list[dict[str, Any]]) -> Image.Image:
+    """The source and, where known, the true results; then a row per seed (and variant): reconstruction, edits."""
+    edit = concept.edit
+    assert edit
+    size = session.stack.size
+    # A column per asked prompt, the source text first; by its number: concept data may ask for the source text twice.
+    columns: dict[str, str] = {}
+    rows: dict[str, list[Image.Image | None]] = {}
+    for record in records:
+        columns.setdefault(Path(record["path"]).name.split("_")[0], record["text"])
+        with Image.open(session.folder / record["path"]) as picture:
+            label = " ".join(filter(None, [f"seed {record['seed']}", record["variant"]]))
+            rows.setdefault(label, []).append(picture.convert("RGB"))
+    source = crop(concept.views[0], size)
+    truths = [truth and truth.resize((size, size), Image.Resampling.BICUBIC) for truth in edit.truths]
+    return grid(
+        [[source, *truths[: len(columns) - 1]], *rows.values()],
+        rows=["source" + (", truth" if truths else ""), *rows],
+        columns=[text.replace(concept.placeholder, f"<{concept.word}>") for text in columns.values()],
+        title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+    )
+
+
+def crop(picture: Image.Image, size: int) -> Image.Image:
+    """A picture as edit methods see it."""
+    pixels = to_pixels(picture, size, center_crop=False, flip=False, short_side=True)
+    return to_pil((pixels[None] + 1) / 2)[0]

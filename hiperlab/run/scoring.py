@@ -9,13 +9,14 @@ from PIL import Image
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
+from hiperlab.metric.edit import EditReference
 from hiperlab.metric.score import COPY
 from hiperlab.metric.score import score as score_pictures
 from hiperlab.metric.table import ALL, aggregate
 from hiperlab.report.environment import peak_memory
 from hiperlab.report.html import write_report
 from hiperlab.report.loggers import write_csv
-from hiperlab.run.pictures import read_manifest
+from hiperlab.run.pictures import crop, read_manifest
 from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,26 @@ def score(session: Session) -> None:
             raise UserError(f"{session.folder} holds no samples to score: run stages=[sample,score] first.")
         references = {concept.name: concept.views for concept in session.data.concepts}
         known = [record for record in records if record["concept"] in references]
-        scored = score_pictures(known, references, session.protocol, root=session.folder, device=session.device)
+        scored = score_pictures(
+            known, references, session.protocol, root=session.folder, device=session.device, edits=edits(session)
+        )
         for message in scored.messages:
             log.warning("%s", message)
         files.write_jsonl(session.folder / "scores.jsonl", scored.rows)
         found |= {"rows": len(scored.rows), "protocol": session.protocol.name, "hash": session.protocol.hash}
         session.update(score_messages=scored.messages, scores=summarise(scored.rows))
+
+
+def edits(session: Session) -> dict[str, EditReference]:
+    """What the edits among the concepts are judged against, cropped as methods see it."""
+    size = session.cfg.model.size
+    found = {}
+    for concept in session.data.concepts:
+        if concept.edit:
+            truths = {text: truth for text, truth in zip(concept.edit.targets, concept.edit.truths) if truth}
+            mask = concept.edit.mask and crop(concept.edit.mask.convert("RGB"), size)
+            found[concept.name] = EditReference(crop(concept.views[0], size), concept.edit.source, truths, mask)
+    return found
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
