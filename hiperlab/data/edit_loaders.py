@@ -166,10 +166,10 @@ def last_word(text: str) -> str:
 
 def read(path: Path) -> Image.Image:
     """One picture, or one line that says why not."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name the picture to edit.")
     try:
         return read_image(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name the picture to edit.") from None
     except ImageProblem as problem:
         raise UserError(f"{path}: {problem}.") from None
 

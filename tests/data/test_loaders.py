@@ -46,11 +46,18 @@ def dreambooth(tmp_path: Path) -> Path:
     return root
 
 
+def merged(path: Path) -> Any:
+    """A yaml file over those its defaults list names, as Hydra merges them."""
+    config: Any = OmegaConf.load(path)
+    below = [merged(CONF / f"{name}.yaml") for name in config.pop("defaults", []) if name != "_self_"]
+    return OmegaConf.merge(*below, config)
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
 def test_yaml_and_loader_name_the_same_settings(path: Path) -> None:
     """The first line describes, the target is in this room, every argument is in the yaml and has no other default."""
     assert path.read_text().startswith("# ")
-    config: Any = OmegaConf.load(path)
+    config = merged(path)
     assert config._target_.startswith("hiperlab.data.")
     parameters = inspect.signature(hydra.utils.get_method(config._target_)).parameters
     assert set(parameters) == {k for k in config if not k.startswith("_")}

@@ -12,10 +12,10 @@ import torch
 
 from hiperlab.data import module
 from hiperlab.data.batch import Batch
-from hiperlab.data.world import load_named
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData, MicroBatches, view_order
+from hiperlab.data.world import load_named
 from hiperlab.errors import UserError
 
 SIZE = 16
