@@ -28,6 +28,7 @@ def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]
         "seed": shop.seed,
         "environment": environment(),
         "commit": shop.settings.get("commit"),
+        "note": shop.settings.get("note"),
         "stages": stages,
         "missing_judges": missing,
     }
@@ -56,6 +57,7 @@ def text(known: Mapping[str, Any]) -> str:
         f"on {known['environment']['device']}.",
         "- Judges: `judges/clip` (open_clip's form), `judges/identity`, `judges/attributes`; "
         + (f"NOT trained: {', '.join(known['missing_judges'])}." if known["missing_judges"] else "all trained."),
+        *([f"- Note: {known['note']}"] if known.get("note") else []),
         "- Scores measured from this folder alone: `report.md`, made by `stages=[report]`.",
         "",
         "| stage | ended by | steps | minutes | its own check |",

@@ -118,7 +118,8 @@ class ClipModule(StageModule):
     def loss(self, step: int) -> Tensor:
         """Contrast of the step's pairs."""
         pixels, ids = self.data.step(self.seed, "clip", step, self.fit_settings.batch)
-        images, texts = self.fast("embed", self.embed)(pixels, trim(ids, self.text.config.eos_token_id))
+        end: Any = self.text.config.eos_token_id
+        images, texts = self.fast("embed", self.embed)(pixels, trim(ids, end))
         return contrastive(images.float(), texts.float(), self.log_scale)
 
 

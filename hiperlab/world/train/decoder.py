@@ -1,7 +1,8 @@
 """Stage decoder: the autoencoder's decoder alone learns on, while its latents stay what the U-Net is trained on.
 
 Most of the autoencoder's cost and error lie in its decoder. With the encoder fixed, the latents on disk stay valid, so
-this stage may run beside the U-Net's (on a CPU: one core each), and its steps need no encoder.
+this stage may run beside the U-Net's (on a CPU: one core each), and its steps need no encoder. What the conditioning
+CLIP's picture tower (never a judge) sees of a picture counts beside its pixels, as LPIPS does in Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
 
 from hiperlab.model.noise import sample_posterior
 from hiperlab.world.train import latents
@@ -29,17 +32,31 @@ class DecoderModule(StageModule):
         vae: the trained autoencoder; only `decoder` and `post_quant_conv` are kept and learn.
         pictures: what it learns from.
         moments: their posteriors (N, 8, h, w), as stage latents left them.
+        eye: transformers' CLIP picture tower.
+        perceptual: weight of what it sees.
     """
 
-    def __init__(self, fit: Fit, seed: int, vae: Any, pictures: Pictures, moments: Tensor) -> None:
+    def __init__(
+        self, fit: Fit, seed: int, vae: Any, pictures: Pictures, moments: Tensor, eye: Any, perceptual: float
+    ) -> None:
         super().__init__(fit, seed)
+        self.eye, self.perceptual = freeze(eye), perceptual
         self.decoder = vae.decoder.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.post_quant_conv = vae.post_quant_conv.train().requires_grad_(True)
         self.scale = vae.config.scaling_factor
         self.pictures, self.moments = pictures, moments
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        """The picture tower."""
+        return ("eye",)
+
     def _pass(self, latent: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latent))
+
+    def _seen(self, picture: Tensor) -> list[Tensor]:
+        """What the tower's layers make of pictures: (B, N, D) each."""
+        network: Any = self.eye
+        return list(network(pixel_values=picture, output_hidden_states=True).hidden_states[1:])
 
     def loss(self, step: int) -> Tensor:
         """Reconstruction of the step's pictures from sampled latents."""
@@ -48,14 +65,28 @@ class DecoderModule(StageModule):
         shape = (len(chosen), 4, *moments.shape[2:])
         latent = sample_posterior(moments, normals(self.seed, "decoder noise", step, shape, self.device)) / self.scale
         picture = self.fast("pass", self._pass)(latent.contiguous(memory_format=torch.channels_last))
-        return stage_vae.pyramid_loss(picture.float(), self.pictures.batch(chosen))
+        target = self.pictures.batch(chosen)
+        with torch.no_grad():
+            wanted = self._seen(target)
+        return stage_vae.pyramid_loss(picture.float(), target) + self.perceptual * layer_distance(
+            self._seen(picture), wanted
+        )
 
 
-def work(shop: Workshop, *, fit: dict[str, Any], check_pictures: int) -> dict[str, Any]:
+def layer_distance(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """1 - cosine of tokens, the mean over layers and tokens: lists of (B, N, D) -> a number."""
+    parts = [1 - F.cosine_similarity(a.float(), b.float(), dim=-1).mean() for a, b in zip(found, wanted, strict=True)]
+    return torch.stack(parts).mean()
+
+
+def work(shop: Workshop, *, fit: dict[str, Any], perceptual: float, check_pictures: int) -> dict[str, Any]:
     """The stage; leaves the whole autoencoder."""
     vae = stage_vae.load(shop)
     main = Pictures(shop.folder("data") / "main", shop.device, shop.cache_pictures)
-    module = DecoderModule(Fit(**fit), shop.seed, vae, main, latents.load(shop))
+    eye: Any = CLIPVisionModelWithProjection.from_pretrained(
+        str(shop.weights("clip") / "image_encoder"), local_files_only=True
+    )
+    module = DecoderModule(Fit(**fit), shop.seed, vae, main, latents.load(shop), eye.to(shop.device), perceptual)
     outcome = train(shop, "decoder", module)
     freeze(module.float().to(shop.device))
     vae.save_pretrained(shop.weights("decoder"))  # the module trained its parts in place

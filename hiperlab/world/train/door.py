@@ -21,7 +21,7 @@ MODULES = {  # stage -> module with its `work`
     "data": "pictures",
     **{
         name: name
-        for name in ("vae", "latents", "decoder", "clip", "unet", "identity", "reader", "scorer", "export", "report")
+        for name in ("vae", "latents", "clip", "decoder", "unet", "identity", "reader", "scorer", "export", "report")
     },
 }
 USAGE = """\

@@ -111,7 +111,8 @@ class Muon(Optimizer):
 def split(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """Trained weights that Muon turns, and the rest: ends of the network, embeddings, vectors (Jordan et al.)."""
     ends = ("conv_in", "conv_out", "quant_conv", "embedding", "position", "heads", "projection", "log_scale", "logit")
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, weight in named:
         if weight.requires_grad:
             (matrices if weight.ndim >= 2 and not any(end in name for end in ends) else others).append(weight)
