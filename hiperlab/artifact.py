@@ -86,13 +86,13 @@ def read(path: Path) -> Artifact:
     bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"artifact {path} holds NaN or infinite numbers in {', '.join(bad)}: its training had failed.")
-    base = json.loads(metadata["base"])
+    base, subject = json.loads(metadata["base"]), json.loads(metadata["subject"])
     base["fingerprint"] = tuple(base["fingerprint"])
     return Artifact(
         tensors,
         json.loads(metadata["settings"]),
         Base(**base),
-        Subject(**json.loads(metadata["subject"])),
+        Subject(**{**subject, "targets": tuple(subject.get("targets", ()))}),
         int(metadata["steps"]),
     )
 

@@ -35,11 +35,19 @@ class Subject:
         name: names its artifact.
         placeholder: the word that stands for it in prompts, e.g. "<cats>".
         word: the class noun or super category, one token, e.g. "cat".
+        source: what its picture shows, in plain words ("a standing dog"); None where nobody said.
+        targets: the plain texts it will be edited to; empty where there are none.
     """
 
     name: str
     placeholder: str
     word: str
+    source: str | None = None
+    targets: tuple[str, ...] = ()
+
+    def plain(self, prompt: str) -> str:
+        """The prompt with the class noun in the placeholder's place: the text as a person would write it."""
+        return prompt.replace(self.placeholder, self.word)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class Method(pl.LightningModule, ABC):
 
     stacks_concepts: ClassVar[bool] = True  # False: the run trains one concept after the other
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
+    edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
+    per_target: ClassVar[bool] = False  # True: a fit serves one target text only
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(
@@ -120,9 +130,17 @@ class Method(pl.LightningModule, ABC):
         """Further losses by name, one number per row (R,); logged as loss/<name>, then added."""
         return {}
 
-    def export(self, index: int, folder: Path) -> list[Path]:
-        """Write concept `index` in the formats other tools read; returns the files. By default none."""
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """Write concept `index` after `steps` optimizer steps in other tools' formats; returns the files (none)."""
         return []
+
+    def exports_at(self, steps: int) -> bool:
+        """Whether the state after `steps` optimizer steps is exported on the way; by default only the last one is."""
+        return False
+
+    def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+        """Unit normals (R, *shape) of the VAE's posterior; by default fresh ones for every sample."""
+        return draws.normal(self.seed, "posterior", batch.sample, shape)
 
     def load_foreign(self, index: int, path: Path) -> None:
         """Load concept `index` from another tool's file.
@@ -149,7 +167,7 @@ class Method(pl.LightningModule, ABC):
         return torch.stack(list(losses.values())).sum()
 
     def clean_latents(self, batch: Batch) -> Tensor:
-        """z0 (R, C, H, W): a fresh posterior sample of each row's cached VAE moments."""
+        """z0 (R, C, H, W): a posterior sample of each row's cached VAE moments; the VAE runs once a picture."""
         moments = []
         for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
             if key not in self._moments:
@@ -158,7 +176,7 @@ class Method(pl.LightningModule, ABC):
             moments.append(self._moments[key])
         stacked = torch.stack(moments)
         shape = (stacked.shape[1] // 2, *stacked.shape[2:])
-        noise = draws.normal(self.seed, "posterior", batch.sample, shape).to(stacked)
+        noise = self.posterior_noise(batch, shape).to(stacked)
         return self.model.scale(diffusion.sample_posterior(stacked, noise))
 
     def configure_optimizers(self) -> Optimizer:

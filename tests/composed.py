@@ -17,6 +17,7 @@ from hiperlab.draws import normal
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+QUICK = {"imagic": {"steps": 2, "batch_size": 2}}  # both of its phases within the suite's two steps of two rows
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]
 
@@ -29,8 +30,8 @@ def config(name: str) -> DictConfig:
 
 
 def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
-    """The method around `stack`, with its published settings but for `changes`."""
-    settings = OmegaConf.merge(config(name).method, changes)
+    """The method around `stack`, with its published settings but for `changes` (and the length of its phases)."""
+    settings = OmegaConf.merge(config(name).method, QUICK.get(name, {}), changes)
     return instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
 
 

@@ -170,7 +170,7 @@ class NeTI(Method):
 
     # ---- the authors' files ------------------------------------------------------------------------------------------
 
-    def export(self, index: int, folder: Path) -> list[Path]:
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """The authors' `mapper-final.pt` and `learned_embeds-final.bin`, loadable by their unmodified code.
 
         Their format cannot say `rescale_mode=base`, so nothing is written then.

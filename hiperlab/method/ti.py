@@ -55,7 +55,7 @@ class TextualInversion(Method):
         states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
         return Conditioning(self.model.normalise_text(states))
 
-    def export(self, index: int, folder: Path) -> list[Path]:
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """Diffusers' `learned_embeds.safetensors` and `.bin`, and A1111's `<name>.pt`."""
         subject = self.concepts[index]
         vectors = self.vectors[index].detach().float().cpu()

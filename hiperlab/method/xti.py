@@ -49,7 +49,7 @@ class ExtendedTextualInversion(Method):
         states = self.model.hidden_states(tokens, self.vectors[slots].transpose(0, 1))
         return Conditioning(self.model.normalise_text(states))
 
-    def export(self, index: int, folder: Path) -> list[Path]:
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """Promptplusplus' form: keys `<name-{layer}-{vector}>`, each (D,) float32."""
         name = self.concepts[index].placeholder.strip("<>")
         rows = self.vectors[index].detach().float().cpu()

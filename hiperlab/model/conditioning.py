@@ -1,4 +1,4 @@
-"""What the U-Net's cross-attention reads, as a value.
+"""What the U-Net reads, as a value: text states for its cross-attention, and changes of its weights.
 
 Axes: L cross-attention layers in execution order (1 = shared by all), B batch, N tokens, D text width.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hiperlab.model.offsets import Offsets
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -19,10 +21,12 @@ class Conditioning:
     Args:
         keys: (L, B, N, D) states that the key projections read; L is 1 (shared) or the number of layers.
         values: same shape, read by the value projections; None means the keys serve both.
+        offsets: changes of U-Net weights, for all rows of the call; None leaves the bare U-Net.
     """
 
     keys: Tensor
     values: Tensor | None = None
+    offsets: Offsets | None = None
 
     @property
     def layers(self) -> int:
@@ -39,15 +43,24 @@ class Conditioning:
         """The conditioning of the chosen batch rows (repeats allowed)."""
         index = torch.as_tensor(index, device=self.keys.device)
         values = None if self.values is None else self.values[:, index]
-        return Conditioning(self.keys[:, index], values)
+        return Conditioning(self.keys[:, index], values, self.offsets)
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning in another floating type."""
-        return Conditioning(self.keys.to(dtype), None if self.values is None else self.values.to(dtype))
+        values = None if self.values is None else self.values.to(dtype)
+        return Conditioning(self.keys.to(dtype), values, self.offsets)  # offsets choose their type by the weight's
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """Join along the batch; shared layers are repeated where another part has one state per layer."""
+    """Join along the batch; shared layers are repeated where another part has one state per layer.
+
+    A U-Net call has one set of weights: parts without offsets (guidance's unconditional half) take those of the others,
+    and different offsets cannot be joined.
+    """
+    offsets = next((part.offsets for part in parts if part.offsets is not None), None)
+    assert offsets is None or all(part.offsets is None or offsets.same(part.offsets) for part in parts), (
+        "rows with different weight offsets need calls of their own"
+    )
     layers = max(part.layers for part in parts)
 
     def spread(states: Tensor) -> Tensor:
@@ -55,5 +68,6 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
 
     keys = torch.cat([spread(part.keys) for part in parts], dim=1)
     if all(part.values is None for part in parts):
-        return Conditioning(keys)
-    return Conditioning(keys, torch.cat([spread(p.keys if p.values is None else p.values) for p in parts], dim=1))
+        return Conditioning(keys, offsets=offsets)
+    values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
+    return Conditioning(keys, values, offsets)

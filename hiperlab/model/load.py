@@ -70,7 +70,13 @@ def pretrained(
             f"{width}). Choose such a model, e.g. model=sd15."
         )
     return FrozenStack(
-        name=name, tokenizer=tokenizer, text=text, vae=vae, unet=unet, scheduler_config=scheduler, size=size,
+        name=name,
+        tokenizer=tokenizer,
+        text=text,
+        vae=vae,
+        unet=unet,
+        scheduler_config=scheduler,
+        size=size,
         note=note,
     )
 

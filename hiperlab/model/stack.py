@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hiperlab.errors import UserError
 from hiperlab.model import noise as diffusion
 from hiperlab.model import text as clip
 from hiperlab.model.attention import install_cross_attention
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import checkpointed
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class FrozenStack(nn.Module):
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(checkpointed)
         if compile:
             torch._dynamo.config.recompile_limit = 64  # sixteen processors differ in their index; the limit is 8
             self._set_predictor(torch.compile(self.unet))
@@ -219,11 +221,17 @@ class FrozenStack(nn.Module):
         Args:
             latents: z_t (B, C, H, W).
             timestep: (B,) int64 in [0, 1000).
-            conditioning: states for B rows; passed through the U-Net untouched to the processors.
+            conditioning: states for B rows, passed through the U-Net untouched to the processors; its offsets stand
+                in for weights during this call only, the U-Net itself is never changed.
         """
         dtype = next(self.unet.parameters()).dtype
         states = conditioning.to(dtype)
-        out = self._predictor(latents.to(dtype), timestep, encoder_hidden_states=states, return_dict=False)[0]
+        inputs = {"encoder_hidden_states": states, "return_dict": False}
+        if conditioning.offsets is None:
+            out = self._predictor(latents.to(dtype), timestep, **inputs)[0]
+        else:  # not through torch.compile: swapped weights would be compiled anew at every step
+            weights = conditioning.offsets.weights(self.unet)
+            out = functional_call(self.unet, weights, (latents.to(dtype), timestep), inputs)[0]
         return out if dtype == torch.float64 else out.float()
 
     def add_noise(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

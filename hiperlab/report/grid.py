@@ -1,6 +1,4 @@
-"""Pictures side by side with labels. Pixels are never resampled: paper is added around them, and small pictures are
-enlarged by a whole factor so that they can be looked at.
-"""
+"""Pictures side by side with labels; pixels are never resampled, small pictures are enlarged by a whole factor."""
 
 from __future__ import annotations
 

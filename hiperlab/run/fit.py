@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -13,11 +14,11 @@ from hydra.utils import instantiate
 
 from hiperlab import artifact, files
 from hiperlab.data.concept import fill
-from hiperlab.data.dataset import DataSet
 from hiperlab.data.module import ConceptData
 from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
+from hiperlab.report.exports import CadencedExports
 from hiperlab.report.guard import FiniteGuard
 from hiperlab.report.loggers import JsonlLogger, RewindLogs
 from hiperlab.report.precision import ScaledPrecision
@@ -120,7 +121,7 @@ def _train(
     trainer.accumulate_grad_batches = accumulate
     session.update(micro_batch_size=rows, world_size=trainer.world_size)
     concepts = tuple(session.data.concepts[index] for index in group)
-    subset = DataSet(concepts, session.data.center_crop, session.data.flip)
+    subset = replace(session.data, concepts=concepts)
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
     start_from = starting_point(folder, resume, cfg.fit.steps)
     remember(session, fresh=start_from is None)
@@ -186,7 +187,15 @@ def _trainer(
         max_steps=cfg.fit.steps,
         max_epochs=-1,
         gradient_clip_val=cfg.fit.gradient_clip,
-        callbacks=[stop, FiniteGuard(checkpoints), samples, checkpoints, RewindLogs(), StepProgress()],
+        callbacks=[
+            stop,
+            FiniteGuard(checkpoints),
+            samples,
+            checkpoints,
+            CadencedExports(session.folder / "artifacts"),
+            RewindLogs(),
+            StepProgress(),
+        ],
         plugins=plugins,
         logger=[JsonlLogger(folder), session.wandb],
         log_every_n_steps=1,
@@ -205,7 +214,7 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
         artifact.write(folder / f"{subject.name}.safetensors", method, index, session.method_settings(), steps)
         other = folder / subject.name
         other.mkdir(parents=True, exist_ok=True)
-        names = [f"{subject.name}/{path.name}" for path in method.export(index, other)]
+        names = [f"{subject.name}/{path.name}" for path in method.export(index, other, steps)]
         if not names:
             other.rmdir()
         written.append((subject, names))

@@ -16,7 +16,7 @@ from hiperlab.run.session import Session
 log = logging.getLogger(__name__)
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
-FREE = ("data.prompts", "model.optimise", "model.note", "method.truncation")
+FREE = ("data.prompts", "model.optimise", "model.note", "method.truncation", "method.scale_edit", "method.eta")
 
 
 def check_resume(session: Session) -> None:

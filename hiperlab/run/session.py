@@ -20,6 +20,8 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from hiperlab import files
+from hiperlab.data.concept import SLOT
+from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,8 +52,17 @@ class Session:
 
     @cached_property
     def data(self) -> DataSet:
-        """The concepts; bad pictures stop the run here, before any model loads."""
-        return instantiate(self.cfg.data)
+        """The concepts as the method takes them; bad pictures stop the run here, before any model loads."""
+        data = instantiate(self.cfg.data)
+        method = get_class(self.cfg.method._target_)
+        if not method.edits:  # type: ignore[attr-defined]
+            _warn_of_plain_prompts(data)
+            return data
+        data = as_edits(data)
+        if method.per_target:  # type: ignore[attr-defined]
+            data = one_per_target(at_most(data, self.cfg.sample.prompts))
+            log.info("%s is fitted to one target text at a time: %d fits", method.__name__, len(data.concepts))
+        return data
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -98,7 +109,14 @@ class Session:
         """What methods may know of the concepts."""
         from hiperlab.contract import Subject
 
-        return [Subject(concept.name, concept.placeholder, concept.word) for concept in self.data.concepts]
+        return [
+            Subject(
+                concept.name, concept.placeholder, concept.word,
+                edit.source if edit else None, edit.targets if edit else (),
+            )
+            for concept in self.data.concepts
+            for edit in [concept.edit]
+        ]  # fmt: skip
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -174,6 +192,16 @@ class Session:
         stages = {**self.results.get("stages", {}), name: found}
         self.update(stages=stages, seconds={key: value["seconds"] for key, value in stages.items()})
         log.info("stage %s took %.1f s", name, found["seconds"])
+
+
+def _warn_of_plain_prompts(data: DataSet) -> None:
+    """Say which texts of an edit name no subject: a concept method draws them without what it has learnt."""
+    for concept in data.concepts:
+        if plain := [prompt for prompt in concept.prompts if SLOT not in prompt]:
+            log.warning(
+                "%s: %s without the noun %r, so this method draws it unpersonalised: %s",
+                concept.name, "a text" if len(plain) == 1 else f"{len(plain)} texts", concept.word, "; ".join(plain),
+            )  # fmt: skip
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

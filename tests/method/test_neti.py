@@ -101,7 +101,7 @@ def test_parameter_count_is_the_published_one(stack) -> None:
 
 
 def test_checkpoint_of_other_settings_is_refused(stack, tmp_path) -> None:
-    mapper, _ = build("neti", stack, CATS, bypass=False).export(0, tmp_path)
+    mapper, _ = build("neti", stack, CATS, bypass=False).export(0, tmp_path, steps=1)
     with pytest.raises(UserError, match=r"method\.bypass=False"):
         build("neti", stack, CATS).load_foreign(0, mapper)
 

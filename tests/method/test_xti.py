@@ -34,7 +34,7 @@ def test_a_layers_vector_reaches_that_layer_only(stack) -> None:
 
 def test_file_has_promptplusplus_form(stack, tmp_path) -> None:
     method = build("xti", stack, CATS)
-    (path,) = method.export(0, tmp_path)
+    (path,) = method.export(0, tmp_path, steps=1)
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == {f"<my-cat-{layer}-0>" for layer in range(16)}
         assert set(file.metadata().values()) == {"<embed>"}

@@ -1,8 +1,9 @@
 """Cut the committed slice from a golden folder: `python -m tests.parity.make_slice`.
 
 The slice lets a fresh clone check the core numbers (positional encoding, mapper, rescaling, text encoder with bypass)
-without the full folder: groups a, b, c, g of golden/neti and, of the twin's text encoder, all but the embedding rows
-that no golden prompt uses.
+without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
+files and Imagic's embedding phase; and, of the twin's text encoder, all but the embedding rows that no golden prompt
+uses.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import shutil
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hiperlab.model.tiny import clip_tokenizer
 from tests.parity import golden
 
 
@@ -25,10 +28,11 @@ def main() -> None:
     kept = {name: value for name, value in everything.items() if name.split("/")[0] in _GROUPS}
     save_file(kept, target / "golden.safetensors")
     shutil.copyfile(source / "config.json", target / "config.json")
+    hiper = _hiper()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
-    used = torch.cat([value.flatten() for name, value in kept.items() if name.endswith("input_ids")])
+    used = torch.cat([value.flatten() for name, value in kept.items() if name.endswith("input_ids")] + hiper)
     ids = torch.cat([used, kept["ids/super_category_token_id"].flatten()]).unique()
     name = next(name for name in state if name.endswith("token_embedding.weight"))
     ids = ids[ids < len(state[name])]  # the placeholder's own id is no row
@@ -39,6 +43,29 @@ def main() -> None:
     (golden.SLICE / "text_encoder" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def _hiper() -> list[torch.Tensor]:
+    """The slice of golden/hiper; returns the tokens that its prompts use."""
+    source, target = golden.folder("hiper"), golden.SLICE / "hiper"
+    target.mkdir()
+    everything = load_file(source / "golden.safetensors")
+    save_file({name: everything[name] for name in _HIPER}, target / "golden.safetensors")
+    with safe_open(source / "imagic.safetensors", "pt") as file:
+        kept = {name: file.get_tensor(name) for name in _IMAGIC}
+        text = json.loads(file.metadata()["imagic"])
+    del text["unet_names"]
+    save_file(kept, target / "imagic.safetensors", {"imagic": json.dumps(text)})
+    for name in ("meta.json", "hiper_embeddings_step0.pt", "hiper_embeddings_step100.pt"):
+        shutil.copyfile(source / name, target / name)
+    words = clip_tokenizer()(text["prompt"], return_tensors="pt").input_ids.flatten()
+    return [everything[f"{name}_ids"].flatten() for name in ("source", "target", "uncond")] + [words]
+
+
+_HIPER = (
+    "source_ids", "target_ids", "uncond_ids", "source_embeddings", "target_embeddings", "uncond_embeddings",
+    "hiper_init", "grad", "hiper_after_1", "hiper_after_5", "hiper_after_101", "adam_exp_avg_5", "adam_exp_avg_sq_5",
+    "preview_cond", "edit_cond", "edit_timesteps", "alphas_cumprod", "final_alpha_cumprod",
+)  # fmt: skip
+_IMAGIC = ("target_embeddings", "embedding_grad", "embedding_after", "optimized_embeddings", "edit0_cond", "edit1_cond")
 _GROUPS = ("a", "b", "c", "g", "ids", "mapper", "mapper_encoder")
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_grid_keeps_pixels_and_places():
     assert {(0, 0, 7), (0, 90, 7), (90, 0, 7)} <= counts.keys() and (90, 90, 7) not in counts
     assert counts[0, 90, 7] == 128 * 128  # 32 px are too small to look at: each pixel became 4 x 4
     large = [[Image.new("RGB", (200, 100), (1, 2, 3))]]
-    assert dict((c, n) for n, c in grid(large).getcolors() or [])[1, 2, 3] == 200 * 100
+    assert {c: n for n, c in grid(large).getcolors() or []}[1, 2, 3] == 200 * 100
     with pytest.raises(ValueError, match="labels"):
         grid(images, rows=["a", "b", "c"])
     with pytest.raises(ValueError, match="0 pictures"):

@@ -1,0 +1,164 @@
+"""Imagic (Kawar et al. 2023): fit the target text's embedding to one picture, then the model, then interpolate.
+
+Specification: methods/hiper.md, section 6. Symbols there: e_tgt (tau of the target text), e_opt (fitted), eta.
+Axes: K concepts (always 1 here), R rows, T text rows (77), D text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hiperlab.contract import Method, Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.data.edit import described
+from hiperlab.errors import UserError
+from hiperlab.formats import hiper as files
+from hiperlab.layer.posterior import check_latent, posterior_noise
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import Added, Offsets, parameter_names
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text_cache import TextCache
+
+log = logging.getLogger(__name__)
+OPTIMIZED, TARGET, TEXT = "optimized_embeddings.pt", "target_embeddings.pt", "target_text.txt"
+
+
+def interpolate(target: Tensor, optimized: Tensor, eta: float) -> Tensor:
+    """Weighted mean eta e_tgt + (1 - eta) e_opt (phase C of the specification): 0 is the picture, 1 the plain text."""
+    return eta * target + (1 - eta) * optimized
+
+
+class Imagic(Method):
+    """Phase A fits all rows of the target text's embedding, phase B the weights of the U-Net with that embedding fixed.
+
+    The weights are fitted as offsets that stand in for the frozen ones during a call; the stack never changes. The
+    phase follows from the sample number, so a resumed run goes on in the right one.
+
+    Args:
+        model: the frozen stack.
+        concepts: one picture with its target text.
+        optimizer: parameters -> optimizer; its rate is phase A's.
+        seed: of the draws.
+        steps: optimizer steps of both phases together (fit.steps).
+        batch_size: samples of an optimizer step (fit.batch_size).
+        embedding_share: phase A's share of the steps, 0 to 1.
+        model_lr: phase B's learning rate.
+        weights: which U-Net weights phase B fits: "cross" (cross-attention), "attention", or "all" as published.
+        latent: how often the picture's latents are drawn, see `hiperlab.layer.posterior`.
+        eta: weight of the target text; several draw one picture for each, the first is the plain one.
+    """
+
+    stacks_concepts = False  # rows of one U-Net call share its weights
+    edits = True
+    per_target = True
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        batch_size: int,
+        embedding_share: float,
+        model_lr: float,
+        weights: str,
+        latent: str,
+        eta: Sequence[float],
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        if not 0 <= embedding_share <= 1:
+            raise UserError(f"method.embedding_share={embedding_share} is no share: choose 0 to 1 (0.4).")
+        if not eta:
+            raise UserError("method.eta=[] draws nothing. Give one weight of the target text or several, e.g. [0.7].")
+        self.embedding_steps, self.batch_size = round(embedding_share * steps), batch_size
+        self.model_lr, self.latent, self.eta = float(model_lr), check_latent(latent), float(eta[0])
+        self.variants = tuple(f"eta={value}" for value in eta) if len(eta) > 1 else ("",)
+        subject = concepts[0]
+        self.source = subject.source or described(subject.word)
+        self.target = subject.targets[0] if subject.targets else self.source
+        self.encode = TextCache(model)
+        self.embedding = nn.Parameter(self.encode([self.target]).float().clone())  # (1, T, D)
+        shapes = {name: weight.shape for name, weight in model.unet.named_parameters()}
+        self.offsets = nn.ParameterDict(  # a module's tensors cannot have dots in their names
+            {
+                name.replace(".", "/"): nn.Parameter(torch.zeros(1, *shapes[name]))
+                for name in parameter_names(model.unet, weights)
+            }
+        )
+        if weights == "all":
+            _say_cost(sum(value.numel() for value in self.offsets.values()))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The embedding at the optimizer's rate, the weights at their own."""
+        return [{"params": [self.embedding]}, {"params": list(self.offsets.values()), "lr": self.model_lr}]
+
+    def condition(self, step: Step) -> Conditioning:
+        """Training: e_opt, in phase B with the weights' offsets. Sampling: the interpolation, (1, R, T, D)."""
+        optimized = self.embedding[step.concept]
+        if step.samples is not None:
+            if self.fits_embedding(step.samples):
+                return Conditioning(optimized[None])
+            return Conditioning(optimized.detach()[None], offsets=self.weight_offsets())
+        eta = float(step.variant.removeprefix("eta=")) if step.variant else self.eta
+        texts = [self.concepts[0].plain(prompt) for prompt in step.prompts]
+        states = interpolate(self.encode(texts).to(optimized.dtype), optimized, eta)
+        # The source text asks for the picture itself: eta = 0.
+        same = torch.tensor([text == self.source != self.target for text in texts], device=states.device)
+        return Conditioning(torch.where(same[:, None, None], optimized, states)[None], offsets=self.weight_offsets())
+
+    def fits_embedding(self, samples: Tensor) -> bool:
+        """Whether these samples belong to phase A; an optimizer step takes `batch_size` of them."""
+        return int(samples.min()) // self.batch_size < self.embedding_steps
+
+    def weight_offsets(self) -> Offsets:
+        """The fitted differences by the U-Net's own names."""
+        return Offsets({name.replace("/", "."): Added(value[0]) for name, value in self.offsets.items()})
+
+    def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+        """One draw per picture for the whole run, as all public code does."""
+        return posterior_noise(self.latent, self.seed, batch.view, batch.sample, shape)
+
+    def on_fit_start(self) -> None:
+        """Refuse several processes: in each phase half of the parameters have no gradient to share."""
+        if self.trainer.world_size > 1:
+            raise UserError("Imagic trains in one process (batch 1 has nothing to share): use trainer.devices=1.")
+
+    # ---- the files of train_imagic.py --------------------------------------------------------------------------------
+
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """`optimized_embeddings.pt`, `target_embeddings.pt` and `target_text.txt`; the weights stay in our artifact."""
+        text = folder / TEXT
+        text.write_text(self.target, encoding="utf-8")
+        target = files.write(folder / TARGET, self.encode([self.target])[0])
+        return [files.write(folder / OPTIMIZED, self.embedding[index]), target, text]
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """An `optimized_embeddings.pt`: what phase A found. Their fine-tuned U-Net is not read."""
+        if path.name in (TARGET, TEXT):
+            raise UserError(f"{path.name} holds nothing fitted. Give the {OPTIMIZED} beside it.")
+        rows = files.read(path)
+        if rows.shape != self.embedding[index].shape:
+            raise UserError(
+                f"{path.name} holds an embedding {tuple(rows.shape)}, this model reads "
+                f"{tuple(self.embedding[index].shape)}. Load the base model it was made for."
+            )
+        log.warning("%s holds phase A only: pictures are drawn with the unchanged U-Net.", path.name)
+        self.embedding[index].copy_(rows)
+
+
+def _say_cost(count: int) -> None:
+    """What fitting every weight takes: offset, gradient, two Adam moments and the changed weight, 4 bytes each."""
+    log.warning(
+        "method.weights=all fits %.1f million weights: %.1f GB besides the model while training, %.1f GB for the "
+        "artifact and three times that for every checkpoint (fit.checkpoint_every). weights=cross is far smaller.",
+        count / 1e6, 20 * count / 1e9, 4 * count / 1e9,
+    )  # fmt: skip

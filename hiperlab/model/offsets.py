@@ -1,0 +1,104 @@
+"""Changes of U-Net weights as values: added for one call, while the frozen stack keeps its own numbers.
+
+A change knows how to make the weight that a call uses out of the frozen one, so that dense differences, low-rank ones
+and ones of single rows or columns are the same thing to the stack.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from hiperlab.errors import UserError
+
+PARTS = {  # which parameters a choice of `weights` means, by a part of their name
+    "cross": (".attn2.",),
+    "attention": (".attn1.", ".attn2."),
+    "all": ("",),
+}
+
+
+class Change(ABC):
+    """How one weight is changed; subclasses are frozen dataclasses of tensors that may require grad."""
+
+    @abstractmethod
+    def apply(self, weight: Tensor) -> Tensor:
+        """The changed weight: shape, type and device of the frozen one, which stays as it is."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The numbers it is made of, always in the same order."""
+
+
+@dataclass(frozen=True)
+class Added(Change):
+    """W' = W + delta, a full tensor of the weight's shape (what fine-tuning W itself would learn)."""
+
+    delta: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Summed in the more precise of the two types: a half-precision weight would swallow a small delta."""
+        kind = torch.promote_types(weight.dtype, self.delta.dtype)
+        return (weight.to(kind) + self.delta.to(weight.device, kind)).to(weight.dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The difference."""
+        return (self.delta,)
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Changes by the U-Net's own parameter names, e.g. "mid_block.attentions.0. ... .attn2.to_k.weight"."""
+
+    changes: Mapping[str, Change]
+
+    def weights(self, unet: nn.Module) -> dict[str, Tensor]:
+        """The changed weights, for `torch.func.functional_call`.
+
+        Raises:
+            KeyError: a name that the U-Net does not have.
+        """
+        frozen = dict(unet.named_parameters())
+        return {name: change.apply(frozen[name]) for name, change in self.changes.items()}
+
+    def same(self, other: Offsets) -> bool:
+        """Whether both are the same numbers in the same memory (values are not compared: they may be gigabytes)."""
+        if self is other:
+            return True
+        return self.changes.keys() == other.changes.keys() and all(
+            mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape
+            for name, change in self.changes.items()
+            for mine, theirs in zip(change.tensors(), other.changes[name].tensors(), strict=True)
+        )
+
+
+def parameter_names(unet: nn.Module, weights: str) -> list[str]:
+    """The U-Net's parameters that a choice of weights means, in the U-Net's order.
+
+    Args:
+        unet: the U-Net.
+        weights: "cross" (cross-attention), "attention" (self-attention too) or "all".
+
+    Raises:
+        UserError: another choice.
+    """
+    if weights not in PARTS:
+        raise UserError(f"weights={weights!r} is unknown. Choose {', '.join(PARTS)}.")
+    return [name for name, _ in unet.named_parameters() if any(part in name for part in PARTS[weights])]
+
+
+def checkpointed(module: nn.Module, *args: Any) -> Any:
+    """Gradient checkpointing that replays a block with the weights it had in the forward pass.
+
+    The plain form replays `module` after the call's weights are gone, with the frozen ones: torch refuses, or the
+    gradients are wrong.
+    """
+    now: dict[str, Tensor] = dict(module.named_parameters())  # under functional_call these are the changed ones
+    return checkpoint(lambda *inputs: functional_call(module, now, inputs), *args, use_reentrant=False)
