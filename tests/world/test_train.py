@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hiperlab.errors import UserError
 from hiperlab.world.train import bars, record
 from hiperlab.world.train.door import MODULES, main
 from hiperlab.world.train.plan import ORDER
@@ -389,3 +390,17 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
     for theirs, ours in zip(reference, others):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     assert float(network(picture).square().mean()) < before
+
+
+def test_a_unet_may_go_on_from_another(tmp_path: Path) -> None:
+    from hiperlab.world.train import unet
+
+    torch.manual_seed(0)
+    earlier, later = (unet.build(8, 16, [8, 8, 16, 16], 2, 4) for _ in range(2))
+    earlier.save_pretrained(tmp_path / "earlier")
+    unet.begin_with(later, str(tmp_path / "earlier"))
+    assert all(torch.equal(a, b) for a, b in zip(earlier.parameters(), later.parameters(), strict=True))
+    with pytest.raises(UserError, match="holds no U-Net of these sizes"):
+        unet.begin_with(unet.build(8, 16, [8, 8, 16, 32], 2, 4), str(tmp_path / "earlier"))
+    with pytest.raises(UserError, match="holds no U-Net of these sizes"):
+        unet.begin_with(later, str(tmp_path / "nowhere"))

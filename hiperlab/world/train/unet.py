@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from hiperlab.errors import UserError
+from hiperlab.hub import first_line
 from hiperlab.model.noise import SCHEDULE, add_noise, sample_posterior
 from hiperlab.world.train import clip, latents, words
 from hiperlab.world.train import vae as stage_vae
@@ -52,6 +54,19 @@ def build(side: int, width: int, channels: Sequence[int], heads: int, groups: in
         sample_size=side, block_out_channels=list(channels), layers_per_block=2, attention_head_dim=heads,
         cross_attention_dim=width, norm_num_groups=groups,
     )  # fmt: skip
+
+
+def begin_with(unet: Any, folder: str) -> None:
+    """Copy weights from a diffusers folder, e.g. of a U-Net trained on an earlier autoencoder's latents.
+
+    Raises:
+        UserError: there is no U-Net, or one of other sizes.
+    """
+    try:
+        earlier: Any = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+        unet.load_state_dict(earlier.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"unet.start={folder} holds no U-Net of these sizes ({first_line(error)}).") from error
 
 
 class UnetModule(StageModule):
@@ -163,17 +178,25 @@ def work(
     dropout: float,
     min_snr_gamma: float | None,
     ema: float,
+    start: str | None,
     check_pictures: int,
 ) -> dict[str, Any]:
-    """The stage."""
+    """The stage.
+
+    Raises:
+        UserError: `start` names no U-Net of these sizes.
+    """
     tokenizer = words.load(shop.weights("tokenizer"))
     text = clip.load_text(shop)
     main = Pictures(shop.folder("data") / "main", shop.device)
     torch.manual_seed(shop.seed + 2)
+    unet = build(shop.size // 8, text.config.hidden_size, channels, heads, groups)
+    if start is not None:
+        begin_with(unet, start)
     module = UnetModule(
         Fit(**fit),
         shop.seed,
-        unet=build(shop.size // 8, text.config.hidden_size, channels, heads, groups),
+        unet=unet,
         text=text,
         moments=latents.load(shop),
         ids=main.tokens(tokenizer),
