@@ -5,6 +5,7 @@ Axes: R rows of a micro batch (concept-major), L cross-attention layers, N token
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,13 @@ class Subject:
     def plain(self, prompt: str) -> str:
         """The prompt with the class noun in the placeholder's place: the text as a person would write it."""
         return prompt.replace(self.placeholder, self.word)
+
+    def spelled(self, prompt: str, words: str) -> str:
+        """The prompt with `words`, which end in the class noun, for the placeholder and a noun right behind it.
+
+        "a <rex> on a sofa" and "a <rex> dog on a sofa" both become "a sks dog on a sofa" for `words` "sks dog".
+        """
+        return re.sub(rf"{re.escape(self.placeholder)}(?: {re.escape(self.word)}\b)?", lambda _: words, prompt)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,20 @@ class Method(pl.LightningModule, ABC):
         """Parameter groups for the optimizer; by default all that requires grad."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    def compose(self, batch: Batch) -> Batch:
+        """What a step trains on: the batch's rows, then any more; by default the batch as it comes."""
+        return batch
+
+    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The denoising losses by name, one number per row of the batch as it came; "" is the method's own.
+
+        Args:
+            step: of all rows that `compose` gave.
+            prediction: the U-Net's output for them (R', C, H, W).
+            target: what it is compared with, same shape.
+        """
+        return {"": denoising_loss(prediction, target)}
+
     def extra_losses(self, step: Step, z0: Tensor) -> dict[str, Tensor]:
         """Further losses by name, one number per row (R,); logged as loss/<name>, then added."""
         return {}
@@ -142,6 +164,20 @@ class Method(pl.LightningModule, ABC):
         """Unit normals (R, *shape) of the VAE's posterior; by default fresh ones for every sample."""
         return draws.normal(self.seed, "posterior", batch.sample, shape)
 
+    def moments(self, batch: Batch) -> Tensor:
+        """The VAE's posterior (R, 2C, H, W) of each row's picture; the VAE runs once a picture."""
+        found = []
+        for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
+            if key not in self._moments:
+                # One picture at a time: the numbers must not depend on which pictures happen to be missing.
+                self._moments[key] = self.model.encode_moments(batch.pixels[row : row + 1])[0]
+            found.append(self._moments[key])
+        return torch.stack(found)
+
+    def encode_negative(self, text: str, variant: str) -> Tensor:
+        """Text states (1, N, D) of guidance's unconditional branch; by default the frozen text encoder's."""
+        return self.model.encode_text([text])
+
     def load_foreign(self, index: int, path: Path) -> None:
         """Load concept `index` from another tool's file.
 
@@ -154,30 +190,25 @@ class Method(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One micro batch: the sum over concepts of each concept's mean denoising loss."""
-        z0 = self.clean_latents(batch)
-        noise = draws.normal(self.seed, "noise", batch.sample, z0.shape[1:]).to(z0)
-        t = draws.integers(self.seed, "timestep", batch.sample, self.model.num_timesteps).to(z0.device)
-        self.last_timesteps = t
+        rows = self.compose(batch)
+        z0 = self.clean_latents(rows)
+        noise = draws.normal(self.seed, "noise", rows.sample, z0.shape[1:]).to(z0)
+        t = draws.integers(self.seed, "timestep", rows.sample, self.model.num_timesteps).to(z0.device)
+        self.last_timesteps = t[: len(batch.concept)]
         z_t = self.model.add_noise(z0, noise, t)
-        step = Step(batch.prompts, batch.concept, t, z_t, batch.sample, batch.pixels)
+        step = Step(rows.prompts, rows.concept, t, z_t, rows.sample, rows.pixels)
         prediction = self.model.predict(z_t, t, self.condition(step))
-        rows = {"": denoising_loss(prediction, self.model.target(z0, noise, t)), **self.extra_losses(step, z0)}
-        losses = {name: per_concept(value, batch.concept, len(self.concepts)) for name, value in rows.items()}
+        found = self.losses(step, prediction, self.model.target(z0, noise, t)) | self.extra_losses(step, z0)
+        losses = {name: per_concept(value, batch.concept, len(self.concepts)) for name, value in found.items()}
         self._note_losses(losses)
         return torch.stack(list(losses.values())).sum()
 
     def clean_latents(self, batch: Batch) -> Tensor:
-        """z0 (R, C, H, W): a posterior sample of each row's cached VAE moments; the VAE runs once a picture."""
-        moments = []
-        for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
-            if key not in self._moments:
-                # One picture at a time: the numbers must not depend on which pictures happen to be missing.
-                self._moments[key] = self.model.encode_moments(batch.pixels[row : row + 1])[0]
-            moments.append(self._moments[key])
-        stacked = torch.stack(moments)
-        shape = (stacked.shape[1] // 2, *stacked.shape[2:])
-        noise = self.posterior_noise(batch, shape).to(stacked)
-        return self.model.scale(diffusion.sample_posterior(stacked, noise))
+        """z0 (R, C, H, W): a posterior sample of each row's VAE moments."""
+        moments = self.moments(batch)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = self.posterior_noise(batch, shape).to(moments)
+        return self.model.scale(diffusion.sample_posterior(moments, noise))
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer over `param_groups`."""
@@ -302,7 +333,7 @@ class Method(pl.LightningModule, ABC):
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler or ddim(steps, guidance),
-                negative=negative,
+                negative=self.encode_negative(negative, variant),
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
             )

@@ -17,7 +17,11 @@ from hiperlab.draws import normal
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-QUICK = {"imagic": {"steps": 2, "batch_size": 2}}  # both of its phases within the suite's two steps of two rows
+CLASS = {"count": 2, "folder": None, "steps": 1}  # two class pictures of one step, kept in memory
+QUICK = {
+    "imagic": {"steps": 2, "batch_size": 2},  # both of its phases within the suite's two steps of two rows
+    "lora": {"prior": {**CLASS, "weight": 1.0}},
+}
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]
 

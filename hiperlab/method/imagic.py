@@ -22,7 +22,7 @@ from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
 from hiperlab.layer.posterior import check_latent, posterior_noise
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.offsets import Added, Offsets, parameter_names
+from hiperlab.model.offsets import Offsets, added, parameter_names, say_cost, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -86,15 +86,9 @@ class Imagic(Method):
         self.target = subject.targets[0] if subject.targets else self.source
         self.encode = TextCache(model)
         self.embedding = nn.Parameter(self.encode([self.target]).float().clone())  # (1, T, D)
-        shapes = {name: weight.shape for name, weight in model.unet.named_parameters()}
-        self.offsets = nn.ParameterDict(  # a module's tensors cannot have dots in their names
-            {
-                name.replace(".", "/"): nn.Parameter(torch.zeros(1, *shapes[name]))
-                for name in parameter_names(model.unet, weights)
-            }
-        )
+        self.offsets = zeros(model.unet, parameter_names(model.unet, weights))
         if weights == "all":
-            _say_cost(sum(value.numel() for value in self.offsets.values()))
+            say_cost(sum(value.numel() for value in self.offsets.values()), "weights=cross is far smaller.")
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The embedding at the optimizer's rate, the weights at their own."""
@@ -120,7 +114,7 @@ class Imagic(Method):
 
     def weight_offsets(self) -> Offsets:
         """The fitted differences by the U-Net's own names."""
-        return Offsets({name.replace("/", "."): Added(value[0]) for name, value in self.offsets.items()})
+        return added(self.offsets)
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
         """One draw per picture for the whole run, as all public code does."""
@@ -153,12 +147,3 @@ class Imagic(Method):
             )
         log.warning("%s holds phase A only: pictures are drawn with the unchanged U-Net.", path.name)
         self.embedding[index].copy_(rows)
-
-
-def _say_cost(count: int) -> None:
-    """What fitting every weight takes: offset, gradient, two Adam moments and the changed weight, 4 bytes each."""
-    log.warning(
-        "method.weights=all fits %.1f million weights: %.1f GB besides the model while training, %.1f GB for the "
-        "artifact and three times that for every checkpoint (fit.checkpoint_every). weights=cross is far smaller.",
-        count / 1e6, 20 * count / 1e9, 4 * count / 1e9,
-    )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -37,17 +38,26 @@ class CrossAttention:
     ) -> Tensor:
         """Attend from (B, S, C) image states; a plain (B, N, D) tensor works too, as in the bare U-Net."""
         assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
+        detach_first = False
         if isinstance(encoder_hidden_states, Conditioning):
             for_keys, for_values = encoder_hidden_states.layer(self.index)
+            detach_first = encoder_hidden_states.detach_first
         else:
             for_keys = for_values = encoder_hidden_states
+        keys, values = attn.to_k(for_keys), attn.to_v(for_values)
+        if detach_first:
+            keys, values = _detach_first(keys), _detach_first(values)
         query = _split(attn.to_q(hidden_states), attn.heads)
-        key = _split(attn.to_k(for_keys), attn.heads)
-        value = _split(attn.to_v(for_values), attn.heads)
+        key, value = _split(keys, attn.heads), _split(values, attn.heads)
         attended = F.scaled_dot_product_attention(query, key, value)
         merged = attended.transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](merged))
         return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+def _detach_first(states: Tensor) -> Tensor:
+    """The same (B, N, C), with no gradient through token 0 (methods/e4t.md, section 18)."""
+    return torch.cat([states[:, :1].detach(), states[:, 1:]], dim=1)
 
 
 def _split(states: Tensor, heads: int) -> Tensor:

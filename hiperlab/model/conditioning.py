@@ -22,11 +22,13 @@ class Conditioning:
         keys: (L, B, N, D) states that the key projections read; L is 1 (shared) or the number of layers.
         values: same shape, read by the value projections; None means the keys serve both.
         offsets: changes of U-Net weights, for all rows of the call; None leaves the bare U-Net.
+        detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
     """
 
     keys: Tensor
     values: Tensor | None = None
     offsets: Offsets | None = None
+    detach_first: bool = False
 
     @property
     def layers(self) -> int:
@@ -43,12 +45,13 @@ class Conditioning:
         """The conditioning of the chosen batch rows (repeats allowed)."""
         index = torch.as_tensor(index, device=self.keys.device)
         values = None if self.values is None else self.values[:, index]
-        return Conditioning(self.keys[:, index], values, self.offsets)
+        return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first)
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning in another floating type."""
         values = None if self.values is None else self.values.to(dtype)
-        return Conditioning(self.keys.to(dtype), values, self.offsets)  # offsets choose their type by the weight's
+        # Offsets choose their type by the weight's.
+        return Conditioning(self.keys.to(dtype), values, self.offsets, self.detach_first)
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
@@ -67,7 +70,8 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         return states.expand(layers, *states.shape[1:])
 
     keys = torch.cat([spread(part.keys) for part in parts], dim=1)
+    detach_first = any(part.detach_first for part in parts)  # matters to gradients only, and joining serves sampling
     if all(part.values is None for part in parts):
-        return Conditioning(keys, offsets=offsets)
+        return Conditioning(keys, None, offsets, detach_first)
     values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
-    return Conditioning(keys, values, offsets)
+    return Conditioning(keys, values, offsets, detach_first)

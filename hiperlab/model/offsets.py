@@ -6,8 +6,9 @@ and ones of single rows or columns are the same thing to the stack.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hiperlab.errors import UserError
 
+log = logging.getLogger(__name__)
 PARTS = {  # which parameters a choice of `weights` means, by a part of their name
     "cross": (".attn2.",),
     "attention": (".attn1.", ".attn2."),
@@ -35,6 +37,10 @@ class Change(ABC):
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """The numbers it is made of, always in the same order."""
+
+    def settings(self) -> Hashable:
+        """What it depends on beside its tensors."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,46 @@ class Added(Change):
 
 
 @dataclass(frozen=True)
+class LowRank(Change):
+    """W' = W + scale * up down (LoRA, Hu et al. 2021, section 4.1; B and A there, scale = alpha / r).
+
+    Args:
+        down: A, (r, in) or for a convolution (r, in, h, w).
+        up: B, (out, r) or (out, r, 1, 1).
+        scale: factor of the product.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Multiplied out, which an adapter beside the layer equals to rounding; see `Added` for the type."""
+        delta = self.scale * (self.up.flatten(1) @ self.down.flatten(1))
+        return Added(delta.reshape(weight.shape)).apply(weight)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A, then B."""
+        return self.down, self.up
+
+    def settings(self) -> Hashable:
+        """The factor."""
+        return self.scale
+
+
+@dataclass(frozen=True)
 class Offsets:
-    """Changes by the U-Net's own parameter names, e.g. "mid_block.attentions.0. ... .attn2.to_k.weight"."""
+    """Changes by the module's own parameter names, e.g. "mid_block.attentions.0. ... .attn2.to_k.weight"."""
 
     changes: Mapping[str, Change]
 
-    def weights(self, unet: nn.Module) -> dict[str, Tensor]:
-        """The changed weights, for `torch.func.functional_call`.
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The changed weights of the U-Net (or text encoder), for `torch.func.functional_call`.
 
         Raises:
-            KeyError: a name that the U-Net does not have.
+            KeyError: a name that the module does not have.
         """
-        frozen = dict(unet.named_parameters())
+        frozen = dict(module.named_parameters())
         return {name: change.apply(frozen[name]) for name, change in self.changes.items()}
 
     def same(self, other: Offsets) -> bool:
@@ -73,7 +107,9 @@ class Offsets:
         if self is other:
             return True
         return self.changes.keys() == other.changes.keys() and all(
-            mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape
+            mine.data_ptr() == theirs.data_ptr()
+            and mine.shape == theirs.shape
+            and change.settings() == other.changes[name].settings()
             for name, change in self.changes.items()
             for mine, theirs in zip(change.tensors(), other.changes[name].tensors(), strict=True)
         )
@@ -92,6 +128,34 @@ def parameter_names(unet: nn.Module, weights: str) -> list[str]:
     if weights not in PARTS:
         raise UserError(f"weights={weights!r} is unknown. Choose {', '.join(PARTS)}.")
     return [name for name, _ in unet.named_parameters() if any(part in name for part in PARTS[weights])]
+
+
+def zeros(module: nn.Module, names: Iterable[str]) -> nn.ParameterDict:
+    """A trainable zero offset (1, *shape) for each named parameter, float32; the first axis is the concept's.
+
+    Dots become slashes: a module's tensors cannot have dots in their names.
+    """
+    shapes = {name: weight.shape for name, weight in module.named_parameters()}
+    return nn.ParameterDict({name.replace(".", "/"): nn.Parameter(torch.zeros(1, *shapes[name])) for name in names})
+
+
+def added(offsets: nn.ParameterDict) -> Offsets:
+    """What `zeros` made and training filled, by the module's own names."""
+    return Offsets({name.replace("/", "."): Added(value[0]) for name, value in offsets.items()})
+
+
+def say_cost(count: int, smaller: str) -> None:
+    """Warn of what fitting `count` weights takes: offset, gradient, two Adam moments and the changed weight, float32.
+
+    Args:
+        count: number of weights.
+        smaller: what to say of a smaller choice.
+    """
+    log.warning(
+        "method.weights=all fits %.1f million weights: %.1f GB besides the model while training, %.1f GB for the "
+        "artifact and three times that for every checkpoint (fit.checkpoint_every). %s",
+        count / 1e6, 20 * count / 1e9, 4 * count / 1e9, smaller,
+    )  # fmt: skip
 
 
 def checkpointed(module: nn.Module, *args: Any) -> Any:

@@ -111,7 +111,7 @@ def generate(
     steps: int,
     guidance: float,
     sampler: Sampler,
-    negative: str,
+    negative: Tensor,
     batch_size: int,
     time_dependent: bool,
 ) -> Tensor:
@@ -125,7 +125,7 @@ def generate(
         steps: denoising steps.
         guidance: s.
         sampler: which scheduler.
-        negative: text of the unconditional branch.
+        negative: text states (1, N, D) of the unconditional branch.
         batch_size: pictures per U-Net call.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
 
@@ -137,7 +137,7 @@ def generate(
     dtype = torch.float64 if stack.alpha_bar.dtype == torch.float64 else torch.float32
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     order = sorted(range(len(keys)), key=lambda row: first[keys[row]])  # pictures of one prompt side by side
-    empty = stack.encode_text([negative])[None]
+    empty = negative[None]
     cache = _ConditionCache(condition, first, time_dependent)
     pictures: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):

@@ -19,7 +19,7 @@ from hiperlab.model import noise as diffusion
 from hiperlab.model import text as clip
 from hiperlab.model.attention import install_cross_attention
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.offsets import checkpointed
+from hiperlab.model.offsets import Offsets, checkpointed
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,17 @@ class FrozenStack(nn.Module):
         """The text encoder's final layer norm: what the U-Net reads."""
         return clip.final_norm(self.text, states)
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Plain text states (B, N, D), as the pipeline computes them."""
-        return self.normalise_text(self.hidden_states(self.tokenize(prompts)))[0]
+    @property
+    def text_module(self) -> nn.Module:
+        """The module whose parameter names offsets of the text encoder use, e.g. "encoder.layers.0. ... .weight"."""
+        return clip.inner(self.text)
+
+    def encode_text(self, prompts: Sequence[str], offsets: Offsets | None = None) -> Tensor:
+        """Plain text states (B, N, D), as the pipeline computes them; `offsets` stand in for weights in this call."""
+        tokens = self.tokenize(prompts)
+        if offsets is None:
+            return self.normalise_text(self.hidden_states(tokens))[0]
+        return clip.encode_with(self.text, tokens.ids, offsets.weights(self.text_module))
 
     # ---- pictures ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hiperlab.errors import UserError
 
@@ -173,6 +174,23 @@ def transform(text: nn.Module, states: Tensor) -> Tensor:
 def final_norm(text: nn.Module, states: Tensor) -> Tensor:
     """CLIP's final layer norm, applied to (..., N, D)."""
     return inner(text).final_layer_norm(states)
+
+
+class _Encoder(nn.Module):
+    """The whole text encoder as one module, so that a call can take other weights."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = inner(text)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return final_norm(self.text, transform(self.text, embed(self.text, ids)))
+
+
+def encode_with(text: nn.Module, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Text states (B, N, D) of tokens (B, N), with other weights by their names in `inner(text)`; `text` stays."""
+    changed = {f"text.{name}": weight for name, weight in weights.items()}
+    return functional_call(_Encoder(text), changed, (ids,))[0]
 
 
 def numbered_slots(placeholders: Sequence[str], num_vectors: int = 1) -> dict[str, list[int]]:

@@ -214,7 +214,7 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
         artifact.write(folder / f"{subject.name}.safetensors", method, index, session.method_settings(), steps)
         other = folder / subject.name
         other.mkdir(parents=True, exist_ok=True)
-        names = [f"{subject.name}/{path.name}" for path in method.export(index, other, steps)]
+        names = [path.relative_to(folder).as_posix() for path in method.export(index, other, steps)]
         if not names:
             other.rmdir()
         written.append((subject, names))

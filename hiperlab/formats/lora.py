@@ -1,0 +1,236 @@
+"""LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written (methods/e4t.md, section 17).
+
+Key names are diffusers' and PEFT's own converters' business; what they lose is ours: alpha, and the text encoder's old
+key names. Letters: A (r, in) "down", B (out, r) "up", W' = W + scale B A with scale = alpha / r.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hiperlab.errors import UserError
+from hiperlab.formats import embedding, pickles
+
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+PEFT = "adapter_model.safetensors"
+HEADER = "lora_adapter_metadata"
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_")
+OTHER_KINDS = {  # parts of keys that belong to something else than LoRA on SD 1.x or 2.x
+    "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    "lora_mid": "LoCon with a Tucker core", "lora_te2_": "a LoRA for SDXL", "text_encoder_2.": "a LoRA for SDXL",
+}  # fmt: skip
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> (A, B); convolutions keep their four axes
+
+
+class Adapter(NamedTuple):
+    """What a LoRA file holds, by the modules' names in the U-Net and in the text model, without "text_model.".
+
+    The scale is folded into B: W' = W + B A.
+    """
+
+    unet: Pairs
+    text: Pairs
+
+
+def read(path: Path) -> Adapter:
+    """Any LoRA file for Stable Diffusion 1.x or 2.x.
+
+    Alpha comes from the file's header (diffusers), a tensor beside each pair (kohya) or `adapter_config.json` beside
+    the file (PEFT); without any it is the rank.
+
+    Raises:
+        UserError: there is no file, it is broken, unsafe, or holds something else than LoRA.
+    """
+    if path.suffix == ".safetensors":
+        content, configs = embedding.tensors(path), _header(path)
+    else:
+        content, configs = pickles.load(path), {}
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path.name} is no LoRA file: expected named tensors, found {type(content).__name__}.")
+    for part, kind in OTHER_KINDS.items():
+        if any(part in key for key in content):
+            raise UserError(
+                f"{path.name} is {kind}, which method=lora does not read. Choose a plain LoRA of SD 1 or 2."
+            )
+    if not all(torch.isfinite(value).all() for value in content.values()):
+        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
+    alphas: dict[str, float] = {}
+    tensors = {key: value.detach().float() for key, value in content.items()}
+    if all(key.startswith(KOHYA) for key in tensors):
+        tensors, alphas = _from_kohya(path, tensors)
+    tensors = {_full(key): value for key, value in tensors.items()}
+    if path.name == PEFT and (beside := path.parent / "adapter_config.json").is_file():
+        configs = dict.fromkeys(("unet", "text_encoder"), json.loads(beside.read_text(encoding="utf-8")))
+    found = [
+        _pairs(path, _named(tensors, part), _named(alphas, part), configs.get(part, {}))
+        for part in ("unet", "text_encoder")
+    ]
+    return Adapter(*found)
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """PEFT settings per part from a safetensors header; a header without prefixes speaks of the U-Net."""
+    with safetensors.safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(HEADER)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        found: dict[str, dict[str, Any]] = {"unet": {}, "text_encoder": {}}
+        for key, value in values.items():
+            part, _, name = key.rpartition(".")
+            found[part or "unet"][name] = value
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{path.name}: its header {HEADER!r} is damaged ({error!r}). Save the file again.") from error
+    return found
+
+
+def _from_kohya(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin  # heavy, and only LoRA files need it
+
+    try:
+        return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+    except (ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:160]
+        raise UserError(f"{path.name} is no LoRA that diffusers can convert ({first}).") from error
+
+
+def _full(key: str) -> str:
+    """A key of PEFT's own files, which name no part, with its part in front."""
+    if key.startswith(("unet.", "text_encoder.")):
+        return key
+    bare = key.removeprefix("base_model.model.")
+    return f"{'text_encoder' if 'encoder.layers.' in bare else 'unet'}.{bare}"
+
+
+def _named(values: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """One part's values by PEFT's names, "<module>.lora_A.weight", and alphas by "<module>.lora_A.weight.alpha"."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    mine = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
+    if part == "unet":
+        return convert_unet_state_dict_to_peft(mine)
+    if any("to_out_lora" in key or "lora_linear_layer" in key for key in mine):
+        mine = convert_state_dict_to_peft(mine)
+    return {key.removeprefix("text_model."): value for key, value in mine.items()}
+
+
+def _pairs(path: Path, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], config: Mapping[str, Any]) -> Pairs:
+    """(A, B) per module with the scale folded into B."""
+    ends = (".lora_A.weight", ".lora_B.weight")
+    strange = [key for key in tensors if not key.endswith(ends)]
+    modules = list(dict.fromkeys(key.removesuffix(ends[0]).removesuffix(ends[1]) for key in tensors))
+    strange += [module for module in modules if any(f"{module}{end}" not in tensors for end in ends)]
+    if strange:
+        raise UserError(f"{path.name} is no LoRA file: {strange[0]!r} is not one of a pair of LoRA matrices.")
+    by_module = {key.split(".lora_A")[0].removesuffix(".alpha"): value for key, value in alphas.items()}
+    found = {}
+    for module in modules:
+        down, up = (tensors[f"{module}{end}"] for end in ends)
+        if down.dim() not in (2, 4) or up.dim() != down.dim() or up.shape[1] != down.shape[0]:
+            raise UserError(
+                f"{path.name}: {module} has matrices {list(down.shape)} and {list(up.shape)}, expected [r, in] and "
+                "[out, r]. The file is damaged or of another kind."
+            )
+        rank = down.shape[0]
+        alpha = by_module.get(module, _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+        found[module] = (down, up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
+    return found
+
+
+def _pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
+    """PEFT's per-module setting: a pattern names a module by the end of its name."""
+    for pattern, value in (patterns or {}).items():
+        if module == pattern or module.endswith(f".{pattern}"):
+            return value
+    return otherwise
+
+
+def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: str) -> list[Path]:
+    """Write `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) and `peft/` (PEFT).
+
+    Every file carries alpha: diffusers forgets it unless its metadata are given, and its kohya converter writes the
+    rank whatever alpha is.
+
+    Args:
+        folder: where; must exist.
+        name: the concept's name; A1111 calls a LoRA by its file name.
+        adapter: matrices of one rank, as they are trained: the scale is NOT folded in.
+        scale: alpha / r.
+        text_prefix: "text_model." where the installed transformers names the text model's modules so, else "".
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    unet, text = _peft(adapter.unet, ""), _peft(adapter.text, "text_model.")  # the name older stacks know too
+    settings = {part: _config(pairs, scale) for part, pairs in (("unet", adapter.unet), ("text", adapter.text))}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(unet) if unet else None,  # type: ignore[arg-type]
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(text) if text else None,  # type: ignore[arg-type]
+        unet_lora_adapter_metadata=settings["unet"] and settings["unet"].to_dict(),
+        text_encoder_lora_adapter_metadata=settings["text"] and settings["text"].to_dict(),
+        weight_name=DIFFUSERS,
+    )
+    written = [folder / DIFFUSERS, _write_kohya(folder / f"{name}.safetensors", unet, text, scale)]
+    for part, pairs, prefix in (("unet", adapter.unet, ""), ("text", adapter.text, text_prefix)):
+        if pairs:
+            place = folder / ("peft" if part == "unet" else "peft_text_encoder")
+            settings[part].save_pretrained(str(place))
+            states = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
+            save_file(states, place / PEFT, metadata={"format": "pt"})
+            written.append(place / PEFT)
+    return written
+
+
+def _peft(pairs: Pairs, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{module}.lora_{letter}.weight": value.detach().float().cpu().contiguous().clone()
+        for module, both in pairs.items()
+        for letter, value in zip("AB", both, strict=True)
+    }
+
+
+def _config(pairs: Pairs, scale: float) -> Any:
+    """PEFT's settings for these modules, each named in full; None without any."""
+    from peft import LoraConfig
+
+    if not pairs:
+        return None
+    (rank,) = {down.shape[0] for down, _ in pairs.values()}
+    return LoraConfig(
+        r=rank, lora_alpha=_whole(scale * rank), target_modules=sorted(pairs), init_lora_weights="gaussian"
+    )
+
+
+def _whole(value: float) -> Any:
+    """4.0 as 4, as everybody writes alpha; 0.5 stays."""
+    return int(value) if value == int(value) else value
+
+
+def _write_kohya(path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], scale: float) -> Path:
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    named = {f"unet.{key}": value for key, value in unet.items()} | {
+        f"text_encoder.{key}": value for key, value in text.items()
+    }
+    # "lora_te1_" is SDXL's name of it; A1111 and others look for "lora_te_" with SD 1 and 2.
+    states = {
+        key.replace("lora_te1_", "lora_te_", 1): value for key, value in convert_state_dict_to_kohya(named).items()
+    }
+    rank = next(value.shape[0] for key, value in states.items() if key.endswith(".lora_down.weight"))
+    alpha = _whole(scale * rank)
+    states = {key: torch.tensor(float(alpha)) if key.endswith(".alpha") else value for key, value in states.items()}
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    save_file(states, path, metadata=metadata)
+    return path

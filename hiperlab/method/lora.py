@@ -1,0 +1,214 @@
+"""LoRA (Hu et al. 2021) for DreamBooth (Ruiz et al. 2022): low-rank weight offsets tied to a rare word.
+
+Specification: methods/e4t.md, sections 16 and 17. Letters there: A "down", B "up", r rank, m strength.
+Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hiperlab import draws
+from hiperlab.contract import Method, Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import fill
+from hiperlab.errors import UserError
+from hiperlab.formats import lora as files
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text_cache import TextCache
+from hiperlab.prior import Prior
+
+log = logging.getLogger(__name__)
+
+
+def modules_named(module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Linear and convolution layers whose names end in one of `targets`, as PEFT matches them, in the module's order.
+
+    Raises:
+        UserError: a target that no layer's name ends in.
+    """
+    layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"no layer's name ends in {target!r}. U-Net: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, "
+                "proj_in, proj_out, conv1, conv2; text encoder: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
+            )
+    return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r', in, ...) and B (out, r', ...) with zero rows and columns up to `rank`; their product stays."""
+    more = rank - down.shape[0]
+    return (
+        torch.cat([down, down.new_zeros(more, *down.shape[1:])]),
+        torch.cat([up, up.new_zeros(up.shape[0], more, *up.shape[2:])], dim=1),
+    )
+
+
+class LoRA(Method):
+    """A and B beside every attention projection; prompts say "sks dog" for the placeholder.
+
+    Args:
+        model: the frozen stack.
+        concepts: what is personalised.
+        optimizer: parameters -> optimizer.
+        seed: of initialisation and draws.
+        rank: r.
+        alpha: the offset is alpha / r * B A.
+        targets: ends of the U-Net layers' names.
+        text_encoder: whether the text encoder gets offsets too.
+        text_targets: ends of the text encoder layers' names.
+        identifier: rare word that stands before the class noun in the placeholder's place.
+        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
+        strength: m, factor of the offsets in sampling; several draw one picture for each, the first is the plain one.
+        prior: class pictures that hold the class; weight 0 for none.
+    """
+
+    stacks_concepts = False  # rows of one U-Net call share its weights
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        text_encoder: bool,
+        text_targets: Sequence[str],
+        identifier: str,
+        template: str | None,
+        strength: Sequence[float],
+        prior: Prior,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        if rank < 1 or alpha <= 0:
+            raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
+        if not strength:
+            raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
+        self.scale = alpha / rank
+        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
+        self.template, self.prior = template, prior
+        self.strength = float(strength[0])
+        self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
+        self.plain_text = TextCache(model)
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # keys "unet/<module>", dots as slashes
+        for part, module, ends in (
+            ("unet", model.unet, targets),
+            ("text", model.text_module, text_targets if text_encoder else ()),
+        ):
+            for name in modules_named(module, ends):
+                self._lay(part, name, *_start(seed, name, module.get_parameter(f"{name}.weight").shape, rank))
+
+    def _lay(self, part: str, name: str, down: Tensor, up: Tensor) -> None:
+        key = f"{part}/{name}".replace(".", "/")
+        device = self.model.device
+        self.down[key], self.up[key] = (nn.Parameter(value[None].to(device)) for value in (down, up))
+
+    def compose(self, batch: Batch) -> Batch:
+        """The published training prompt for every row, then the class rows."""
+        if self.template is not None:
+            prompt = fill(self.template, self.concepts[0].placeholder)
+            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
+        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
+
+    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Instance rows, and class rows by their weight (DreamBooth, eq. 2)."""
+        return self.prior.losses(prediction, target)
+
+    def condition(self, step: Step) -> Conditioning:
+        """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
+        texts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
+        strength = 1.0 if step.samples is not None else self._strength(step.variant)
+        return Conditioning(self._encode(texts, strength)[None], offsets=self.offsets("unet", strength))
+
+    def offsets(self, part: str, strength: float) -> Offsets:
+        """The weights' changes in "unet" or "text", by the module's own names."""
+        return Offsets(
+            {
+                f"{name}.weight": LowRank(down[0], up[0], strength * self.scale)
+                for name, (down, up) in self._pairs(part).items()
+            }
+        )
+
+    def encode_negative(self, text: str, variant: str) -> Tensor:
+        """Through the changed text encoder: a pipeline with the adapter loaded does the same."""
+        return self._encode([text], self._strength(variant))
+
+    def _encode(self, texts: Sequence[str], strength: float) -> Tensor:
+        offsets = self.offsets("text", strength)
+        return self.model.encode_text(texts, offsets) if offsets.changes else self.plain_text(texts)
+
+    def _strength(self, variant: str) -> float:
+        return float(variant.removeprefix("strength=")) if variant else self.strength
+
+    def _pairs(self, part: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (1, r, in) and B (1, out, r) by the modules' names."""
+        return {
+            key.removeprefix(f"{part}/").replace("/", "."): (down, self.up[key])
+            for key, down in self.down.items()
+            if key.startswith(f"{part}/")
+        }
+
+    def on_fit_start(self) -> None:
+        """Draw the class pictures before the first step."""
+        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
+
+    # ---- files of diffusers, PEFT and kohya --------------------------------------------------------------------------
+
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """`pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya), `peft/` (PEFT)."""
+        unet, text = (
+            {name: (down[0], up[0]) for name, (down, up) in self._pairs(part).items()} for part in ("unet", "text")
+        )
+        prefix = "text_model." if self.model.text_module is not self.model.text else ""
+        return files.write(folder, self.concepts[index].name, files.Adapter(unet, text), self.scale, prefix)
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """A LoRA made elsewhere, whatever its rank, alpha and layers: this method's own are replaced by the file's."""
+        adapter = files.read(path)
+        everything = [*adapter.unet.items(), *adapter.text.items()]
+        rank = max(down.shape[0] for _, (down, _) in everything)
+        for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
+            self._check(path, part, pairs)
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
+            for name, (down, up) in pairs.items():
+                self._lay(part, name, *resized(down, up / self.scale, rank))
+        log.info("%s: rank %d, %d U-Net and %d text layers", path.name, rank, len(adapter.unet), len(adapter.text))
+
+    def _check(self, path: Path, part: str, pairs: files.Pairs) -> None:
+        """Refuse matrices for another architecture.
+
+        Raises:
+            UserError: naming the layer.
+        """
+        weights = dict((self.model.unet if part == "unet" else self.model.text_module).named_parameters())
+        for name, (down, up) in pairs.items():
+            weight = weights.get(f"{name}.weight")
+            if weight is None:
+                raise UserError(
+                    f"{path.name} changes {name}, which {self.model.name} does not have: another base model."
+                )
+            if (up.shape[0], *down.shape[1:]) != tuple(weight.shape):
+                raise UserError(
+                    f"{path.name} changes {name} as {[up.shape[0], *down.shape[1:]]}, in {self.model.name} it is "
+                    f"{list(weight.shape)}. Load the base model it was made for."
+                )
+
+
+def _start(seed: int, name: str, shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """A ~ N(0, 1 / r^2), B = 0: PEFT's "gaussian", so that training starts from the bare model."""
+    down = draws.normal(seed, f"lora {name}", [0], (rank, *shape[1:]))[0] / rank
+    return down, torch.zeros(shape[0], rank, *[1] * (len(shape) - 2))

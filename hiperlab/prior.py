@@ -1,0 +1,205 @@
+"""Prior preservation (Ruiz et al. 2022, eq. 2): pictures of the bare class, which the frozen model draws, are kept.
+
+Specification: methods/e4t.md, section 16. Axes: R rows of the batch as it came; with class rows behind them 2 R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hiperlab import files
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import SLOT, fill
+from hiperlab.data.images import ImageProblem, read_folder, read_image, to_pixels
+from hiperlab.data.module import view_order
+from hiperlab.errors import UserError
+from hiperlab.loss.diffusion import denoising_loss
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.sampler import ddim, generate
+from hiperlab.model.stack import FrozenStack
+
+log = logging.getLogger(__name__)
+
+
+def preserved(prediction: Tensor, target: Tensor, weight: float) -> dict[str, Tensor]:
+    """Losses of instance rows and class rows: two means, the second weighed (specification, section 16).
+
+    Args:
+        prediction: (2 R, C, H, W), instance rows first.
+        target: same shape.
+        weight: w, of the class rows.
+
+    Returns:
+        "" and "prior", (R,) each; their means add up to the loss.
+    """
+    instance, prior = denoising_loss(prediction, target).chunk(2)
+    return {"": instance, "prior": weight * prior}
+
+
+class Prior:
+    """The pictures that hold the class, and their part in a step; with weight 0 none are drawn or read.
+
+    Drawn pictures are kept by content (model, caption, sampler, size): another run of the same settings finds them,
+    and one that wants more draws only what is missing.
+
+    Args:
+        weight: w, the class rows' share in the loss; 0 switches all of this off.
+        count: number of class pictures.
+        prompt: their caption, "{}" stands for the class noun.
+        folder: where drawn pictures are kept, one folder per content; None keeps them in memory.
+        real: folder of real pictures of the class to use instead, or None.
+        steps: denoising steps of a drawn picture (DDIM).
+        guidance: classifier-free guidance scale of a drawn picture.
+        batch_size: pictures drawn at a time.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        count: int,
+        prompt: str,
+        folder: str | None,
+        real: str | None,
+        steps: int,
+        guidance: float,
+        batch_size: int,
+    ) -> None:
+        if weight < 0:
+            raise UserError(f"method.prior.weight={weight} is negative. Use 0 for none, 1 as published.")
+        if count < 1:
+            raise UserError(f"method.prior.count={count} gives no class picture. Use 1 or more, or prior.weight=0.")
+        if SLOT not in prompt:
+            raise UserError(f"method.prior.prompt={prompt!r} lacks '{SLOT}', the class noun's slot.")
+        self.weight, self.count, self.prompt = float(weight), count, prompt
+        self.folder = Path(folder).expanduser() if folder else None
+        self.real = Path(real).expanduser() if real else None
+        self.steps, self.guidance, self.batch_size = steps, float(guidance), batch_size
+        self._kept: dict[str, list[Path | Image.Image]] = {}
+
+    def prepare(self, model: FrozenStack, word: str, trainer: Any) -> None:
+        """Before training: the first process draws what is missing, the others find it."""
+        if not self.weight:
+            return
+        if trainer.is_global_zero:
+            self.pictures(model, word)
+        trainer.strategy.barrier()
+        self.pictures(model, word)
+
+    def extend(self, batch: Batch, model: FrozenStack, word: str, seed: int) -> Batch:
+        """The batch with as many class rows behind its own; with weight 0 the batch itself.
+
+        A class row's sample number is -1 - k for the instance row's k: draws of its own, the same in any micro batch.
+        """
+        if not self.weight:
+            return batch
+        pictures = self.pictures(model, word)
+        chosen = view_order(seed, batch.sample.tolist(), len(pictures))
+        pixels = torch.stack([self._pixels(pictures[number], model.size) for number in chosen])
+        views = torch.tensor(chosen, device=batch.view.device)
+        return Batch(
+            pixels=torch.cat([batch.pixels, pixels.to(batch.pixels)]),
+            prompts=[*batch.prompts, *[fill(self.prompt, word)] * len(chosen)],
+            concept=batch.concept.repeat(2),
+            sample=torch.cat([batch.sample, -1 - batch.sample]),
+            view=torch.cat([batch.view, -1 - views]),  # negative: the instance's pictures count from 0
+            flip=torch.cat([batch.flip, torch.zeros_like(batch.flip)]),
+        )
+
+    def losses(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Of rows that `extend` gave: see `preserved`; with weight 0 the plain loss."""
+        return preserved(prediction, target, self.weight) if self.weight else {"": denoising_loss(prediction, target)}
+
+    def pictures(self, model: FrozenStack, word: str) -> list[Path | Image.Image]:
+        """The class pictures: read from `real`, found, or drawn by the frozen model with seeds 0, 1, ...
+
+        Raises:
+            UserError: `real` is no folder, or holds no usable picture.
+        """
+        if word not in self._kept:
+            self._kept[word] = self._real() if self.real else self._drawn(model, word)
+        return self._kept[word]
+
+    def _real(self) -> list[Path | Image.Image]:
+        assert self.real
+        if not self.real.is_dir():
+            raise UserError(
+                f"method.prior.real={self.real} is no folder. Give the one that holds pictures of the class."
+            )
+        return list(read_folder(self.real, "stop", self.count)[0])
+
+    def _drawn(self, model: FrozenStack, word: str) -> list[Path | Image.Image]:
+        caption = fill(self.prompt, word)
+        found: dict[int, Path | Image.Image] = {}
+        place = self.folder / f"{_file_name(word)}-{self._content(model, caption)}" if self.folder else None
+        if place:
+            found = {n: path for n in range(self.count) if (path := place / f"{n:05d}.png").is_file()}
+        missing = [number for number in range(self.count) if number not in found]
+        if missing:
+            log.info(
+                "%d of %d class pictures %r are drawn%s",
+                len(missing), self.count, caption, f", kept in {place}" if place else "",
+            )  # fmt: skip
+        for start in range(0, len(missing), self.batch_size):
+            seeds = missing[start : start + self.batch_size]
+            for number, picture in zip(seeds, self._draw(model, caption, seeds), strict=True):
+                found[number] = picture
+                if place:
+                    found[number] = path = place / f"{number:05d}.png"
+                    with files.atomic_open(path) as file:
+                        picture.save(file, format="PNG")
+        return [found[number] for number in range(self.count)]
+
+    @torch.no_grad()
+    def _draw(self, model: FrozenStack, caption: str, seeds: list[int]) -> list[Image.Image]:
+        states = Conditioning(model.encode_text([caption])[None])
+
+        def condition(rows: list[int], t: Tensor) -> Conditioning:
+            return states
+
+        pictures = generate(
+            model,
+            condition,
+            keys=[caption] * len(seeds),
+            seeds=seeds,
+            steps=self.steps,
+            guidance=self.guidance,
+            sampler=ddim(self.steps, self.guidance),
+            negative=model.encode_text([""]),
+            batch_size=len(seeds),
+            time_dependent=False,
+        )
+        levels = (pictures.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+        return [Image.fromarray(picture) for picture in levels]
+
+    def _content(self, model: FrozenStack, caption: str) -> str:
+        """Names everything a drawn picture depends on; the U-Net by the beginnings of its weights."""
+        weights = hashlib.sha256()
+        for part in (model.text, model.unet, model.vae.decoder):
+            for value in part.parameters():
+                weights.update(value.detach().flatten()[:64].double().cpu().numpy().tobytes())
+        settings = [caption, model.size, self.steps, self.guidance, model.scheduler_config, weights.hexdigest()]
+        return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _pixels(self, picture: Path | Image.Image, size: int) -> Tensor:
+        """(3, size, size) in [-1, 1]; files are read when their turn comes, a thousand pictures need no memory."""
+        if isinstance(picture, Path):
+            try:
+                picture = read_image(picture)
+            except (ImageProblem, OSError) as error:
+                raise UserError(
+                    f"class picture {picture} cannot be read ({error}). Delete it: it is drawn anew."
+                ) from error
+        return to_pixels(picture, size, center_crop=True, flip=False)
+
+
+def _file_name(word: str) -> str:
+    """A class noun as part of a file name: "my dog" -> "my-dog"."""
+    return "".join(letter if letter.isalnum() else "-" for letter in word)

@@ -1,0 +1,287 @@
+"""LoRA's own promises: files that diffusers and PEFT read back, files made elsewhere. Numbers: tests/parity."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from fractions import Fraction
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hiperlab.contract import Step
+from hiperlab.errors import UserError
+from hiperlab.method.lora import LoRA, modules_named, resized
+from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.offsets import LowRank, Offsets
+from tests.composed import SUBJECTS, batch, build, train
+
+CAT = SUBJECTS[0]
+ZERO = torch.zeros(1, dtype=torch.long)
+
+
+def fitted(stack, **changes) -> LoRA:
+    """With offsets large enough to be seen in a prediction."""
+    method = build("lora", stack, [CAT], **changes)
+    assert isinstance(method, LoRA)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in [*method.down.values(), *method.up.values()]:
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    return method.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 4, 16, 16, generator=generator), torch.tensor([400])
+
+
+@torch.no_grad()
+def ours(method, inputs, text="a photo of a <my-cat>"):
+    return method.model.predict(*inputs, method.condition(Step([text], ZERO, ZERO)))
+
+
+def pipeline(stack) -> StableDiffusionPipeline:
+    """Diffusers' own, around copies: its adapters change modules in place."""
+    parts = copy.deepcopy(stack)
+    return StableDiffusionPipeline(
+        parts.vae, parts.text, parts.tokenizer, parts.unet, DDIMScheduler.from_config(parts.scheduler_config),
+        None, None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def theirs(pipe, inputs, text="a photo of a sks cat"):
+    ids = pipe.tokenizer([text], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    return pipe.unet(*inputs, encoder_hidden_states=pipe.text_encoder(ids)[0], return_dict=False)[0]
+
+
+def test_low_rank_by_hand() -> None:
+    down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
+    changed = LowRank(down, up, 0.5).apply(torch.ones(2, 2))
+    assert changed.tolist() == [[2.5, 4.0], [3.0, 5.0]]
+    kernel = LowRank(torch.ones(2, 3, 3, 3), torch.ones(5, 2, 1, 1), 1.0).apply(torch.zeros(5, 3, 3, 3))
+    assert kernel.shape == (5, 3, 3, 3) and kernel.unique().tolist() == [2.0]
+
+
+def test_convolution_equals_two_convolutions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up, x = (torch.randn(*s, generator=generator) for s in ((2, 3, 3, 3), (5, 2, 1, 1), (1, 3, 6, 6)))
+    weight = LowRank(down, up, 1.0).apply(torch.zeros(5, 3, 3, 3))
+    conv = torch.nn.functional.conv2d
+    torch.testing.assert_close(conv(x, weight), conv(conv(x, down), up), atol=1e-4, rtol=1e-4)
+
+
+def test_resizing_keeps_the_product() -> None:
+    down, up = torch.randn(2, 3), torch.randn(5, 2)
+    wider = resized(down, up, 4)
+    assert wider[0].shape == (4, 3) and wider[1].shape == (5, 4)
+    assert torch.equal(wider[1] @ wider[0], up @ down)
+
+
+def test_different_strengths_are_different_offsets() -> None:
+    down, up, keys = torch.ones(1, 2), torch.ones(2, 1), torch.zeros(1, 1, 77, 32)
+    half, whole = (Offsets({"a": LowRank(down, up, scale)}) for scale in (0.5, 1.0))
+    with pytest.raises(AssertionError, match="calls of their own"):
+        concatenate([Conditioning(keys, offsets=half), Conditioning(keys, offsets=whole)])
+
+
+@pytest.mark.parametrize("prompt", ["a <my-cat> on a sofa", "a <my-cat> cat on a sofa"])
+def test_identifier_stands_before_the_noun_once(stack, prompt) -> None:
+    method = build("lora", stack, [CAT])
+    with torch.no_grad():
+        states = method.condition(Step([prompt], ZERO, ZERO)).keys[0]
+        torch.testing.assert_close(states, stack.encode_text(["a sks cat on a sofa"]), atol=1e-5, rtol=0)
+    assert CAT.spelled("two <my-cat> cats", "sks cat") == "two sks cat cats"
+
+
+def test_start_is_peft_gaussian(stack) -> None:
+    method = build("lora", stack, [CAT], rank=8)
+    assert all(not value.any() for value in method.up.values())
+    values = torch.cat([value.detach().flatten() for value in method.down.values()])
+    assert abs(float(values.std()) * 8 - 1) < 0.02 and abs(float(values.mean())) < 0.005
+
+
+@pytest.mark.parametrize(("text_encoder", "alpha", "rank"), [(False, 4.0, 4), (True, 2.0, 4), (True, 1.0, 3)])
+def test_files_are_read_back(stack, inputs, tmp_path, text_encoder, alpha, rank) -> None:
+    """By diffusers' pipeline (two files), by PEFT, and by a method of other settings."""
+    method = fitted(stack, text_encoder=text_encoder, alpha=alpha, rank=rank)
+    written = method.export(0, tmp_path, steps=1)
+    assert [path.relative_to(tmp_path).as_posix() for path in written[:3]] == [
+        "pytorch_lora_weights.safetensors", "my-cat.safetensors", "peft/adapter_model.safetensors",
+    ]  # fmt: skip
+    expected = ours(method, inputs)
+    assert not torch.allclose(expected, theirs(pipeline(stack), inputs), atol=1e-2)
+    for name in ("pytorch_lora_weights.safetensors", "my-cat.safetensors"):
+        pipe = pipeline(stack)
+        pipe.load_lora_weights(tmp_path, weight_name=name)
+        torch.testing.assert_close(theirs(pipe, inputs), expected, atol=1e-4, rtol=1e-4, msg=name)
+    pipe = pipeline(stack)
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "peft")
+    if text_encoder:
+        pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, tmp_path / "peft_text_encoder")
+    torch.testing.assert_close(theirs(pipe, inputs), expected, atol=1e-4, rtol=1e-4)
+    for path in written[:2]:
+        other = build("lora", stack, [CAT], rank=7, alpha=3.5, targets=["ff.net.2"])
+        other.load_foreign(0, path)
+        torch.testing.assert_close(ours(other.eval(), inputs), expected, atol=1e-4, rtol=1e-4, msg=path.name)
+
+
+def test_every_file_carries_alpha(stack, tmp_path) -> None:
+    fitted(stack, alpha=2.0, text_encoder=True).export(0, tmp_path, steps=1)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+        keys = list(file.keys())
+    assert header["unet.lora_alpha"] == header["text_encoder.lora_alpha"] == 2 and header["unet.r"] == 4
+    assert any(key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.") for key in keys)
+    kohya = load_file(tmp_path / "my-cat.safetensors")
+    assert {float(value) for key, value in kohya.items() if key.endswith(".alpha")} == {2.0}
+    assert {key.split("_")[1] for key in kohya} == {"unet", "te"}
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_alpha"] == 2
+
+
+def test_kohya_with_other_layers_and_ranks(stack, inputs, tmp_path, caplog) -> None:
+    """As kohya trains it: feed-forward, 1x1 convolutions, two ranks; against the weights changed by hand."""
+    generator = torch.Generator().manual_seed(1)
+    block = "down_blocks.0.attentions.0"
+    states, deltas = {}, {}
+    for name, rank, alpha in ((f"{block}.proj_in", 2, 1.0), (f"{block}.transformer_blocks.0.ff.net.2", 3, 6.0)):
+        weight = stack.unet.get_parameter(f"{name}.weight")
+        more = (1,) * (weight.dim() - 2)
+        down = 0.3 * torch.randn(rank, weight.shape[1], *more, generator=generator)
+        up = 0.3 * torch.randn(weight.shape[0], rank, *more, generator=generator)
+        key = f"lora_unet_{name.replace('.', '_')}"
+        states |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+        deltas[f"{name}.weight"] = alpha / rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(states, tmp_path / "found.safetensors")
+    method = build("lora", stack, [CAT])
+    with caplog.at_level(logging.INFO):
+        method.load_foreign(0, tmp_path / "found.safetensors")
+    assert "rank 3, 2 U-Net and 0 text layers" in caplog.text
+    changed = copy.deepcopy(stack)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            changed.unet.get_parameter(name).add_(delta)
+        expected = changed.predict(*inputs, Conditioning(stack.encode_text(["a photo of a sks cat"])[None]))
+    torch.testing.assert_close(ours(method.eval(), inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_text_encoder_offsets_train(stack) -> None:
+    method = build("lora", stack, [CAT], text_encoder=True)
+    before = {name: value.clone() for name, value in stack.state_dict().items()}
+    train(method, 2)
+    text = {key: value for key, value in method.up.items() if key.startswith("text/")}
+    assert len(text) == 12 and all(bool(value.any()) for value in text.values())
+    assert all(torch.equal(value, before[name]) for name, value in stack.state_dict().items())
+    with torch.no_grad():
+        assert not torch.equal(method.encode_negative("", ""), stack.encode_text([""]))
+
+
+def test_strengths_are_variants(stack, inputs) -> None:
+    method = fitted(stack, strength=[1.0, 0.5, 0.0])
+    assert method.variants == ("strength=1.0", "strength=0.5", "strength=0.0")
+    how = {"steps": 1, "guidance": 7.5}
+    whole, none = (method.sample(["a <my-cat>"], [1], variant=f"strength={m}", **how) for m in ("1.0", "0.0"))
+    assert torch.equal(whole, method.sample(["a <my-cat>"], [1], **how))
+    bare = build("lora", stack, [CAT]).sample(["a <my-cat>"], [1], **how)
+    torch.testing.assert_close(none, bare, atol=1e-6, rtol=0)
+    assert not torch.allclose(whole, bare, atol=1e-3)
+    step = Step(["a <my-cat>"], ZERO, ZERO, samples=ZERO)
+    changes = build("lora", stack, [CAT], strength=[0.2]).condition(step).offsets.changes.values()
+    assert {change.scale for change in changes} == {1.0}, "training is at full strength"
+
+
+def test_published_prompt_is_the_only_one(stack) -> None:
+    method = build("lora", stack, [CAT], prior={"weight": 0.0})
+    item = batch([CAT], [0, 1])._replace(prompts=["a <my-cat> here", "a <my-cat> there"])
+    assert method.compose(item).prompts == ["a photo of <my-cat>"] * 2
+    assert build("lora", stack, [CAT], template=None, prior={"weight": 0.0}).compose(item) is item
+
+
+def test_two_methods_live_on_one_stack(stack) -> None:
+    """Trained in turns they become what each becomes alone; the stack stays bit-identical."""
+    before = {name: value.clone() for name, value in stack.state_dict().items()}
+
+    def pair():
+        return [build("lora", stack, [CAT], prior={"weight": 0.0}), build("imagic", stack, [CAT])]
+
+    def step(method, optimizer, k):
+        method.train().training_step(batch([CAT], [2 * k, 2 * k + 1]), k).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    together, alone = pair(), pair()
+    optimizers = [method.configure_optimizers() for method in together]
+    for k in range(2):
+        for method, optimizer in zip(together, optimizers, strict=True):
+            step(method, optimizer, k)
+    for method in alone:
+        train(method, 2)
+    for one, other in zip(together, alone, strict=True):
+        mine, theirs = one.own_tensors(), other.own_tensors()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    after = stack.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"unet.a.lora_A.weight": torch.ones(1, 2)}, "not one of a pair"),
+        ({"unet.a.lora.down.weight": torch.ones(1, 2), "unet.a.weight": torch.ones(2, 1)}, "not one of a pair"),
+        ({"lora_te2_a.lora_down.weight": torch.ones(1, 2)}, "SDXL"),
+        ({"lora_unet_a.hada_w1_a": torch.ones(1, 2)}, "LoHa"),
+        ({"lora_unet_a.dora_scale": torch.ones(1, 2)}, "DoRA"),
+        ({"a.lora_A.weight": torch.full((1, 2), float("nan")), "a.lora_B.weight": torch.ones(2, 1)}, "NaN"),
+        ({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.ones(2, 1)}, "does not have"),
+        ({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.ones(2, 3)}, "damaged or of another kind"),
+        (
+            {"conv_in.lora_A.weight": torch.ones(1, 7, 3, 3), "conv_in.lora_B.weight": torch.ones(32, 1, 1, 1)},
+            "it is",
+        ),
+        ({"lora_unet_a.lora_down.weight": torch.ones(1, 2)}, "diffusers can convert"),
+    ],
+)
+def test_other_files_are_named(stack, tmp_path, content, message) -> None:
+    save_file(content, tmp_path / "found.safetensors")
+    with pytest.raises(UserError, match=message):
+        build("lora", stack, [CAT]).load_foreign(0, tmp_path / "found.safetensors")
+
+
+def test_pickled_files_are_read_safely(stack, inputs, tmp_path) -> None:
+    method = fitted(stack)
+    method.export(0, tmp_path, steps=1)
+    torch.save(load_file(tmp_path / "my-cat.safetensors"), tmp_path / "old.bin")
+    other = build("lora", stack, [CAT])
+    other.load_foreign(0, tmp_path / "old.bin")
+    torch.testing.assert_close(ours(other.eval(), inputs), ours(method, inputs), atol=1e-5, rtol=1e-5)
+    torch.save({"unet": Fraction(1, 2)}, tmp_path / "code.bin")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        other.load_foreign(0, tmp_path / "code.bin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0, "alpha": 1}, "above 0"),
+        ({"alpha": 0.0}, "above 0"),
+        ({"targets": ["to_x"]}, "no layer's name ends in 'to_x'"),
+        ({"strength": []}, "draws nothing"),
+    ],
+)
+def test_mistakes_are_named(stack, changes, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build("lora", stack, [CAT], **changes)
+
+
+def test_targets_are_whole_names(stack) -> None:
+    assert len(modules_named(stack.unet, ["to_k"])) == 32
+    assert len(modules_named(stack.unet, ["attn2.to_k"])) == 16
+    with pytest.raises(UserError):
+        modules_named(stack.unet, ["o_k"])
