@@ -21,6 +21,7 @@ CLASS = {"count": 2, "folder": None, "steps": 1}  # two class pictures of one st
 QUICK = {
     "imagic": {"steps": 2, "batch_size": 2},  # both of its phases within the suite's two steps of two rows
     "lora": {"prior": {**CLASS, "weight": 1.0}},
+    "dreambooth": {"prior": CLASS},
 }
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]

@@ -8,10 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hiperlab import draws
 from hiperlab.contract import Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.method.dreambooth import DreamBooth
 from hiperlab.method.lora import LoRA
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import added
 from hiperlab.model.sampler import ddim, denoise
+from hiperlab.prior import preserved
 from tests.composed import build as compose
 from tests.parity import golden
 
@@ -144,3 +149,71 @@ def test_lora_sampling(root, twin, meta, h) -> None:
         latents = h["sampling.latents_in"]
         ours = denoise(twin, latents, ddim(steps, guidance).build(twin, steps), lambda t: states, empty, guidance)
     close("h sampling.latents_out", ours, h["sampling.latents_out"], 4e-5)
+
+
+# ---- (i) DreamBooth --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def i(root):
+    return golden.tensors(root / "i_dreambooth.safetensors")
+
+
+def test_dreambooth_losses(i) -> None:
+    for weight in (1.0, 0.5):
+        losses = preserved(i["given.model_pred"], i["given.target"], weight)
+        means = {name: value.mean() for name, value in losses.items()}
+        close("i given.instance_loss", means[""], i["given.instance_loss"], 1e-6)
+        close("i given.prior_loss", means["prior"] / weight, i["given.prior_loss"], 1e-6)
+        close(f"i given.loss_w{weight}", sum(means.values()), i[f"given.loss_w{weight}"], 1e-6)
+
+
+def test_dreambooth_step(twin, meta, i, monkeypatch) -> None:
+    """The whole recorded step through `training_step`: prompts, one forward of four rows, clipping, AdamW."""
+    recorded, settings = golden.pick(i, "step."), meta["i"]
+    prior = {"weight": settings["prior_loss_weight"]}
+    method = compose("dreambooth", twin, [SUBJECT], prior=prior, optimizer={"lr": settings["lr"]})
+    assert isinstance(method, DreamBooth)
+    assert [method.prior.prompt.replace("{}", "dog"), method.words] == [settings["prompts"][2], "sks dog"]
+    seen: dict[str, torch.Tensor] = {}
+    predict = type(twin).predict
+
+    def watch(self, latents, timestep, conditioning):
+        out = predict(self, latents, timestep, conditioning)
+        seen.update(noisy_latents=latents, encoder_hidden_states=conditioning.keys[0], model_pred=out)
+        return out
+
+    method.prior.pictures(twin, "dog")  # drawn before the draws are replaced
+    monkeypatch.setattr(type(twin), "predict", watch)
+    monkeypatch.setattr(method, "clean_latents", lambda rows: recorded["latents"])
+    monkeypatch.setattr(draws, "normal", lambda *_: recorded["noise"])
+    monkeypatch.setattr(draws, "integers", lambda *_: recorded["timesteps"])
+    texts = [prompt.replace("sks dog", "<dog>") for prompt in settings["prompts"]]
+    assert torch.equal(twin.tokenize(settings["prompts"]).ids, recorded["input_ids"])
+    two = torch.arange(2)
+    batch = Batch(torch.zeros(2, 3, 128, 128), texts[:2], 0 * two, two, two, two.bool())
+    loss = method.training_step(batch, 0)
+    for name, value in seen.items():
+        close(f"i step.{name}", value, recorded[name], 1e-5)
+    close("i step.loss", loss, recorded["loss"], 1e-6)
+    optimizer = method.configure_optimizers()
+    group = optimizer.param_groups[0]
+    for key in ("betas", "eps", "weight_decay"):
+        assert (list(group[key]) if key == "betas" else group[key]) == settings[key], key
+    loss.backward()
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    close("i step.grad_norm", torch.stack([g.norm() for g in gradients]).norm(), recorded["grad_norm"], 1e-5)
+    before = {name: value.clone() for name, value in twin.unet.state_dict().items()}
+    method.configure_gradient_clipping(optimizer, settings["max_grad_norm"])
+    for name, value in golden.pick(recorded, "clipped_grad.").items():
+        close("i step.clipped_grad", method.unet_offsets[name.replace(".", "/")].grad[0], value, 1.5e-4)
+    optimizer.step()
+    after = added(method.unet_offsets).weights(twin.unet)
+    for name, value in golden.pick(recorded, "after.").items():
+        assert torch.equal(before[name], recorded[f"before.{name}"]), "the twin is the recorded one"
+        # AdamW's first step is a sign: where a gradient is near eps, rounding moves a weight by up to lr (section 21).
+        golden.close("lora i step.after (absolute)", after[name], value, 1e-5, absolute=True)
+        update, theirs = after[name] - before[name], value - before[name]
+        apart = (update - theirs).norm() / theirs.norm()
+        golden.close("lora i step.after (norm of update)", apart, torch.zeros(()), 1e-3, absolute=True)
+    assert all(torch.equal(value, before[name]) for name, value in twin.unet.state_dict().items())

@@ -1,0 +1,74 @@
+"""Whole networks as diffusers and transformers keep them: what full fine-tuning leaves behind (methods/e4t.md, 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hiperlab.errors import UserError
+from hiperlab.formats import embedding, pickles
+
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+TEXT = Path("text_encoder") / "model.safetensors"
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """A network's tensors by their names, float32, without the text model's "text_model.".
+
+    Raises:
+        UserError: the file is missing, broken, unsafe, or holds something else.
+    """
+    content = embedding.tensors(path) if path.suffix == ".safetensors" else pickles.load(path)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path.name} holds no network: expected named tensors, found {type(content).__name__}.")
+    if not all(torch.isfinite(value).all() for value in content.values() if value.is_floating_point()):
+        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
+    return {str(key).removeprefix("text_model."): value.detach().float() for key, value in content.items()}
+
+
+def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Theirs - ours for every weight of ours, float32 on the CPU.
+
+    Args:
+        theirs: tensors of a file.
+        ours: the frozen network's weights.
+        name: the file's, for messages.
+
+    Raises:
+        UserError: a weight is missing, superfluous or of another shape.
+    """
+    extra = {key for key in theirs.keys() - ours.keys() if not key.endswith("position_ids")}  # a buffer of old files
+    wrong = sorted(extra | (ours.keys() - theirs.keys()))
+    wrong += [key for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
+    if wrong:
+        raise UserError(
+            f"{name} is another network: {', '.join(wrong[:3])} differ. Load the base model it was made for."
+        )
+    return {key: theirs[key] - value.detach().float().cpu() for key, value in ours.items()}
+
+
+def write_unet(folder: Path, unet: Any, changed: Mapping[str, Tensor]) -> Path:
+    """`unet/` as `UNet2DConditionModel.from_pretrained` reads it, some weights replaced by `changed`."""
+    path = folder / UNET
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unet.save_config(path.parent)
+    save_file(_replaced(unet, changed), path, metadata={"format": "pt"})
+    return path
+
+
+def write_text(folder: Path, text: Any, changed: Mapping[str, Tensor]) -> Path:
+    """`text_encoder/` as `CLIPTextModel.from_pretrained` reads it, some weights replaced by `changed`."""
+    path = folder / TEXT
+    text.save_pretrained(path.parent, state_dict=_replaced(text, changed))
+    return path
+
+
+def _replaced(module: Any, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    states = {**module.state_dict(), **changed}
+    assert len(states) == len(module.state_dict()), "a changed weight has another name"
+    return {key: value.detach().cpu().contiguous().clone() for key, value in states.items()}

@@ -1,0 +1,155 @@
+"""DreamBooth (Ruiz et al. 2022): the whole U-Net learns a rare word, class pictures keep the class in place.
+
+Specification: methods/e4t.md, section 16. Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hiperlab.contract import Method, Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import fill
+from hiperlab.errors import UserError
+from hiperlab.formats import weights as files
+from hiperlab.layer.decay import decay_whole_weights
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import added, parameter_names, say_cost, zeros
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text_cache import TextCache
+from hiperlab.prior import Prior
+
+log = logging.getLogger(__name__)
+
+
+class DreamBooth(Method):
+    """Every weight of the U-Net gets an offset, which is fine-tuning it; prompts say "sks dog" for the placeholder.
+
+    Args:
+        model: the frozen stack.
+        concepts: what is personalised.
+        optimizer: parameters -> optimizer; AdamW's decay acts on the whole weight, as in the published code.
+        seed: of the draws.
+        weights: which U-Net weights are trained: "cross" (cross-attention), "attention", or "all" as published.
+        text_encoder: whether all of the text encoder is trained too.
+        identifier: rare word that stands before the class noun in the placeholder's place.
+        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
+        export_weights: also write the whole U-Net (and text encoder) as diffusers keeps them.
+        prior: class pictures that hold the class.
+    """
+
+    stacks_concepts = False  # rows of one U-Net call share its weights
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        weights: str,
+        text_encoder: bool,
+        identifier: str,
+        template: str | None,
+        export_weights: bool,
+        prior: Prior,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
+        self.template, self.prior, self.export_weights = template, prior, export_weights
+        self.plain_text = TextCache(model)
+        self.unet_offsets = zeros(model.unet, parameter_names(model.unet, weights))
+        every = [name for name, _ in model.text_module.named_parameters()] if text_encoder else []
+        self.text_offsets = zeros(model.text_module, every)
+        if weights == "all":
+            say_cost(
+                sum(value.numel() for value in [*self.unet_offsets.values(), *self.text_offsets.values()]),
+                "method=lora learns the same with a thousandth, weights=cross with a tenth.",
+            )
+
+    def compose(self, batch: Batch) -> Batch:
+        """The published training prompt for every row, then the class rows."""
+        if self.template is not None:
+            prompt = fill(self.template, self.concepts[0].placeholder)
+            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
+        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
+
+    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Instance rows, and class rows by their weight (eq. 2)."""
+        return self.prior.losses(prediction, target)
+
+    def condition(self, step: Step) -> Conditioning:
+        """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
+        texts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
+        return Conditioning(self._encode(texts)[None], offsets=added(self.unet_offsets))
+
+    def encode_negative(self, text: str, variant: str) -> Tensor:
+        """Through the trained text encoder, as the tuned pipeline would."""
+        return self._encode([text])
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(texts, added(self.text_offsets)) if self.text_offsets else self.plain_text(texts)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The configured optimizer, its decay on whole weights."""
+        return decay_whole_weights(super().configure_optimizers(), self._with_frozen())
+
+    def _with_frozen(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each offset with the weight it belongs to."""
+        return [
+            (offset, module.get_parameter(name.replace("/", ".")))
+            for module, offsets in (
+                (self.model.unet, self.unet_offsets),
+                (self.model.text_module, self.text_offsets),
+            )
+            for name, offset in offsets.items()
+        ]
+
+    def on_fit_start(self) -> None:
+        """Draw the class pictures before the first step."""
+        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
+
+    # ---- whole networks, as diffusers keeps them ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """With `export_weights`, `unet/` (and `text_encoder/`): put them in the base model's folder."""
+        if not self.export_weights:
+            return []
+        unet, text = self.model.unet, self.model.text
+        written = [files.write_unet(folder, unet, added(self.unet_offsets).weights(unet))]
+        if self.text_offsets:
+            prefix = "text_model." if self.model.text_module is not text else ""
+            changed = added(self.text_offsets).weights(self.model.text_module)
+            written.append(files.write_text(folder, text, {f"{prefix}{key}": value for key, value in changed.items()}))
+        return written
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """A tuned `unet/diffusion_pytorch_model.safetensors`, with the `text_encoder` beside it if that is trained."""
+        if path.parent.name == files.TEXT.parent.name:
+            path = path.parent.parent / files.UNET
+        self._take(path, self.model.unet, self.unet_offsets, "method.weights=all")
+        text = path.parent.parent / files.TEXT
+        if self.text_offsets:
+            self._take(text, self.model.text_module, self.text_offsets, "")
+        elif text.is_file():
+            log.warning("%s is left aside: it is read with method.text_encoder=true.", text)
+
+    def _take(self, path: Path, module: nn.Module, offsets: nn.ParameterDict, remedy: str) -> None:
+        """Fill the offsets with a file's differences.
+
+        Raises:
+            UserError: it is another network, or differs in weights without an offset.
+        """
+        found = files.differences(files.read(path), dict(module.named_parameters()), path.name)
+        fixed = [name for name, value in found.items() if name.replace(".", "/") not in offsets and value.any()]
+        if fixed:
+            raise UserError(f"{path.name} changes {fixed[0]} and {len(fixed) - 1} more weights: set {remedy}.")
+        for name, offset in offsets.items():
+            offset.copy_(found[name.replace("/", ".")][None])
