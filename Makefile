@@ -30,8 +30,8 @@ test-fast:  ## without the tests marked slow
 smoke:  ## two steps of every method on the tiny stack
 	$(RUN) python -m hiperlab.run -m 'method=glob(*)' model=tiny fit.steps=2 sampler.steps=2 fit.sample_every=0 sweep=smoke-$$(date +%s)
 
-notebook:  ## execute notebooks/quickstart.ipynb in place
-	$(RUN) python -m nbclient.cli --inplace notebooks/quickstart.ipynb
+notebook:  ## execute the notebooks in place
+	$(RUN) jupyter-execute --inplace notebooks/*.ipynb
 
 miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<export>
 	$(RUN) python -m hiperlab.world.train stages=[report] report.folder=$(FOLDER) out=outputs/world/report
