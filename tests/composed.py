@@ -22,6 +22,7 @@ QUICK = {
     "imagic": {"steps": 2, "batch_size": 2},  # both of its phases within the suite's two steps of two rows
     "lora": {"prior": {**CLASS, "weight": 1.0}},
     "dreambooth": {"prior": CLASS},
+    "custom_diffusion": {"prior": CLASS},
 }
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]

@@ -13,9 +13,9 @@ from torch.optim import AdamW, Optimizer
 def decay_whole_weights(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> Optimizer:
     """Let AdamW decay W + delta towards 0, not delta towards 0, i.e. not the weight towards the frozen one.
 
-    AdamW (Loshchilov & Hutter 2019, algorithm 2) multiplies what it trains by 1 - lr * decay before its step. Taking
-    lr * decay / (1 - lr * decay) * W from delta beforehand makes that product the one of W + delta. Other optimizers
-    are left alone.
+    AdamW (Loshchilov & Hutter 2019, algorithm 2) multiplies what it trains by 1 - lr * decay and takes a step. Taking
+    lr * decay * W from delta afterwards makes that product the one of W + delta. Afterwards, because Lightning works
+    out the gradient inside the optimizer's step. Other optimizers are left alone.
 
     Args:
         optimizer: over the offsets, perhaps among others.
@@ -35,7 +35,7 @@ def decay_whole_weights(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter
             for offset in group["params"]:
                 if share and offset.grad is not None and offset in frozen:
                     weight = frozen[offset].to(offset.device, offset.dtype)
-                    offset.sub_(weight[None], alpha=float(share / (1 - share)))
+                    offset.sub_(weight[None], alpha=float(share))
 
-    optimizer.register_step_pre_hook(take)
+    optimizer.register_step_post_hook(take)
     return optimizer

@@ -2,8 +2,8 @@
 
 The slice lets a fresh clone check the core numbers (positional encoding, mapper, rescaling, text encoder with bypass)
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
-files and Imagic's embedding phase; and, of the twin's text encoder, all but the embedding rows that no golden prompt
-uses.
+files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; and, of the
+twin's text encoder, all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     kept = {name: value for name, value in everything.items() if name.split("/")[0] in _GROUPS}
     save_file(kept, target / "golden.safetensors")
     shutil.copyfile(source / "config.json", target / "config.json")
-    hiper = _hiper()
+    hiper = _hiper() + _lora()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -60,6 +60,25 @@ def _hiper() -> list[torch.Tensor]:
     return [everything[f"{name}_ids"].flatten() for name in ("source", "target", "uncond")] + [words]
 
 
+def _lora() -> list[torch.Tensor]:
+    """The slice of golden/lora; returns the tokens that its prompt uses."""
+    source, target = golden.folder("lora"), golden.SLICE / "lora"
+    target.mkdir()
+    for name, kept in _LORA.items():
+        with safe_open(source / name, "pt") as file:
+            values = {key: file.get_tensor(key) for key in file.keys() if key.startswith(kept)}  # noqa: SIM118
+            save_file(values, target / name, file.metadata())
+    shutil.copyfile(source / "meta.json", target / "meta.json")
+    return [load_file(target / "h_lora.safetensors")["text.input_ids"].flatten()]
+
+
+_LORA = {
+    "h_lora.safetensors": ("layer.", "text."),
+    "h_text_model_prefix.safetensors": ("text_encoder.",),
+    "h_kohya.safetensors": ("lora_te_",),
+    "i_dreambooth.safetensors": ("given.",),
+    "j_custom_diffusion.safetensors": ("noise_pred.trained", "target", "mask"),
+}
 _HIPER = (
     "source_ids", "target_ids", "uncond_ids", "source_embeddings", "target_embeddings", "uncond_embeddings",
     "hiper_init", "grad", "hiper_after_1", "hiper_after_5", "hiper_after_101", "adam_exp_avg_5", "adam_exp_avg_sq_5",

@@ -1,0 +1,203 @@
+"""Custom Diffusion (Kumari et al. 2022): keys and values of the cross-attention, and a new word before the class noun.
+
+Specification: methods/e4t.md, section 18. Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hiperlab.contract import Method, Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import fill
+from hiperlab.errors import UserError
+from hiperlab.formats import custom_diffusion as files
+from hiperlab.layer.decay import decay_whole_weights
+from hiperlab.layer.placement import Placement, drawn, latent_mask, placed, still
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import Offsets, added, parameter_names, zeros
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text import numbered_slots
+from hiperlab.prior import Prior
+
+WEIGHTS = {"kv": (".to_k.", ".to_v."), "cross": ("",)}
+
+
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """sum(mask e^2) / sum(mask) of each row (R,), as released: 4 channels over a mask of one, so 4 times a mean.
+
+    Args:
+        prediction: (R, C, H, W).
+        target: same shape.
+        mask: (R, 1, H, W) of 0 and 1.
+    """
+    return (mask * (prediction - target).square()).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+class CustomDiffusion(Method):
+    """Offsets of 16 x {to_k, to_v} and one word vector; prompts say "<cats> cat" for the placeholder.
+
+    Args:
+        model: the frozen stack.
+        concepts: what is personalised.
+        optimizer: parameters -> optimizer; AdamW's decay acts on the whole weight, as in the published code.
+        seed: of the draws.
+        weights: "kv", or "cross" for queries and outputs too (`crossattn` in the published code, for faces).
+        init_word: entry of the vocabulary, rare, whose embedding the new word starts from.
+        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
+        augment: place the picture smaller or larger at random, and say so in the prompt.
+        compress: share of singular values kept in the exported `delta.bin` (the authors: 0.6), or None for all.
+        prior: class pictures that hold the class.
+    """
+
+    stacks_concepts = False  # rows of one U-Net call share its weights
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        weights: str,
+        init_word: str,
+        template: str | None,
+        augment: bool,
+        compress: float | None,
+        prior: Prior,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        if weights not in WEIGHTS:
+            raise UserError(f"method.weights={weights!r} is unknown. Choose {', '.join(WEIGHTS)}.")
+        if compress is not None and not 0 < compress <= 1:
+            raise UserError(f"method.compress={compress} is no share: choose above 0 to 1 (0.6), or null for none.")
+        names = [
+            name for name in parameter_names(model.unet, "cross") if any(part in name for part in WEIGHTS[weights])
+        ]
+        subject = concepts[0]
+        self.words = f"{subject.placeholder} {subject.word}"
+        self.template, self.augment, self.compress, self.prior = template, augment, compress, prior
+        self.slots = numbered_slots([subject.placeholder])
+        self.word = nn.Parameter(_start(model, init_word)[None])  # (1, D)
+        self.kv = zeros(model.unet, names)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def compose(self, batch: Batch) -> Batch:
+        """The published prompt, picture and words placed at random, then the class rows as they are."""
+        if self.template is not None:
+            prompt = fill(self.template, self.concepts[0].placeholder)
+            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
+        if self.augment:
+            places = [self._place(sample) for sample in batch.sample.tolist()]
+            batch = batch._replace(
+                pixels=torch.stack([placed(row, at) for row, at in zip(batch.pixels, places, strict=True)]),
+                prompts=[at.words + prompt for prompt, at in zip(batch.prompts, places, strict=True)],
+            )
+        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
+
+    def _place(self, sample: int) -> Placement:
+        return drawn(self.seed, sample, self.model.size) if self.augment else still(self.model.size)
+
+    def moments(self, batch: Batch) -> Tensor:
+        """Of placed pictures anew each time, since no two are alike; of class pictures once."""
+        if not self.augment:
+            return super().moments(batch)
+        count = int((batch.sample >= 0).sum())  # class rows have negative numbers, behind the others
+        fresh = [self.model.encode_moments(batch.pixels[row : row + 1]) for row in range(count)]
+        if count == len(batch.sample):
+            return torch.cat(fresh)
+        rest = Batch(
+            batch.pixels[count:], batch.prompts[count:],
+            batch.concept[count:], batch.sample[count:], batch.view[count:], batch.flip[count:],
+        )  # fmt: skip
+        return torch.cat([*fresh, super().moments(rest)])
+
+    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Instance rows by `masked_loss` where the picture lies, class rows by a plain mean times their weight."""
+        assert step.samples is not None, "losses are of training rows"
+        samples = [sample for sample in step.samples.tolist() if sample >= 0]
+        cells = prediction.shape[-1]
+        masks = torch.stack([latent_mask(self._place(sample), self.model.size, cells) for sample in samples])
+        count = len(samples)
+        instance = masked_loss(prediction[:count], target[:count], masks.to(prediction))
+        return {**self.prior.losses(prediction, target), "": instance}
+
+    def condition(self, step: Step) -> Conditioning:
+        """The new word before the class noun, the offsets, and no gradient through token 0: (1, R, N, D)."""
+        prompts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
+        tokens = self.model.tokenize(prompts, self.slots)
+        _, _, slots = tokens.occurrences()
+        states = self.model.hidden_states(tokens, self.word[slots][None])
+        return Conditioning(self.model.normalise_text(states), offsets=self.offsets(), detach_first=True)
+
+    def offsets(self) -> Offsets:
+        """The weights' differences by the U-Net's own names."""
+        return added(self.kv)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The configured optimizer, its decay on whole weights."""
+        frozen = self._frozen()
+        pairs = [(offset, frozen[name.replace("/", ".")]) for name, offset in self.kv.items()]
+        return decay_whole_weights(super().configure_optimizers(), pairs)
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The base model's weights that have offsets."""
+        names = [name.replace("/", ".") for name in self.kv]
+        return {name: self.model.unet.get_parameter(name) for name in names}
+
+    def on_fit_start(self) -> None:
+        """Draw the class pictures before the first step."""
+        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
+
+    # ---- files of the authors and of diffusers -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """The authors' `delta.bin`; diffusers' `pytorch_custom_diffusion_weights.bin` and `<word>.bin`."""
+        frozen = self._frozen()
+        weights = self.offsets().weights(self.model.unet)
+        word = self.concepts[index].placeholder
+        return files.write(folder, word, self.word[index], weights, frozen, self.compress)
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """A `delta.bin` (also compressed), or diffusers' files, which lie side by side."""
+        found, frozen = files.read(path), self._frozen()
+        word = self.concepts[index].placeholder
+        if word not in found.words and len(found.words) != 1:
+            raise UserError(f"{path.name} holds {', '.join(found.words)}: set data.placeholder to one of them.")
+        vector = found.words.get(word, next(iter(found.words.values())))
+        deltas = {name: u @ v for name, (u, v) in found.factors.items()}
+        own = {name: value.detach().float().cpu() for name, value in frozen.items()}
+        deltas |= {name: value - own[name] for name, value in found.weights.items() if _fits(value, own.get(name))}
+        wrong = sorted(deltas.keys() ^ frozen.keys()) + sorted(found.weights.keys() - deltas.keys())
+        wrong += [name for name in deltas.keys() & own.keys() if deltas[name].shape != own[name].shape]
+        if wrong or vector.shape != self.word[index].shape:
+            raise UserError(
+                f"{path.name} does not fit ({wrong[0] if wrong else f'its word has width {len(vector)}'}). Load the "
+                "base model it was made for, and set method.weights=cross if it changes queries too."
+            )
+        self.word[index].copy_(vector)
+        for name, delta in deltas.items():
+            self.kv[name.replace(".", "/")][index].copy_(delta)
+
+
+def _start(model: FrozenStack, word: str) -> Tensor:
+    """The embedding (D,) of a vocabulary entry, else of a word.
+
+    The released code hands "ktn" to the tokenizer as a ready token: the entry 42170, which only occurs inside words.
+    As a word it would be two tokens.
+    """
+    index = model.tokenizer.get_vocab().get(word)
+    if index is None:
+        return model.word_embedding(word)
+    return model.text.get_input_embeddings().weight[index].detach().float().clone()  # type: ignore[operator]
+
+
+def _fits(value: Tensor, own: Tensor | None) -> bool:
+    return own is not None and value.shape == own.shape
