@@ -112,7 +112,7 @@ def load_into(method: Method, index: int, path: Path) -> None:
     """Put a concept file, ours or another tool's, in place `index` of a method.
 
     Raises:
-        UserError: wrong method, wrong base, wrong shapes, or an unreadable file.
+        UserError: wrong method, base, shapes or settings, or an unreadable file.
     """
     if not is_own(path):
         if not path.is_file():
@@ -125,6 +125,10 @@ def load_into(method: Method, index: int, path: Path) -> None:
     if theirs != mine:
         raise UserError(f"{path} was learnt by {theirs}, this run uses {mine}. Choose that method: method=…")
     method.model.base.check(artifact.base, str(path))
+    for name in method.must_agree:
+        learnt, here = artifact.settings.get(name, getattr(method, name)), getattr(method, name)
+        if learnt != here:
+            raise UserError(f"{path} was learnt with method.{name}={learnt}, this run has {here}: set it to the same.")
     method.load_artifact(index, artifact.tensors)
 
 

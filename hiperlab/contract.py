@@ -98,6 +98,7 @@ class Method(pl.LightningModule, ABC):
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
     per_target: ClassVar[bool] = False  # True: a fit serves one target text only
+    must_agree: ClassVar[tuple[str, ...]] = ()  # settings, kept as attributes, that a concept only works with
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(

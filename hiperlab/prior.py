@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hiperlab.model.sampler import ddim, generate
 from hiperlab.model.stack import FrozenStack
 
 log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def preserved(prediction: Tensor, target: Tensor, weight: float) -> dict[str, Tensor]:
@@ -147,7 +149,11 @@ class Prior:
                 "%d of %d class pictures %r are drawn%s",
                 len(missing), self.count, caption, f", kept in {place}" if place else "",
             )  # fmt: skip
+        shown = time.monotonic()
         for start in range(0, len(missing), self.batch_size):
+            if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+                shown = time.monotonic()
+                log.info("class picture %d of %d", start, len(missing))
             seeds = missing[start : start + self.batch_size]
             for number, picture in zip(seeds, self._draw(model, caption, seeds), strict=True):
                 found[number] = picture

@@ -22,6 +22,7 @@ from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import added, parameter_names, say_cost, zeros
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import TextCache
 from hiperlab.prior import Prior
 
@@ -45,6 +46,7 @@ class DreamBooth(Method):
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
+    must_agree = ("identifier",)
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class DreamBooth(Method):
         prior: Prior,
     ) -> None:
         super().__init__(model, concepts, optimizer, seed)
+        self.identifier = check_identifier(model.tokenizer, identifier)
         self.words = " ".join(filter(None, [identifier, concepts[0].word]))
         self.template, self.prior, self.export_weights = template, prior, export_weights
         self.plain_text = TextCache(model)

@@ -23,6 +23,7 @@ from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import TextCache
 from hiperlab.prior import Prior
 
@@ -74,6 +75,7 @@ class LoRA(Method):
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
+    must_agree = ("identifier",)
 
     def __init__(
         self,
@@ -96,7 +98,10 @@ class LoRA(Method):
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not strength:
             raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
-        self.scale = alpha / rank
+        # Kept with the matrices: they mean nothing without it, and files that lost it are a known trap (section 17).
+        self.alpha: Tensor
+        self.register_buffer("alpha", torch.tensor([float(alpha)]))
+        self.identifier = check_identifier(model.tokenizer, identifier)
         self.words = " ".join(filter(None, [identifier, concepts[0].word]))
         self.template, self.prior = template, prior
         self.strength = float(strength[0])
@@ -109,6 +114,12 @@ class LoRA(Method):
         ):
             for name in modules_named(module, ends):
                 self._lay(part, name, *_start(seed, name, module.get_parameter(f"{name}.weight").shape, rank))
+
+    @property
+    def scale(self) -> float:
+        """Alpha / r."""
+        rank = next(iter(self.down.values())).shape[1]
+        return float(self.alpha) / rank
 
     def _lay(self, part: str, name: str, down: Tensor, up: Tensor) -> None:
         key = f"{part}/{name}".replace(".", "/")
@@ -134,11 +145,9 @@ class LoRA(Method):
 
     def offsets(self, part: str, strength: float) -> Offsets:
         """The weights' changes in "unet" or "text", by the module's own names."""
+        scale = strength * self.scale
         return Offsets(
-            {
-                f"{name}.weight": LowRank(down[0], up[0], strength * self.scale)
-                for name, (down, up) in self._pairs(part).items()
-            }
+            {f"{name}.weight": LowRank(down[0], up[0], scale) for name, (down, up) in self._pairs(part).items()}
         )
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
@@ -185,7 +194,8 @@ class LoRA(Method):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             for name, (down, up) in pairs.items():
-                self._lay(part, name, *resized(down, up / self.scale, rank))
+                self._lay(part, name, *resized(down, up, rank))
+        self.alpha.fill_(rank)  # the file's scale is in B already
         log.info("%s: rank %d, %d U-Net and %d text layers", path.name, rank, len(adapter.unet), len(adapter.text))
 
     def _check(self, path: Path, part: str, pairs: files.Pairs) -> None:

@@ -51,6 +51,19 @@ def check_placeholder(tokenizer: Any, placeholder: str) -> None:
         raise UserError(f"placeholder={placeholder!r} is already a word of the tokenizer. Try <{placeholder}>.")
 
 
+def check_identifier(tokenizer: Any, word: str) -> str:
+    """The word itself, with a warning where CLIP splits it: its pieces have meanings of their own."""
+    if len(ids := tokenizer(word, add_special_tokens=False)["input_ids"]) > 1:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        log.warning(
+            "method.identifier=%s is %d tokens %s: a rare word of one token, e.g. sks, is meant.",
+            word,
+            len(ids),
+            pieces,
+        )
+    return word
+
+
 def single_token(tokenizer: Any, word: str) -> int:
     """Id of a class noun that must be one token; of several words the last, the head of the phrase, is taken.
 

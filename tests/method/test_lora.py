@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hiperlab import artifact
 from hiperlab.contract import Step
 from hiperlab.errors import UserError
 from hiperlab.method.lora import LoRA, modules_named, resized
@@ -204,30 +205,22 @@ def test_published_prompt_is_the_only_one(stack) -> None:
     assert build("lora", stack, [CAT], template=None, prior={"weight": 0.0}).compose(item) is item
 
 
-def test_two_methods_live_on_one_stack(stack) -> None:
-    """Trained in turns they become what each becomes alone; the stack stays bit-identical."""
-    before = {name: value.clone() for name, value in stack.state_dict().items()}
+def test_artifact_carries_alpha_and_needs_its_identifier(stack, inputs, tmp_path) -> None:
+    method, path = fitted(stack, alpha=2.0), tmp_path / "cat.safetensors"
+    artifact.write(path, method, 0, {"identifier": "sks"}, steps=1)
+    other = build("lora", stack, [CAT])
+    artifact.load_into(other, 0, path)
+    assert torch.equal(ours(other.eval(), inputs), ours(method, inputs)), "alpha is the artifact's, not the setting's"
+    with pytest.raises(UserError, match=r"learnt with method\.identifier=sks, this run has zwx"):
+        artifact.load_into(build("lora", stack, [CAT], identifier="zwx"), 0, path)
 
-    def pair():
-        return [build("lora", stack, [CAT], prior={"weight": 0.0}), build("imagic", stack, [CAT])]
 
-    def step(method, optimizer, k):
-        method.train().training_step(batch([CAT], [2 * k, 2 * k + 1]), k).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    together, alone = pair(), pair()
-    optimizers = [method.configure_optimizers() for method in together]
-    for k in range(2):
-        for method, optimizer in zip(together, optimizers, strict=True):
-            step(method, optimizer, k)
-    for method in alone:
-        train(method, 2)
-    for one, other in zip(together, alone, strict=True):
-        mine, theirs = one.own_tensors(), other.own_tensors()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    after = stack.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+def test_identifier_of_several_tokens_is_warned_about(stack, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        build("lora", stack, [CAT])
+        assert "identifier" not in caplog.text
+        build("lora", stack, [CAT], identifier="sksksk")
+    assert "method.identifier=sksksk is" in caplog.text
 
 
 @pytest.mark.parametrize(
