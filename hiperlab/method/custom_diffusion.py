@@ -188,14 +188,17 @@ class CustomDiffusion(Method):
 
 
 def _start(model: FrozenStack, word: str) -> Tensor:
-    """The embedding (D,) of a vocabulary entry, else of a word.
+    """The embedding (D,) of a vocabulary entry, else of a word's last token.
 
     The released code hands "ktn" to the tokenizer as a ready token: the entry 42170, which only occurs inside words.
-    As a word it would be two tokens.
+    A vocabulary without it (the miniature's) splits it; its last piece then is as rare as any.
     """
     index = model.tokenizer.get_vocab().get(word)
     if index is None:
-        return model.word_embedding(word)
+        ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError(f"method.init_word={word!r} is no word. Name a rare one, e.g. ktn.")
+        index = ids[-1]
     return model.text.get_input_embeddings().weight[index].detach().float().clone()  # type: ignore[operator]
 
 

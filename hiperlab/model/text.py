@@ -52,15 +52,10 @@ def check_placeholder(tokenizer: Any, placeholder: str) -> None:
 
 
 def check_identifier(tokenizer: Any, word: str) -> str:
-    """The word itself, with a warning where CLIP splits it: its pieces have meanings of their own."""
+    """The word itself, with a note where CLIP splits it: pieces have meanings of their own, one rare token has none."""
     if len(ids := tokenizer(word, add_special_tokens=False)["input_ids"]) > 1:
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        log.warning(
-            "method.identifier=%s is %d tokens %s: a rare word of one token, e.g. sks, is meant.",
-            word,
-            len(ids),
-            pieces,
-        )
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        log.info("method.identifier=%s is %d tokens here: %s. One rare token is best.", word, len(ids), pieces)
     return word
 
 

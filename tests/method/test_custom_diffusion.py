@@ -131,6 +131,9 @@ def test_word_starts_as_the_released_code_does(stack) -> None:
     table = stack.text.get_input_embeddings().weight
     assert torch.equal(build("custom_diffusion", stack, [CAT]).word[0].detach(), table[42170])
     assert torch.equal(build("custom_diffusion", stack, [CAT], init_word="sks").word[0].detach(), table[48136])
+    last = stack.tokenizer("unpronounceable", add_special_tokens=False)["input_ids"][-1]
+    split = build("custom_diffusion", stack, [CAT], init_word="unpronounceable")
+    assert torch.equal(split.word[0].detach(), table[last])
 
 
 def test_word_stands_before_the_noun(stack) -> None:
@@ -263,7 +266,7 @@ def test_other_files_are_named(stack, tmp_path) -> None:
     [
         ({"weights": "all"}, "Choose kv, cross"),
         ({"compress": 0.0}, "is no share"),
-        ({"init_word": "unpronounceable"}, "tokens"),
+        ({"init_word": " "}, "is no word"),
     ],
 )
 def test_mistakes_are_named(stack, changes, message) -> None:
