@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hiperlab.errors import UserError
 from hiperlab.world.train import bars, record
@@ -404,3 +405,20 @@ def test_a_unet_may_go_on_from_another(tmp_path: Path) -> None:
         unet.begin_with(unet.build(8, 16, [8, 8, 16, 32], 2, 4), str(tmp_path / "earlier"))
     with pytest.raises(UserError, match="holds no U-Net of these sizes"):
         unet.begin_with(later, str(tmp_path / "nowhere"))
+
+
+def test_parts_of_an_export_stand_in_for_stages(out, tmp_path: Path, capsys) -> None:
+    export = out / "export" / "weights"
+    folder = linked(out, tmp_path / "again", ("data",))
+    words = [f"out={folder}", f"parts_from={export}", f"unet.start={export / 'unet'}"]
+    assert call(*words, "stages=[latents,unet,export]") == 0
+    assert "taken from" in capsys.readouterr().out
+    assert record.read(folder / "vae")["adopted"]
+    assert not (folder / "decoder").exists()  # the export's autoencoder has that decoder already
+    card = json.loads((folder / "export" / "weights" / "card.json").read_text())
+    assert card["stages"]["unet"]["settings"]["start"] == "unet" and not card["missing_judges"]
+    same = "judges/identity/model.safetensors"
+    ours, theirs = (load_file(each / same) for each in (folder / "export" / "weights", export))
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in theirs)
+    assert call(f"out={tmp_path / 'none'}", f"parts_from={tmp_path}", "stages=[data]") == 2
+    assert "is no exported miniature" in capsys.readouterr().err

@@ -20,8 +20,11 @@ def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]
         records: stage.json of every stage that was begun.
         missing: judges that were not trained.
     """
-    keep = ("status", "steps", "samples", "seconds", "device", "settings", "check")
+    keep = ("status", "adopted", "steps", "samples", "seconds", "device", "settings", "check")
     stages = {name: {key: found[key] for key in keep if key in found} for name, found in records.items()}
+    start = stages.get("unet", {}).get("settings", {}).get("start")
+    if start:  # a card travels, folders do not
+        stages["unet"]["settings"] = {**stages["unet"]["settings"], "start": Path(start).name}
     known = {
         "name": "mini",
         "size": shop.size,

@@ -32,6 +32,8 @@ usage: python -m hiperlab.world.train [preset=gpu|cpu|smoke] [stages=[…]] [bud
   python -m hiperlab.world.train preset=gpu out=outputs/world/gpu          every stage, one folder out
   python -m hiperlab.world.train preset=cpu stages=[tokenizer,data,vae]    some of them
   python -m hiperlab.world.train stages=[report] report.folder=<folder>    measure an exported miniature
+  python -m hiperlab.world.train stages=[data,latents,unet,export] parts_from=hiperlab:weights/mini unet.start=<folder>
+                                                                           train one part on, keep the shipped others
   python -m hiperlab.world.train --cfg job                                 show the config
 
 Finished stages are not done again; a stopped one goes on where it was.
@@ -127,6 +129,7 @@ def run(settings: dict[str, Any], command: str) -> int:
     import torch
 
     from hiperlab import files
+    from hiperlab.world.train.adopt import adopt
     from hiperlab.world.train.plan import Workshop, run_stage, share_budget
 
     shop = Workshop(
@@ -150,6 +153,9 @@ def run(settings: dict[str, Any], command: str) -> int:
         torch.backends.cudnn.benchmark = True
     each = share_budget({name: settings[name] for name in MODULES}, stages, settings["budget_minutes"])
     with files.RunLock(shop.out), shop.signals:
+        if settings["parts_from"]:
+            taken = adopt(shop, files.expand(settings["parts_from"]), stages)
+            print(f"hiperlab: taken from {settings['parts_from']}: {', '.join(taken) or 'nothing'}", flush=True)
         for name in stages:
             shop.signals.check("stopped between two stages")
             did = run_stage(shop, name, each[name], _work(name))
