@@ -6,7 +6,7 @@ import pytest
 
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.templates import TEMPLATES as PUBLISHED
-from hiperlab.data.world import NOTE, load_held_out, load_named
+from hiperlab.data.world import NOTE, load_domain, load_held_out, load_named
 from hiperlab.errors import UserError
 from hiperlab.metric.truth_features import known_subject
 from hiperlab.world.caption import parse
@@ -87,3 +87,42 @@ def test_held_out_identities_are_named_so_that_the_truth_knows_them() -> None:
 def test_mistakes(make: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make()  # type: ignore[operator]
+
+
+def domain(**changed: object) -> DataSet:
+    settings = {**SETTINGS, "kind": "cat", "subjects": 4, "first": 7, "views_each": 1, "name": None, **changed}
+    return load_domain(**settings)  # type: ignore[arg-type]
+
+
+def test_a_domain_is_many_subjects_of_one_kind_as_one_concept() -> None:
+    (cats,) = domain().concepts
+    assert (cats.name, cats.placeholder, cats.word, cats.note) == ("cat-domain", "<cat-domain>", "cat", NOTE)
+    assert cats.sources == tuple(f"cat {seed}, view 0" for seed in range(7, 11)) and len(set(digests(domain()))) == 4
+    assert digests(domain()) == digests(domain()) and digests(domain(first=8))[:3] == digests(domain())[1:]
+    assert domain(kind="elephant").concepts[0].templates[0] == "a photo of an {}"
+    assert not set(digests(domain(first=0))) & set(digests(unseen([0, 1, 2, 3], "cat", max_views=1))), (
+        "other identities"
+    )
+
+
+def test_a_domains_pictures_are_counted_subject_by_subject() -> None:
+    two = domain(views_each=2)
+    assert len(two.concepts[0].views) == 8 and two.concepts[0].sources[:2] == ("cat 7, view 0", "cat 7, view 1")
+    assert domain(views_each=2, max_views=3).concepts[0].sources == two.concepts[0].sources[:3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"subjects": 0}, r"data\.subjects=0"),
+        ({"views_each": 0}, "leave no picture"),
+        ({"max_views": 0}, "leave no picture"),
+        ({"first": -1}, "leaves the range"),
+        ({"first": 2**31 - 2}, "leaves the range"),
+        ({"kind": "unicorn"}, "not a kind of the world"),
+        ({"resolution": 32}, r"data\.resolution=32"),
+    ],
+)
+def test_domain_mistakes_are_told(changed: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        domain(**changed)
