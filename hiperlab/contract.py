@@ -66,7 +66,8 @@ class Step:
         prompts: R texts with placeholders in place.
         concept: (R,) int64, which concept each row is about.
         timestep: (R,) int64 in [0, 1000).
-        latents: z_t (R, C, H, W), or None where only text is encoded.
+        latents: z_t (R, C, H, W) as the U-Net reads it; None where only text is encoded, and in pictures that are
+            drawn by methods that do not say `reads_latents`.
         samples: (R,) global sample numbers, the key of random draws; None when sampling (nothing random then).
         images: reference pictures (R, 3, H, W) in [-1, 1], or None.
         variant: which way of using the trained concept, one of `Method.variants`.
@@ -96,10 +97,12 @@ class Method(pl.LightningModule, ABC):
 
     stacks_concepts: ClassVar[bool] = True  # False: the run trains one concept after the other
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
+    reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
     per_target: ClassVar[bool] = False  # True: a fit serves one target text only
     must_agree: ClassVar[tuple[str, ...]] = ()  # settings, kept as attributes, that a concept only works with
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
+    one_picture: bool = False  # True: it trains on each concept's first picture alone, not mirrored
 
     def __init__(
         self,
@@ -130,6 +133,9 @@ class Method(pl.LightningModule, ABC):
     @abstractmethod
     def condition(self, step: Step) -> Conditioning:
         """Conditioning for the step's rows: the one thing every method writes."""
+
+    def meet(self, index: int, picture: Tensor) -> None:
+        """See concept `index`'s first picture (3, H, W) in [-1, 1], before training; by default nothing happens."""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; by default all that requires grad."""
@@ -316,11 +322,11 @@ class Method(pl.LightningModule, ABC):
             (B, 3, H, W) in [0, 1], on the CPU.
         """
 
-        def condition(rows: list[int], t: Tensor) -> Conditioning:
+        def condition(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Conditioning:
             which = torch.tensor([concepts[row] if concepts else 0 for row in rows], device=self.device)
             pictures = None if images is None else images[rows].to(self.device)
-            step = Step([prompts[row] for row in rows], which, t.expand(len(rows)), images=pictures, variant=variant)
-            return self.condition(step)
+            texts, when = [prompts[row] for row in rows], t.expand(len(rows))
+            return self.condition(Step(texts, which, when, latents, images=pictures, variant=variant))
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
         training = self.training
@@ -337,6 +343,7 @@ class Method(pl.LightningModule, ABC):
                 negative=self.encode_negative(negative, variant),
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
+                reads_latents=self.reads_latents,
             )
         finally:
             self.train(training)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 CLASS = {"count": 2, "folder": None, "steps": 1}  # two class pictures of one step, kept in memory
 QUICK = {
+    "e4t": {"batch_size": 2},
     "imagic": {"steps": 2, "batch_size": 2},  # both of its phases within the suite's two steps of two rows
     "lora": {"prior": {**CLASS, "weight": 1.0}},
     "dreambooth": {"prior": CLASS},
@@ -38,18 +39,23 @@ def config(name: str) -> DictConfig:
 def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
     """The method around `stack`, with its published settings but for `changes` (and the length of its phases)."""
     settings = OmegaConf.merge(config(name).method, QUICK.get(name, {}), changes)
-    return instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
+    method = instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
+    for index, subject in enumerate(subjects):
+        method.meet(index, picture(subject, 0, stack.size))
+    return method
+
+
+def picture(subject: Subject, view: int, size: int) -> torch.Tensor:
+    """A concept's picture (3, size, size): it depends on the class noun only, wherever the concept stands."""
+    number = WORDS.index(subject.word) if subject.word in WORDS else len(WORDS)
+    return normal(number, "pixels", [view], (3, size, size))[0].clamp(-1, 1)
 
 
 def batch(subjects: list[Subject], samples: list[int], size: int = 128) -> Batch:
-    """A micro batch as the data module would give it: rows concept-major, the same draws for every concept.
-
-    Pictures depend on the class noun only, so a concept sees the same ones wherever it stands.
-    """
+    """A micro batch as the data module would give it: rows concept-major, the same draws for every concept."""
     rows = [(number, subject, k) for number, subject in enumerate(subjects) for k in samples]
-    pixels = [normal(WORDS.index(subject.word), "pixels", [k % 3], (3, size, size))[0] for _, subject, k in rows]
     return Batch(
-        pixels=torch.stack(pixels).clamp(-1, 1),
+        pixels=torch.stack([picture(subject, k % 3, size) for _, subject, k in rows]),
         prompts=[f"a photo of a {subject.placeholder}" for _, subject, _ in rows],
         concept=torch.tensor([number for number, _, _ in rows]),
         sample=torch.tensor([k for _, _, k in rows]),

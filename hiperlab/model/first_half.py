@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class FirstHalf(nn.Module):
@@ -35,3 +37,31 @@ class FirstHalf(nn.Module):
             sample, found = block(hidden_states=sample, temb=embedding, **more)
             maps += tuple(found)
         return *maps, unet.mid_block(sample, embedding, encoder_hidden_states=states)
+
+
+def first_half(
+    unet: nn.Module, latents: Tensor, timestep: Tensor, states: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """The maps of `FirstHalf` with other weights by the U-Net's names, in the U-Net's type.
+
+    Args:
+        unet: diffusers' U-Net.
+        latents: z_t (B, C, H, W).
+        timestep: (B,) int64.
+        states: text states (B, N, D).
+        weights: what stands in for the U-Net's own; empty for none.
+    """
+    kind = next(unet.parameters()).dtype
+    named = {f"unet.{name}": weight for name, weight in weights.items()}
+    return functional_call(FirstHalf(unet), named, (latents.to(kind), timestep, states.to(kind)))
+
+
+def map_channels(unet: nn.Module) -> tuple[list[int], list[int]]:
+    """Channels C_i of all maps, and which of them are the down blocks' outputs (3, 6, 9, 11 of SD's 13)."""
+    net: Any = unet
+    channels, ends = [net.conv_in.out_channels], []
+    for block in net.down_blocks:
+        channels += [resnet.out_channels for resnet in block.resnets]
+        channels += [layer.out_channels for layer in block.downsamplers or ()]
+        ends.append(len(channels) - 1)
+    return [*channels, net.mid_block.resnets[-1].out_channels], ends

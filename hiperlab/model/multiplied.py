@@ -1,13 +1,14 @@
-"""A weight times (1 + a matrix of low rank): E4T's change of a projection."""
+"""A weight times (1 + a matrix of low rank), E4T's change of a projection; changes one after another; changes done."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hiperlab.model.offsets import Change
+from hiperlab.model.offsets import Change, Offsets
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,56 @@ class Multiplied(Change):
     def tensors(self) -> tuple[Tensor, ...]:
         """Both factors."""
         return self.left, self.right
+
+
+@dataclass(frozen=True)
+class InTurn(Change):
+    """Changes of one weight, each of what the one before made.
+
+    Args:
+        parts: first to last.
+    """
+
+    parts: tuple[Change, ...]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Between the parts in the more precise type: the weight's would round twice."""
+        kind = weight.dtype
+        for each in self.parts[0].tensors():
+            kind = torch.promote_types(kind, each.dtype)
+        made = weight.to(kind)
+        for part in self.parts:
+            made = part.apply(made)
+        return made.to(weight.dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of all parts."""
+        return tuple(each for part in self.parts for each in part.tensors())
+
+    def settings(self) -> Hashable:
+        """Of all parts."""
+        return tuple(part.settings() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Done(Change):
+    """A weight that was worked out before, so that several calls of a step share it (and its graph).
+
+    Args:
+        weight: what the call uses.
+    """
+
+    weight: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The one it holds."""
+        return self.weight
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weight."""
+        return (self.weight,)
+
+
+def work_out(offsets: Offsets, module: nn.Module) -> Offsets:
+    """The same changes with every weight made now."""
+    return Offsets({name: Done(weight) for name, weight in offsets.weights(module).items()})

@@ -144,17 +144,18 @@ def added(offsets: nn.ParameterDict) -> Offsets:
     return Offsets({name.replace("/", "."): Added(value[0]) for name, value in offsets.items()})
 
 
-def say_cost(count: int, smaller: str) -> None:
+def say_cost(count: int, smaller: str, setting: str = "method.weights=all") -> None:
     """Warn of what fitting `count` weights takes: offset, gradient, two Adam moments and the changed weight, float32.
 
     Args:
         count: number of weights.
         smaller: what to say of a smaller choice.
+        setting: what asked for it.
     """
     log.warning(
-        "method.weights=all fits %.1f million weights: %.1f GB besides the model while training, %.1f GB for the "
+        "%s fits %.1f million weights: %.1f GB besides the model while training, %.1f GB for the "
         "artifact and three times that for every checkpoint (fit.checkpoint_every). %s",
-        count / 1e6, 20 * count / 1e9, 4 * count / 1e9, smaller,
+        setting, count / 1e6, 20 * count / 1e9, 4 * count / 1e9, smaller,
     )  # fmt: skip
 
 

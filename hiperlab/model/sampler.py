@@ -5,6 +5,7 @@ Axes: B pictures, C latent channels, H, W latent sides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -65,10 +66,11 @@ def denoise(
     stack: FrozenStack,
     latents: Tensor,
     scheduler: Any,
-    condition: Callable[[Tensor], Conditioning],
+    condition: Callable[..., Conditioning],
     unconditional: Conditioning,
     guidance: float,
     watch: Callable[[int, Tensor], None] | None = None,
+    reads_latents: bool = False,
 ) -> Tensor:
     """Run the whole schedule with classifier-free guidance (Ho & Salimans 2022, eq. 6; s = w + 1).
 
@@ -76,18 +78,20 @@ def denoise(
         stack: the frozen model.
         latents: unit normal start (B, C, H, W).
         scheduler: with its timesteps set.
-        condition: timestep (0-d tensor) -> conditioning of the B rows.
+        condition: timestep (0-d tensor) -> conditioning of the B rows; with `reads_latents` (timestep, z_t), the
+            latter as the U-Net reads it.
         unconditional: conditioning of the B rows without the prompt.
         guidance: s; at 1 or below the unconditional pass is left out.
         watch: called with (step number, latents) after each step.
+        reads_latents: whether `condition` is given z_t.
 
     Returns:
         Clean latents (B, C, H, W), scaled.
     """
     latents = latents * scheduler.init_noise_sigma
     for number, t in enumerate(scheduler.timesteps):
-        states = condition(t)
         model_input = scheduler.scale_model_input(latents, t)
+        states = condition(t, model_input) if reads_latents else condition(t)
         if guidance > 1:
             both = torch.cat([model_input, model_input])
             out = stack.predict(both, t.expand(len(both)), concatenate([unconditional, states]))
@@ -104,7 +108,7 @@ def denoise(
 @torch.no_grad()
 def generate(
     stack: FrozenStack,
-    condition: Callable[[list[int], Tensor], Conditioning],
+    condition: Callable[..., Conditioning],
     *,
     keys: Sequence[Hashable],
     seeds: Sequence[int],
@@ -114,12 +118,14 @@ def generate(
     negative: Tensor,
     batch_size: int,
     time_dependent: bool,
+    reads_latents: bool = False,
 ) -> Tensor:
     """Draw one picture per row; rows of equal key share their conditioning, computed once per timestep and key.
 
     Args:
         stack: the frozen model.
-        condition: (row numbers, timestep) -> their conditioning; called with one row per key.
+        condition: (row numbers, timestep) -> their conditioning; called with one row per key, or with
+            `reads_latents` as (row numbers, timestep, z_t) with all rows of a batch.
         keys: B values; equal keys mean equal conditioning (the same prompt and concept).
         seeds: B seeds.
         steps: denoising steps.
@@ -128,6 +134,7 @@ def generate(
         negative: text states (1, N, D) of the unconditional branch.
         batch_size: pictures per U-Net call.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
+        reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
 
     Returns:
         (B, 3, H, W) in [0, 1], on the CPU, in the order given.
@@ -145,7 +152,9 @@ def generate(
         cache.prepare([keys[row] for row in rows])
         noise = initial_noise([seeds[row] for row in rows], stack.latent_shape).to(stack.device, dtype)
         unconditional = Conditioning(empty.expand(-1, len(rows), -1, -1))
-        latents = denoise(stack, noise, sampler.build(stack, steps), cache, unconditional, guidance)
+        states = functools.partial(condition, rows) if reads_latents else cache
+        scheduler = sampler.build(stack, steps)
+        latents = denoise(stack, noise, scheduler, states, unconditional, guidance, reads_latents=reads_latents)
         decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
         pictures.update(zip(rows, decoded, strict=True))
     return torch.stack([pictures[row] for row in range(len(keys))])

@@ -5,6 +5,9 @@ Axes: B pictures, P patches, D vision width.
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
+CACHE_BYTES = 1_000_000_000  # of one process; ViT-H-14 sees 1.3 MB in a picture, the miniature's tower 26 kB
 
 
 class Seen(NamedTuple):
@@ -29,15 +33,15 @@ class Seen(NamedTuple):
     classes: Tensor
 
 
-def preprocess(pixels: Tensor, size: int) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised as CLIP's.
+def preprocess(pixels: Tensor, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised as CLIP's unless told otherwise.
 
     As the public E4T reimplementation does it (methods/e4t.md, section 5.1): bicubic with aligned corners and without
     antialiasing, the aspect ratio is not kept, nothing is clamped.
     """
     small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1) for values in (MEAN, STD))
-    return ((small + 1) / 2 - mean) / std
+    middle, spread = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return ((small + 1) / 2 - middle) / spread
 
 
 class VisionTower(nn.Module):
@@ -46,16 +50,36 @@ class VisionTower(nn.Module):
     Args:
         network: the model.
         size: side it reads, in pixels.
+        mean, std: of the pictures it was trained on, in [0, 1], per channel.
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
+    def __init__(self, network: nn.Module, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         super().__init__()
         self.network, self.size = network, size
+        self.mean, self.std = tuple(mean), tuple(std)
 
     @property
     def width(self) -> int:
         """D."""
         return int(self._inner.post_layernorm.weight.shape[0])
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return len(self._inner.embeddings.position_embedding.weight) - 1
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers."""
+        return len(self._inner.encoder.layers)
+
+    @torch.no_grad()
+    def fingerprint(self) -> Tensor:
+        """(8,) norms of weights from the first to the last layer, by which a tower is told from another."""
+        weights = [layer.mlp.fc1.weight for layer in self._inner.encoder.layers]
+        chosen = [self._inner.embeddings.patch_embedding.weight, *weights]
+        picked = [chosen[number * (len(chosen) - 1) // 7] for number in range(8)]
+        return torch.stack([weight.double().norm() for weight in picked]).float().cpu()
 
     @property
     def _inner(self) -> Any:
@@ -64,7 +88,47 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Seen:
         """Pictures (B, 3, H, W) in [-1, 1] of any size."""
         network: Any = self.network
-        found = network(pixel_values=preprocess(pixels, self.size), output_hidden_states=True)
+        found = network(pixel_values=preprocess(pixels, self.size, self.mean, self.std), output_hidden_states=True)
         layers, norm = found.hidden_states, self._inner.post_layernorm  # the first are embeddings, not a layer
         classes = torch.stack([norm(layer[:, 0]) for layer in layers[2::2]], dim=1)
         return Seen(norm(layers[-1][:, 0]), layers[-1][:, 1:], classes)
+
+
+class SeenCache:
+    """What a frozen tower makes of pictures that come again and again; known by content, so mirrored ones count anew.
+
+    The tower is kept out of the module tree: it is frozen, stays float32 and goes into no checkpoint.
+
+    Args:
+        tower: reads the pictures.
+    """
+
+    def __init__(self, tower: VisionTower) -> None:
+        self.tower = tower.eval().requires_grad_(False)
+        self.kept: OrderedDict[bytes, Seen] = OrderedDict()
+        self.bytes = 0
+
+    def clear(self) -> None:
+        """Forget everything, for a tower whose weights were replaced."""
+        self.kept.clear()
+        self.bytes = 0
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Seen:
+        """Pictures (B, 3, H, W) in [-1, 1], each read alone: the numbers do not depend on which ones are known."""
+        found = []
+        for picture in pixels.float():
+            key = hashlib.blake2b(picture.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+            if key not in self.kept:
+                seen = self.tower.to(picture.device)(picture[None])
+                # The encoders read every second patch token, but which ones is theirs to know.
+                self.kept[key] = Seen(*(each[0] for each in seen))
+                self.bytes += _size(self.kept[key])
+                while self.bytes > CACHE_BYTES and len(self.kept) > 1:
+                    self.bytes -= _size(self.kept.popitem(last=False)[1])
+            found.append(Seen(*(each.to(pixels.device) for each in self.kept[key])))
+        return Seen(*(torch.stack(each) for each in zip(*found, strict=True)))
+
+
+def _size(seen: Seen) -> int:
+    return sum(each.numel() * each.element_size() for each in seen)

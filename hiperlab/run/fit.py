@@ -13,7 +13,8 @@ import torch
 from hydra.utils import instantiate
 
 from hiperlab import artifact, files
-from hiperlab.data.concept import fill
+from hiperlab.data.concept import Concept, fill
+from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData
 from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
@@ -29,7 +30,10 @@ from hiperlab.run.resume import checkpoint_folder, log_folder, remember, startin
 from hiperlab.run.session import Session
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hiperlab.contract import Method, Subject
+    from hiperlab.data.dataset import DataSet
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +126,10 @@ def _train(
     session.update(micro_batch_size=rows, world_size=trainer.world_size)
     concepts = tuple(session.data.concepts[index] for index in group)
     subset = replace(session.data, concepts=concepts)
+    if method.one_picture:
+        subset = first_pictures(subset)
+    for place, concept in enumerate(concepts):
+        method.meet(place, first_pixels(subset, concept, cfg.model.size))
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
     start_from = starting_point(folder, resume, cfg.fit.steps)
     remember(session, fresh=start_from is None)
@@ -151,6 +159,17 @@ def _train(
         "train_seconds": seconds,
         "loss": _last_loss(trainer),
     }
+
+
+def first_pictures(data: DataSet) -> DataSet:
+    """Every concept with its first picture alone, which is not mirrored: what a method of one picture trains on."""
+    concepts = tuple(replace(each, views=each.views[:1], sources=each.sources[:1]) for each in data.concepts)
+    return replace(data, concepts=concepts, flip=0.0)
+
+
+def first_pixels(data: DataSet, concept: Concept, size: int) -> Tensor:
+    """A concept's first picture (3, size, size) in [-1, 1], as training sees it."""
+    return to_pixels(concept.views[0], size, data.center_crop, flip=False, short_side=data.short_side)
 
 
 def _last_loss(trainer: pl.Trainer) -> float | None:
@@ -243,5 +262,7 @@ def load_artifacts(session: Session, group: list[int]) -> Method:
         path = paths[index] if paths else session.folder / "artifacts" / f"{name}.safetensors"
         if not path.is_file():
             raise UserError(f"{path} does not exist: train first (stages=[fit,sample]), or give artifact=<file>.")
+        # Ours brings its picture along; other tools' files may need the data's.
+        method.meet(place, first_pixels(session.data, session.data.concepts[index], session.stack.size))
         artifact.load_into(method, place, path)
     return method

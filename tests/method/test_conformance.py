@@ -62,7 +62,8 @@ def test_only_own_parameters_train_and_the_stack_stays(name, stack) -> None:
     assert trained and not any(key.startswith("model.") for key in trained)
     start = {key: value.clone() for key, value in method.own_tensors().items()}
     train(method, 2)
-    changed = [key for key in trained if not torch.equal(method.own_tensors()[key], start[key])]
+    now = method.own_tensors()
+    changed = [key for key in trained if not torch.equal(now[key], start[key])]
     assert sorted(changed) == sorted(trained), "every trained tensor moves"
     after = fingerprint(stack)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -96,14 +97,16 @@ def test_artifact_round_trip(name, stack, tmp_path) -> None:
     artifact.write(path, method, place, {"_target_": config(name).method._target_}, steps=2)
     alone = build(name, stack, SUBJECTS[1:2])
     artifact.load_into(alone, 0, path)
-    assert alone.artifact(0).keys() == method.artifact(place).keys()
-    for key, value in method.artifact(place).items():
-        assert torch.equal(alone.artifact(0)[key], value), key
+    loaded, kept = alone.artifact(0), method.artifact(place)
+    assert loaded.keys() == kept.keys()
+    for key, value in kept.items():
+        assert torch.equal(loaded[key], value), key
     assert artifact.read(path).subject == SUBJECTS[1]
     with torch.no_grad():
-        step = Step([f"a {SUBJECTS[1].placeholder}"], torch.tensor([place]), torch.tensor([300]))
+        latents = torch.ones(1, *stack.latent_shape)
+        step = Step([f"a {SUBJECTS[1].placeholder}"], torch.tensor([place]), torch.tensor([300]), latents)
         ours = method.eval().condition(step)
-        theirs = alone.eval().condition(Step(step.prompts, torch.tensor([0]), step.timestep))
+        theirs = alone.eval().condition(Step(step.prompts, torch.tensor([0]), step.timestep, latents))
     torch.testing.assert_close(ours.keys, theirs.keys)
 
 
@@ -213,7 +216,8 @@ def test_prompt_without_placeholder_is_the_plain_text(name, stack) -> None:
 
     def condition(text):
         with torch.no_grad():
-            return method.condition(Step([text], torch.tensor([0]), torch.tensor([500])))
+            latents = torch.ones(1, *stack.latent_shape)
+            return method.condition(Step([text], torch.tensor([0]), torch.tensor([500]), latents))
 
     if method.edits:
         slot, noun = condition(f"a {CATS[0].placeholder} on a beach"), condition(f"a {CATS[0].word} on a beach")
@@ -234,8 +238,9 @@ def test_exports_load_back(name, stack, tmp_path) -> None:
             continue  # NeTI's second file carries the placeholder's name only, Imagic's others nothing fitted
         fresh = build(name, stack, CATS)
         artifact.load_into(fresh, 0, path)
+        loaded = fresh.artifact(0)
         for key, value in method.artifact(0).items():
-            torch.testing.assert_close(fresh.artifact(0)[key], value, atol=1e-7, rtol=1e-6, msg=f"{path.name} {key}")
+            torch.testing.assert_close(loaded[key], value, atol=1e-7, rtol=1e-6, msg=f"{path.name} {key}")
 
 
 def test_placeholder_that_is_a_word_is_refused(name, stack) -> None:

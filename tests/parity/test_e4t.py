@@ -1,4 +1,4 @@
-"""E4T's parts against the numbers of the public reimplementation. Items are named as in golden/e4t/README.md.
+"""E4T against the numbers of the public reimplementation. Items are named as in golden/e4t/README.md.
 
 Limits are ten times what the specification measured (its section 22).
 """
@@ -6,6 +6,7 @@ Limits are ten times what the specification measured (its section 22).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,21 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from hiperlab import draws
+from hiperlab.contract import Step, Subject
+from hiperlab.data.batch import Batch
+from hiperlab.formats import e4t as formats
 from hiperlab.formats.open_clip import to_open_clip, to_transformers
 from hiperlab.layer.image_encoder import LayerHead, PatchHead, pool
 from hiperlab.layer.weight_offset import WeightOffset
+from hiperlab.method.e4t import E4T
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.first_half import FirstHalf
 from hiperlab.model.multiplied import Multiplied
 from hiperlab.model.offsets import Offsets
+from hiperlab.model.sampler import ddim, denoise
 from hiperlab.model.vision import VisionTower, preprocess
+from tests.composed import build as compose
 from tests.parity import golden
 
 close = golden.close
@@ -144,3 +152,237 @@ def test_the_papers_encoder(root) -> None:
                           for name, value in own.items()})  # fmt: skip
     features = pool([g[f"feature.{number}"] for number in range(4)])
     close("e4t c2 embedding", head(seen.classes, features), g["embedding"], 5e-6)
+
+
+# ---- (d) to (g): whole steps, files, pictures ------------------------------------------------------------------------
+
+ZERO = torch.zeros(2, dtype=torch.long)
+FACE = Subject("face", "*s", "face")
+
+
+@pytest.fixture(scope="module")
+def meta(root):
+    return golden.config(root / "meta.json")
+
+
+@pytest.fixture(scope="module")
+def eyes(root, tmp_path_factory) -> Path:
+    """The random tower as a folder: that it has 4 heads is in no tensor."""
+    folder = tmp_path_factory.mktemp("tower")
+    state = golden.pick(golden.tensors(root / "init_encoder.safetensors"), "clip_vision.")
+    tower(to_transformers(state), 224, "gelu").network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def started(root, tmp_path_factory) -> Path:
+    """The recorded start state as a folder of the reimplementation, which is how its script was started."""
+    folder = tmp_path_factory.mktemp("start")
+    for name in ("weight_offsets", "encoder"):
+        torch.save(dict(golden.tensors(root / f"init_{name}.safetensors")), folder / f"{name}.pt")
+    (folder / "config.json").write_bytes((root / "g_pretrained" / "config.json").read_bytes())
+    return folder
+
+
+def e4t(twin, domain: Path | None, eyes: Path, **changes: Any) -> E4T:
+    """E4T as conf/method/e4t.yaml publishes it: set here are the start, the tower and what meta.json says."""
+    method = compose("e4t", twin, [FACE], domain=domain and str(domain), tower=str(eyes), **changes)
+    assert isinstance(method, E4T)
+    return method
+
+
+def record(method: E4T, monkeypatch) -> dict[str, Tensor]:
+    """What a step computes, by the golden names."""
+    seen: dict[str, Tensor] = {}
+    predict, words = type(method.model).predict, method.words
+
+    def watch(self, latents, timestep, conditioning):
+        out = predict(self, latents, timestep, conditioning)
+        seen.update(noisy_latents=latents, encoder_hidden_states=conditioning.keys[0], noise_pred=out)
+        return out
+
+    def watch_words(*given):
+        word, offset = words(*given)
+        seen.update(domain_embed=word, embedding=offset / method.embed_scale)
+        return word, offset
+
+    monkeypatch.setattr(type(method.model), "predict", watch)
+    monkeypatch.setattr(method, "words", watch_words)
+    return seen
+
+
+def step(method: E4T, prompts, pixels, latents, noise, timesteps, monkeypatch) -> tuple[Tensor, Tensor]:
+    """Loss and penalty of one recorded step through `training_step`."""
+    monkeypatch.setattr(method, "clean_latents", lambda rows: latents)
+    monkeypatch.setattr(draws, "normal", lambda *_: noise)
+    monkeypatch.setattr(draws, "integers", lambda *_: timesteps)
+    two = torch.arange(2)
+    method._losses.clear()
+    loss = method.training_step(Batch(pixels, prompts, ZERO, two, two, two.bool()), 0)
+    noted = dict(zip(method._loss_names, method._losses[-1].tolist(), strict=True))
+    return loss, torch.tensor(noted["loss/reg"])
+
+
+def theirs_by_ours(method: E4T) -> dict[str, tuple[str, int | None]]:
+    """Golden parameter name -> our parameter and, where ours are stacked, the place."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for name, value in method.named_parameters():
+        part, _, rest = name.partition(".")
+        if part == "head" and rest.startswith("first_"):
+            kind = rest.removeprefix("first_")
+            found |= {f"encoder.first_linears.{number}.{kind}": (name, number) for number in range(len(value))}
+        elif part == "head":
+            found[f"encoder.{rest}"] = (name, None)
+        elif part == "weight_offsets":
+            projection, _, rest = rest.partition(".")
+            found[f"unet.{projection.replace('/', '.').replace('.to_', '.wo_')}.{rest}"] = (name, None)
+        elif part == "unet_offsets":
+            found[f"unet.{rest.replace('/', '.')}"] = (name, 0)
+    return found
+
+
+def test_pretraining_step_and_the_file_it_writes(root, meta, twin, started, eyes, tmp_path, monkeypatch) -> None:
+    """(d) through `training_step`, then AdamW to (g_pretrained)."""
+    g, settings = golden.tensors(root / "d_pretrain_step.safetensors"), meta["d"]
+    method = e4t(
+        twin, started, eyes, phase="pretrain", reg_lambda=0.01, optimizer={"lr": settings["optimizer"]["lr"]},
+        export_files=True,
+    )  # fmt: skip
+    prompts = settings["prompts"]
+    tokens = twin.tokenize(prompts, {"*s": [0]})
+    place = tokens.slots >= 0
+    assert torch.equal(tokens.ids[~place], g["input_ids"][~place])
+    assert (g["input_ids"][place] == settings["placeholder_token_id"]).all()
+    assert torch.equal(twin.tokenize([""]).ids, g["empty_input_ids"])
+    close("e4t d empty_hidden_states", twin.encode_text([""]), g["empty_hidden_states"], 1e-5)
+    seen = record(method, monkeypatch)
+    loss, penalty = step(method, prompts, g["pixel_values"], g["latents"], g["noise"], g["timesteps"], monkeypatch)
+    for name, value in seen.items():
+        close(f"e4t d {name}", value, g[name], 1.3e-5 if name == "noise_pred" else 6e-6)
+    close("e4t d loss", loss, g["loss"], 6e-6)
+    close("e4t d loss_reg", penalty, g["loss_reg"], 6e-6)
+    close("e4t d loss_diff", loss - penalty, g["loss_diff"], 6e-6)
+    optimizer = method.configure_optimizers()
+    group = optimizer.param_groups[0]
+    for key, value in settings["optimizer"].items():
+        assert (list(group[key]) if key == "betas" else group[key]) == value, key
+    loss.backward()
+    ours, parameters = theirs_by_ours(method), dict(method.named_parameters())
+    assert len(golden.pick(g, "gradnorm.")) == settings["n_grads"] == len(ours)
+    for name, value in golden.pick(g, "grad.").items():
+        parameter, number = ours[name]
+        grad = parameters[parameter].grad if number is None else parameters[parameter].grad[number]
+        limit = 3e-3 if name.endswith(".v") else 3e-5  # a scalar is a sum of large terms that cancel
+        apart = float((grad - value).norm() / value.norm())
+        golden.close(f"e4t d grad{' v' if limit > 1e-3 else ''}", torch.tensor(apart), torch.tensor(0.0), limit, True)
+    for name, value in golden.pick(g, "gradnorm.").items():
+        parameter, number = ours[name]
+        grad = parameters[parameter].grad if number is None else parameters[parameter].grad[number]
+        close("e4t d gradnorm", grad.norm(), value.reshape(()), 3e-3)
+    # AdamW's first step is a sign: with our gradients it would differ by lr where they are near eps (section 21).
+    for name, value in golden.pick(g, "grad.").items():
+        parameter, number = ours[name]
+        (parameters[parameter].grad if number is None else parameters[parameter].grad[number]).copy_(value)
+    method.configure_gradient_clipping(optimizer, None)
+    optimizer.step()
+    (weights, encoder, config, _) = method.export(0, tmp_path, steps=1)
+    recorded = set(golden.pick(g, "grad."))
+    for path, prefix in ((weights, "unet"), (encoder, "encoder")):
+        mine, wanted = (torch.load(file, weights_only=True) for file in (path, root / "g_pretrained" / path.name))
+        assert mine.keys() == wanted.keys()
+        for name, value in wanted.items():
+            limit = (
+                6e-7 if f"{prefix}.{name}" in recorded or "clip_vision" in name else settings["optimizer"]["lr"] / 10
+            )
+            item = "e4t d->g" if limit == 6e-7 else "e4t d->g (gradient not stored)"
+            golden.close(f"{item} (absolute)", mine[name], value, limit, absolute=True)
+    written, theirs = (golden.config(file) for file in (config, root / "g_pretrained" / "config.json"))
+    for key in ("placeholder_token", "domain_class_token", "domain_embed_scale", "reg_lambda", "resolution"):
+        assert written[key] == theirs[key], key
+
+
+def test_three_tuning_steps(root, meta, twin, eyes, monkeypatch) -> None:
+    """(e) from the pre-trained files, every U-Net weight trained, to (g_tuned)."""
+    g, settings = golden.tensors(root / "e_tuning.safetensors"), meta["e"]
+    method = e4t(twin, root / "g_pretrained", eyes, optimizer={"lr": settings["optimizer"]["lr"]})
+    method.meet(0, g["pixel_values"][0])
+    assert method.reg_lambda == float(settings["args"]["reg_lambda"])
+    ours, parameters = theirs_by_ours(method), dict(method.named_parameters())
+    assert len(ours) == settings["n_trainable_tensors"]
+    before = {name: value.clone() for name, value in twin.state_dict().items()}
+    optimizer = method.configure_optimizers()
+    seen = record(method, monkeypatch)
+    pixels = g["pixel_values"].expand(2, -1, -1, -1)
+    for number in range(3):
+        now = golden.pick(g, f"step{number}.")
+        loss, penalty = step(
+            method, settings["prompts"][number], pixels, g["latents"], now["noise"], now["timesteps"], monkeypatch
+        )
+        close(f"e4t e{number} loss", loss, now["loss"], 1e-5)
+        close(f"e4t e{number} loss_reg", penalty, now["loss_reg"], 1e-5)
+        close(f"e4t e{number} loss_diff", loss - penalty, now["loss_diff"], 1e-5)
+        for name in ("embedding", "domain_embed", "noise_pred"):
+            close(f"e4t e{number} {name}", seen[name], now[name], 1.3e-5)
+        loss.backward()
+        grads = [p.grad for p in method.parameters() if p.grad is not None]
+        total = torch.stack([grad.norm() for grad in grads]).norm()
+        close(f"e4t e{number} grad_norm", total, now["grad_norm"], 1e-5)
+        method.configure_gradient_clipping(optimizer, settings["max_grad_norm"])
+        if number == 0:
+            for name, value in golden.pick(now, "clipped_grad.").items():
+                parameter, place = ours[name]
+                grad = parameters[parameter].grad if place is None else parameters[parameter].grad[place]
+                close("e4t e0 clipped_grad", grad, value, 3e-3 if name.endswith(".v") else 3e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    first, last = (formats.read(root / folder) for folder in ("g_pretrained", "g_tuned"))
+    assert last.unet is not None
+    made = {name.removeprefix("unet_offsets.").replace("/", "."): value[0]
+            for name, value in method.named_parameters() if name.startswith("unet_offsets.")}  # fmt: skip
+    update, wanted = [], []
+    for name, value in last.unet.items():
+        update.append(made[name].detach().flatten())
+        wanted.append((value - before[f"unet.{name}"]).flatten())
+    for name, value in last.head.items():
+        update.append((parameters[f"head.{name}"].detach() - first.head[name]).flatten())
+        wanted.append((value - first.head[name]).flatten())
+    for name, value in last.offsets.items():
+        projection, _, part = name.partition(".to_")
+        mine = parameters[f"weight_offsets.{projection.replace('.', '/')}/to_{part}"]
+        update.append((mine.detach() - first.offsets[name]).flatten())
+        wanted.append((value - first.offsets[name]).flatten())
+    one, other = torch.cat(update), torch.cat(wanted)
+    golden.close("e4t e->g parameters (absolute)", one, other, settings["optimizer"]["lr"], absolute=True)
+    apart = (one - other).norm() / other.norm()
+    golden.close("e4t e->g (norm of update)", apart, torch.zeros(()), 1.2e-2, absolute=True)
+    assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items()), "the stack stays"
+
+
+@pytest.mark.parametrize("which", ["pretrained_cfg", "pretrained_nocfg", "tuned_cfg"])
+def test_sampling(which, root, meta, twin, eyes, monkeypatch) -> None:
+    """(f): the encoder looks at every step; the tuned U-Net is read as its difference from the frozen one."""
+    g, how = golden.pick(golden.tensors(root / "f_sampling.safetensors"), f"{which}."), meta["f"][which]
+    picture = golden.tensors(root / "f_sampling.safetensors")["image_uint8"].permute(2, 0, 1) / 127.5 - 1
+    tuned = how["unet_file"] == "unet.pt"
+    method = e4t(twin, None, eyes, phase="tune" if tuned else "pretrain").eval()
+    method.load_foreign(0, root / how["checkpoint"] / how["unet_file"])
+    method.meet(0, picture)
+    seen, embeddings, trajectory = record(method, monkeypatch), [], []
+    rows = len(g["latents_in"])
+
+    def condition(t, latents):
+        states = method.condition(Step([how["prompt"]] * rows, ZERO[:rows], t.expand(rows), latents))
+        embeddings.append(seen["embedding"])
+        return states
+
+    method._sampling = True
+    scheduler = ddim(how["steps"], how["guidance_scale"]).build(twin, how["steps"])
+    assert scheduler.timesteps.tolist() == how["timesteps"]
+    empty = Conditioning(method.encode_negative("", "")[None].expand(-1, rows, -1, -1))
+    final = denoise(
+        twin, g["latents_in"], scheduler, condition, empty, how["guidance_scale"],
+        watch=lambda _, latents: trajectory.append(latents), reads_latents=True,
+    )  # fmt: skip
+    close(f"e4t f {which} embeddings", torch.stack(embeddings), g["embeddings"], 2e-5)
+    close(f"e4t f {which} trajectory", torch.stack(trajectory), g["trajectory"], 2e-5)
+    close(f"e4t f {which} latents_out", final, g["latents_out"], 2e-5)
