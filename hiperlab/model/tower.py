@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import logging as transformers_logging
 
 from hiperlab import files
 from hiperlab.errors import UserError
@@ -46,11 +47,15 @@ def load(path: str) -> VisionTower:
                 f"where there is a connection with `hf download {path}`, or give a local folder as method.tower."
             )
         options["local_files_only"] = True
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the rest of a whole CLIP would be reported at length
     try:
         loaded: Any = CLIPVisionModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(f"method.tower={path} cannot be loaded ({first}). Give a CLIP picture tower.") from error
+    finally:
+        transformers_logging.set_verbosity(level)
     network, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"method.tower={path} is no CLIP picture tower: it lacks {missing[0]}. Give another.")

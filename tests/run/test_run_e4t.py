@@ -29,8 +29,9 @@ def run(folder: Path, *overrides: str) -> list[dict]:
 def test_a_domain_then_one_picture(tmp_path) -> None:
     domain = tmp_path / "domain"
     steps = run(
-        domain, "experiment=e4t_pretrain", "data=world_domain", "data.subjects=3", "stages=[fit]", "fit.steps=2"
-    )
+        domain, "experiment=e4t_pretrain", "data=world_domain", "data.subjects=3", "stages=[fit]", "fit.steps=2",
+        "method.export_files=true",
+    )  # fmt: skip
     assert len(steps) == 2 and all(line["loss/reg"] > 0 for line in steps)
     learnt = domain / "artifacts" / "cat-domain.safetensors"
     one = tmp_path / "one"
@@ -43,6 +44,15 @@ def test_a_domain_then_one_picture(tmp_path) -> None:
     (cats,) = load_named("cats", **SETTINGS).concepts
     assert torch.equal(tuned["picture"], to_pixels(cats.views[0], 64, False, flip=False)), "the first view, unmirrored"
     assert len(list((one / "samples" / "cats").glob("*.png"))) == 1
+
+    # A pre-trained checkpoint of the reimplementation brings no picture: the data's first one is encoded.
+    theirs = learnt.parent / "cat-domain"
+    (theirs / "domain.png").unlink()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    settings = ["method=e4t", "data=cats", "method.phase=pretrain", f"artifact='{theirs / 'weight_offsets.pt'}'"]
+    assert main([*SMALL, *settings, "stages=[sample]", f"outputs_dir='{tmp_path}'", f"run_dir='{foreign}'"]) == 0
+    assert len(list((foreign / "samples" / "cats").glob("*.png"))) == 1
 
 
 def test_training_on_the_first_picture_alone() -> None:
