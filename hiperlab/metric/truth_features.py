@@ -17,7 +17,7 @@ from hiperlab.metric.truth_distance import pack, truths
 from hiperlab.metric.truth_encoder import prepared, subject_in
 from hiperlab.metric.truth_judge import Judge, split
 from hiperlab.world.identity import Identity
-from hiperlab.world.subjects import SEEDS, held_out, subject
+from hiperlab.world.subjects import EDITS, SEEDS, edit, held_out, subject
 
 WORLD = "world-1"  # raise it when the world draws otherwise
 
@@ -133,6 +133,8 @@ def known_subject(name: str) -> Identity | None:
     if name in SEEDS:
         return subject(name).who
     parts = name.split("-")
+    if parts[0] in EDITS and all(part.isdigit() for part in parts[1:]):  # "standing_dog-2": the edit's third target
+        return edit(parts[0]).who
     if parts[0] == "world" and len(parts) in (2, 3) and parts[1].isdigit():
         return held_out(int(parts[1]), parts[2] if len(parts) == 3 else None)
     return None

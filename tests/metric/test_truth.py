@@ -19,7 +19,7 @@ from hiperlab.metric.truth_judge import Judge, Shape
 from hiperlab.metric.truth_member import KindScore, PlaceScore, TruthMask, TruthScore
 from hiperlab.metric.weights import MissingWeightsError
 from hiperlab.world.caption import true_picture
-from hiperlab.world.subjects import held_out, subject
+from hiperlab.world.subjects import edit, held_out, subject
 
 GRID = {"size": 48, "shifts": (-0.07, 0.0, 0.07), "zooms": (0.9, 1.05)}
 LABELS = {"kind": ("cat", "dog", "bear"), "place": ("beach", "snow"), "style": ("photo", "cartoon")}
@@ -148,6 +148,8 @@ def test_subjects_are_found_by_their_placeholder():
     assert subject_in("a photo of <cats> sitting") == ("<cats>", "cats") and subject_in("a cat") is None
     assert known_subject("cats") == subject("cats").who and known_subject("sofa") is None
     assert known_subject("world-17-dog") == held_out(17, "dog")
+    assert known_subject("standing_dog") == known_subject("standing_dog-2") == edit("standing_dog").who
+    assert known_subject("standing_dog-x") is None
 
 
 # ---- in a protocol -----------------------------------------------------------------------------------------------

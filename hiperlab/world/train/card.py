@@ -29,7 +29,7 @@ def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]
         "name": "mini",
         "size": shop.size,
         "seed": shop.seed,
-        "environment": environment(),
+        "environment": {key: value for key, value in environment().items() if key != "command"},  # it names folders
         "commit": shop.settings.get("commit"),
         "note": shop.settings.get("note"),
         "stages": stages,

@@ -61,6 +61,8 @@ def work(shop: Workshop, *, limit_mb: float) -> dict[str, Any]:
     _image_encoder(shop, draft)
     for part in ("text_encoder", "image_encoder"):
         _load_in_float32(draft / part / "config.json")
+    for part in ("unet", "vae"):
+        _forget_where(draft / part / "config.json")
     records = {stage: found for stage in ORDER if (found := record.read(shop.folder(stage))) and stage not in PRODUCTS}
     missing = []
     for stage, name in JUDGES.items():
@@ -92,6 +94,13 @@ def _load_in_float32(config: Path) -> None:
     files.write_json(config, values)
 
 
+def _forget_where(config: Path) -> None:
+    """Take out the folder that diffusers notes: an export travels, folders do not."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    files.write_json(config, values)
+
+
 def _image_encoder(shop: Workshop, folder: Path) -> None:
     """The conditioning CLIP's picture tower, so that the report can measure retrieval from the folder alone."""
     from safetensors.torch import load_file, save_file
@@ -100,5 +109,7 @@ def _image_encoder(shop: Workshop, folder: Path) -> None:
     source = shop.weights("clip") / "image_encoder"
     tower: Any = CLIPVisionModelWithProjection.from_pretrained(str(source), local_files_only=True)
     tower.half().save_pretrained(folder / "image_encoder")
+    reads = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1], not CLIP's own statistics
+    files.write_json(folder / "image_encoder" / "preprocessor_config.json", reads)
     tensors = {key: value.half() for key, value in load_file(source / clip.PROJECTION).items()}
     save_file(tensors, folder / "image_encoder" / clip.PROJECTION)
