@@ -16,7 +16,8 @@ from hiperlab.run.door_overrides import parse
 
 LEAST = {  # the door's own numbers with a smallest value
     "fit.steps": 0, "fit.laptop_steps": 0, "fit.batch_size": 1, "fit.micro_batch_size": 1, "fit.checkpoint_every": 0,
-    "fit.sample_every": 0, "fit.sample_prompts": 0, "sample.prompts": 1, "sample.batch_size": 1, "sampler.steps": 1, "model.size": 8,
+    "fit.sample_every": 0, "fit.sample_prompts": 0, "sample.prompts": 1, "sample.batch_size": 1, "sampler.steps": 1,
+    "model.size": 8,
 }  # fmt: skip
 FREE = ("trainer.",)  # Lightning takes devices=2, devices=[0,3] and devices=auto alike
 
