@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -45,8 +46,9 @@ def noise(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
 
 
 def load_protocol(preset: str, /, **changes: Any) -> Protocol:
-    config = OmegaConf.merge(OmegaConf.load(CONF / f"{preset}.yaml"), OmegaConf.create(changes))
-    return instantiate(config)
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):  # as the door does: presets inherit
+        config = compose(f"metric/{preset}").metric
+    return instantiate(OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(config)), OmegaConf.create(changes)))
 
 
 @pytest.fixture(scope="session")
