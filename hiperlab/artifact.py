@@ -53,11 +53,13 @@ def write(path: Path, method: Method, index: int, settings: Mapping[str, Any], s
         settings: the method's composed configuration (plain containers).
         steps: optimizer steps taken.
     """
+    subject = asdict(method.concepts[index])
+    del subject["advice"]  # of the data, not of what was learnt
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(settings),
         "base": json.dumps(method.model.base.as_dict()),
-        "subject": json.dumps(asdict(method.concepts[index])),
+        "subject": json.dumps(subject),
         "steps": str(steps),
     }
     tensors = {name: value.contiguous() for name, value in method.artifact(index).items()}

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from hiperlab import draws
 from hiperlab.data.batch import Batch
+from hiperlab.data.concept import Advice
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept
 from hiperlab.model import noise as diffusion
@@ -38,6 +39,7 @@ class Subject:
         word: the class noun or super category, one token, e.g. "cat".
         source: what its picture shows, in plain words ("a standing dog"); None where nobody said.
         targets: the plain texts it will be edited to; empty where there are none.
+        advice: how the data's authors drew its edits; None where nobody said. Artifacts do not keep it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Subject:
     word: str
     source: str | None = None
     targets: tuple[str, ...] = ()
+    advice: Advice | None = None
 
     def plain(self, prompt: str) -> str:
         """The prompt with the class noun in the placeholder's place: the text as a person would write it."""

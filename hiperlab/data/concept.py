@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -20,6 +21,24 @@ def fill(text: str, word: str) -> str:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """How a data set's authors drew an edit by its attention maps; methods of that kind may follow it, none must.
+
+    Attributes:
+        mode: "replace" or "refine", Prompt-to-Prompt's two kinds; None where nobody said.
+        blend: the word of the source and the word of the target outside whose regions nothing may change.
+        equalizer: words of the target and the factors of their maps.
+        tau: how long a map or value is taken from the source, a share of the steps in [0, 1], by StyleDiffusion's
+            names: "v" values, "c" cross-attention, "s" self-attention, "u" unconditional self-attention.
+    """
+
+    mode: str | None = None
+    blend: tuple[str, str] | None = None
+    equalizer: tuple[tuple[str, float], ...] = ()
+    tau: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Edit:
     """What an edit wants of its one picture, in exact texts.
 
@@ -27,13 +46,16 @@ class Edit:
         source: what the picture shows.
         targets: what its edits should show.
         truths: the true picture of each target where the world knows it, else None; empty where none is known.
-        mask: white where an edit may change the picture, black where it must not; None where nobody knows.
+        mask: white where an edit may change the picture, black where it must not, grey where nobody is sure; None
+            where nobody knows.
+        advice: how its authors drew it; None where nobody said.
     """
 
     source: str
     targets: tuple[str, ...]
     truths: tuple[Image.Image | None, ...] = ()
     mask: Image.Image | None = None
+    advice: Advice | None = None
 
     def __post_init__(self) -> None:
         if not self.source.strip() or not self.targets or not all(text.strip() for text in self.targets):

@@ -112,7 +112,7 @@ class Session:
         return [
             Subject(
                 concept.name, concept.placeholder, concept.word,
-                edit.source if edit else None, edit.targets if edit else (),
+                edit.source if edit else None, edit.targets if edit else (), edit.advice if edit else None,
             )
             for concept in self.data.concepts
             for edit in [concept.edit]
