@@ -19,6 +19,7 @@ from hiperlab.hub import hub_problem
 from hiperlab.model.vision import MEAN, STD, VisionTower
 
 OPEN_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # OpenCLIP's ViT-H-14, laion2b_s32b_b79k, as transformers reads it
+OPENAI_BASE = "openai/clip-vit-base-patch16"  # OpenAI's ViT-B/16
 PREPARED = "preprocessor_config.json"
 FOLDER = "image_encoder"  # beside a model's unet/, where diffusers keeps a picture tower
 _HEAD_WIDTH = {1280: 80}  # ViT-H; all other towers of OpenAI and OpenCLIP that are around have heads of 64
@@ -109,11 +110,11 @@ def fill(tower: VisionTower, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict({name: value.float() for name, value in found.items()})
 
 
-def tiny_tower(seed: int) -> VisionTower:
+def tiny_tower(seed: int, width: int = 16) -> VisionTower:
     """A random one for checks beside `model=tiny`; the global random state is left as it was."""
     config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8,
-        hidden_act="gelu",
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=2, image_size=32,
+        patch_size=8, hidden_act="gelu",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -33,13 +33,19 @@ class Seen(NamedTuple):
     classes: Tensor
 
 
-def preprocess(pixels: Tensor, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+def preprocess(
+    pixels: Tensor,
+    size: int,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    align_corners: bool = True,
+) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised as CLIP's unless told otherwise.
 
-    As the public E4T reimplementation does it (methods/e4t.md, section 5.1): bicubic with aligned corners and without
-    antialiasing, the aspect ratio is not kept, nothing is clamped.
+    Bicubic without antialiasing, the aspect ratio is not kept, nothing is clamped. With aligned corners as the public
+    E4T reimplementation (methods/e4t.md, section 5.1), without as StyleDiffusion (methods/stylediffusion.md, 2).
     """
-    small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=True)
+    small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=align_corners)
     middle, spread = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return ((small + 1) / 2 - middle) / spread
 
@@ -92,6 +98,18 @@ class VisionTower(nn.Module):
         layers, norm = found.hidden_states, self._inner.post_layernorm  # the first are embeddings, not a layer
         classes = torch.stack([norm(layer[:, 0]) for layer in layers[2::2]], dim=1)
         return Seen(norm(layers[-1][:, 0]), layers[-1][:, 1:], classes)
+
+    @torch.no_grad()
+    def all_tokens(self, pixels: Tensor) -> Tensor:
+        """Class and patch tokens (B, P + 1, D) after the last norm, unprojected: StyleDiffusion's E(x).
+
+        Args:
+            pixels: square pictures (B, 3, H, H) in [-1, 1].
+        """
+        network: Any = self.network
+        small = preprocess(pixels, self.size, self.mean, self.std, align_corners=False)
+        found: Tensor = self._inner.post_layernorm(network(pixel_values=small).last_hidden_state)
+        return found
 
 
 class SeenCache:
