@@ -43,7 +43,9 @@ class Artifact:
     steps: int
 
 
-def write(path: Path, method: Method, index: int, settings: Mapping[str, Any], steps: int) -> None:
+def write(
+    path: Path, method: Method, index: int, settings: Mapping[str, Any], steps: int, *, half: bool = False
+) -> None:
     """Write concept `index` of a trained method, whole or not at all.
 
     Args:
@@ -63,6 +65,10 @@ def write(path: Path, method: Method, index: int, settings: Mapping[str, Any], s
         "steps": str(steps),
     }
     tensors = {name: value.contiguous() for name, value in method.artifact(index).items()}
+    if half:
+        tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+            raise UserError(f"{bad[0]} does not fit into float16: set fit.half_artifacts=false.")
     files.atomic_write(path, save(tensors, metadata))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hiperlab import artifact, draws, files
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.contract import ChangedWeights, Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.images import ImageProblem, read_image, to_pixels
 from hiperlab.errors import UserError, near
@@ -27,7 +27,7 @@ from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.layer.image_encoder import LayerHead, PatchHead, pool
 from hiperlab.layer.weight_offset import WeightOffset
 from hiperlab.model import tower as towers
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.first_half import first_half, map_channels
 from hiperlab.model.multiplied import InTurn, Multiplied, work_out
 from hiperlab.model.offsets import Added, Change, Offsets, parameter_names, say_cost, zeros
@@ -58,7 +58,8 @@ class E4T(Method):
         optimizer: parameters -> optimizer; AdamW's decay acts on whole weights, as in the reimplementation.
         seed: of initialisation and draws.
         phase: "pretrain" a domain (section 8) or "tune" on one picture (section 9).
-        domain: what to start from: an artifact of a pre-training, a folder of the reimplementation, or None.
+        domain: what to start from: an artifact of a pre-training, a folder of the reimplementation, "none", or None:
+            tuning then takes `e4t/<class noun>.safetensors` in the model's own folder, where there is one.
         tower: folder or hub id of the picture tower; None takes the one of `domain`, else the one in the model's own
             folder (`image_encoder`), else OpenCLIP's ViT-H-14.
         model_folder: the model's folder or hub id, where a tower may lie.
@@ -77,6 +78,7 @@ class E4T(Method):
     stacks_concepts = False  # rows of one U-Net call share its weights
     time_dependent = True
     reads_latents = True
+    alone = ""
     must_agree = ("encoder", "encoder_unet", "embed_scale")
 
     class_word: Tensor
@@ -116,7 +118,9 @@ class E4T(Method):
         self.one_picture = phase == "tune"
         self.domain_word = concepts[0].word
         self.plain_text = TextCache(model)
-        folder = files.expand(domain) if domain else None
+        if domain is None and phase == "tune":
+            domain = _domain_beside(model_folder, concepts[0].word)
+        folder = files.expand(domain) if domain and domain != "none" else None
         foreign = formats.read(folder) if folder and folder.is_dir() else None
         self.see = SeenCache(_tower(model, tower, model_folder, foreign))
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation, as published, from the run's seed
@@ -157,7 +161,7 @@ class E4T(Method):
         """Take over a pre-trained domain."""
         if folder is None:
             if self.phase == "tune" and self.model.trained:
-                log.warning("method.domain=null: encoder and offsets start untrained. Give a pre-trained domain.")
+                log.warning("there is no pre-trained domain: encoder and offsets start untrained. Give method.domain=…")
             return
         if foreign is not None:
             self._take(foreign, folder)
@@ -244,6 +248,16 @@ class E4T(Method):
         rows, _, _ = tokens.occurrences()
         states = self.model.hidden_states(tokens, words[rows][None])
         return Conditioning(self.model.normalise_text(states), offsets=changes)
+
+    def part(self, step: Step) -> Part:
+        """w for the word, by row; its encoder reads the U-Net with E4T's own changes only, as it was trained."""
+        assert step.latents is not None, "E4T reads z_t"
+        words, _ = self.words(step.latents, step.timestep, self._seen(step), self.changes())
+        return Part(step.prompts, words[None, :, None])
+
+    def changed_weights(self, variant: str) -> ChangedWeights:
+        """Both kinds of offsets, worked out."""
+        return ChangedWeights(self.changes())
 
     def words(self, latents: Tensor, timestep: Tensor, seen: Seen, changes: Offsets) -> tuple[Tensor, Tensor]:
         """Both w = e_c + s E and s E, (R, D) each (section 6).
@@ -396,6 +410,12 @@ class E4T(Method):
                 f"{found.picture} cannot be read ({error}). Remove it to use the data's picture."
             ) from error
         self.meet(index, to_pixels(image, self.model.size, center_crop=True, flip=False))
+
+
+def _domain_beside(folder: str | None, word: str) -> str | None:
+    """The artifact of a domain in a model's own folder, if it has one of that noun."""
+    path = files.expand(folder) / "e4t" / f"{word}.safetensors" if folder else None
+    return str(path) if path and path.is_file() else None
 
 
 def _tower(model: FrozenStack, tower: str | None, folder: str | None, foreign: formats.Found | None) -> VisionTower:

@@ -230,7 +230,8 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
     folder = session.folder / "artifacts"
     written = []
     for index, subject in enumerate(method.concepts):
-        artifact.write(folder / f"{subject.name}.safetensors", method, index, session.method_settings(), steps)
+        path = folder / f"{subject.name}.safetensors"
+        artifact.write(path, method, index, session.method_settings(), steps, half=session.cfg.fit.half_artifacts)
         other = folder / subject.name
         other.mkdir(parents=True, exist_ok=True)
         names = [path.relative_to(folder).as_posix() for path in method.export(index, other, steps)]

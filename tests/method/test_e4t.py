@@ -291,6 +291,23 @@ def test_domain_is_where_tuning_starts(stack, tmp_path) -> None:
         artifact.load_into(e4t(stack, phase="pretrain", tower=str(tmp_path / "other")), 0, path)
 
 
+def test_domain_in_the_models_own_folder_in_half_precision(stack, tmp_path) -> None:
+    domain = e4t(stack, phase="pretrain")
+    train(domain, 1)
+    artifact.write(tmp_path / "e4t" / "cat.safetensors", domain, 0, settings(phase="pretrain"), steps=1, half=True)
+    whole, halved = domain.own_tensors(), e4t(stack, model_folder=str(tmp_path)).own_tensors()
+    assert all(value.dtype == whole[name].dtype for name, value in halved.items())
+    for name, value in whole.items():
+        if name != "picture":
+            torch.testing.assert_close(halved[name], value, rtol=1e-3, atol=1e-6)
+    fresh, none = e4t(stack).own_tensors(), e4t(stack, model_folder=str(tmp_path), domain="none").own_tensors()
+    assert all(torch.equal(none[name], value) for name, value in fresh.items())
+    assert not torch.equal(fresh["head.final_linear.weight"], halved["head.final_linear.weight"])
+    torch.nn.init.constant_(domain.head.final_linear.bias, 1e6)
+    with pytest.raises(UserError, match="head.final_linear.bias does not fit into float16"):
+        artifact.write(tmp_path / "big.safetensors", domain, 0, settings(phase="pretrain"), steps=1, half=True)
+
+
 @pytest.fixture
 def eyes(tmp_path) -> Path:
     """The tiny tower as a folder: its two heads are in no tensor."""
