@@ -54,6 +54,10 @@ def write(
         index: which concept.
         settings: the method's composed configuration (plain containers).
         steps: optimizer steps taken.
+        half: floating numbers as float16, half the size, three digits; loading puts them into the method's type.
+
+    Raises:
+        UserError: a number is too large for float16.
     """
     subject = asdict(method.concepts[index])
     del subject["advice"]  # of the data, not of what was learnt
