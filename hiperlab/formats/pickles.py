@@ -46,6 +46,6 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int = MOST_BYTES) -> A
     try:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         first = " ".join(str(error).split()).split(". ")[0][:160]
         raise UserError(f"{path.name} is broken or holds more than tensors, so it is not loaded ({first}).") from error
