@@ -1,4 +1,4 @@
-"""Cross-attention that reads a `Conditioning`: one stateless processor per layer, which owns its index.
+"""Attention that reads a `Conditioning` and obeys a `Control`: one stateless processor per layer, which owns its index.
 
 A counter inside the conditioning would give equal images but wrong gradients once gradient checkpointing replays
 layers (methods/neti.md, section 19), so the index is fixed when the stack is built.
@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.control import Control, Layer, layer_of
 
 
 class CrossAttention:
@@ -25,7 +26,7 @@ class CrossAttention:
     """
 
     def __init__(self, name: str, index: int) -> None:
-        self.name = name
+        self.layer = layer_of(name)
         self.index = index
 
     def __call__(
@@ -35,6 +36,7 @@ class CrossAttention:
         encoder_hidden_states: Conditioning | Tensor,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """Attend from (B, S, C) image states; a plain (B, N, D) tensor works too, as in the bare U-Net."""
         assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
@@ -47,12 +49,54 @@ class CrossAttention:
         keys, values = attn.to_k(for_keys), attn.to_v(for_values)
         if detach_first:
             keys, values = _detach_first(keys), _detach_first(values)
-        query = _split(attn.to_q(hidden_states), attn.heads)
-        key, value = _split(keys, attn.heads), _split(values, attn.heads)
+        return _attend(attn, hidden_states, keys, values, self.layer, control)
+
+
+class SelfAttention:
+    """Scaled dot-product self-attention for one layer; the same numbers as diffusers' own without a control.
+
+    Args:
+        name: the module's path in the U-Net, e.g. "mid_block.attentions.0.transformer_blocks.0.attn1".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.layer = layer_of(name)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        control: Control | None = None,
+    ) -> Tensor:
+        """Attend among (B, S, C) image states."""
+        assert attention_mask is None and encoder_hidden_states is None, "self-attention reads the picture alone"
+        keys, values = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        return _attend(attn, hidden_states, keys, values, self.layer, control)
+
+
+def _attend(
+    attn: Attention, hidden_states: Tensor, keys: Tensor, values: Tensor, layer: Layer, control: Control | None
+) -> Tensor:
+    query = _split(attn.to_q(hidden_states), attn.heads)
+    key, value = _split(keys, attn.heads), _split(values, attn.heads)
+    if control is not None and control.wants(layer, query.shape[2]):
+        attended = _controlled(query, key, value, layer, control)
+    else:
         attended = F.scaled_dot_product_attention(query, key, value)
-        merged = attended.transpose(1, 2).flatten(2)
-        out = attn.to_out[1](attn.to_out[0](merged))
-        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+    merged = attended.transpose(1, 2).flatten(2)
+    out = attn.to_out[1](attn.to_out[0](merged))
+    return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+def _controlled(query: Tensor, key: Tensor, value: Tensor, layer: Layer, control: Control) -> Tensor:
+    """softmax(Q K^T / sqrt d) V with the map in the control's hands; the map is never of half precision."""
+    kind = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(kind) @ key.to(kind).transpose(-1, -2) * query.shape[-1] ** -0.5
+    probabilities = control(layer, scores.softmax(dim=-1))
+    return (probabilities @ value.to(kind)).to(value.dtype)
 
 
 def _detach_first(states: Tensor) -> Tensor:
@@ -76,12 +120,14 @@ def cross_attention_order(unet: Any) -> list[str]:
     return sorted(names, key=lambda name: rank[name.split(".")[0]])  # sorted() is stable: inside a block order holds
 
 
-def install_cross_attention(unet: Any) -> list[str]:
-    """Give every cross-attention layer its own processor; returns the layers' paths in execution order."""
+def install_attention(unet: Any) -> list[str]:
+    """Give every attention layer its own processor; returns the cross-attention's paths in execution order."""
     names = cross_attention_order(unet)
-    index = {name: i for i, name in enumerate(names)}
     processors = dict(unet.attn_processors)
-    for name in names:
-        processors[f"{name}.processor"] = CrossAttention(name, index[name])
+    for index, name in enumerate(names):
+        processors[f"{name}.processor"] = CrossAttention(name, index)
+    for key in processors:
+        if key.endswith(".attn1.processor"):
+            processors[key] = SelfAttention(key.removesuffix(".processor"))
     unet.set_attn_processor(processors)
     return names

@@ -5,12 +5,13 @@ Axes: L cross-attention layers in execution order (1 = shared by all), B batch, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hiperlab.model.control import Control
 from hiperlab.model.offsets import Offsets
 
 
@@ -23,12 +24,15 @@ class Conditioning:
         values: same shape, read by the value projections; None means the keys serve both.
         offsets: changes of U-Net weights, for all rows of the call; None leaves the bare U-Net.
         detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
+        control: reads and changes the call's attention maps; it knows the call's rows by their number, so it is given
+            to the conditioning of a whole call, last of all.
     """
 
     keys: Tensor
     values: Tensor | None = None
     offsets: Offsets | None = None
     detach_first: bool = False
+    control: Control | None = None
 
     @property
     def layers(self) -> int:
@@ -43,6 +47,7 @@ class Conditioning:
 
     def rows(self, index: Tensor | Sequence[int]) -> Conditioning:
         """The conditioning of the chosen batch rows (repeats allowed)."""
+        assert self.control is None, "a control belongs to the rows of a whole call"
         index = torch.as_tensor(index, device=self.keys.device)
         values = None if self.values is None else self.values[:, index]
         return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first)
@@ -50,8 +55,32 @@ class Conditioning:
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning in another floating type."""
         values = None if self.values is None else self.values.to(dtype)
-        # Offsets choose their type by the weight's.
-        return Conditioning(self.keys.to(dtype), values, self.offsets, self.detach_first)
+        # Offsets choose their type by the weight's, controls by the map's.
+        return replace(self, keys=self.keys.to(dtype), values=values)
+
+    def controlled(self, control: Control | None) -> Conditioning:
+        """The same conditioning with a control of the call's attention maps."""
+        return replace(self, control=control)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one concept gives to the text of a picture that shows several; `hiperlab.composition` joins the parts.
+
+    R texts; L and R may be 1 where a part is the same for all layers or texts.
+
+    Args:
+        prompts: the R texts with this concept's placeholder written its way, everything else as it came.
+        vectors: (L, R, V, D) learnt input embeddings that stand, V in a row, wherever the placeholder still does.
+        in_values: how the value projections see those places, from hidden states (L, P, D) before the final norm and
+            the text number (P,) of each; None means as the keys.
+        tail: (R, N, D) rows that replace the last N of the encoded text.
+    """
+
+    prompts: Sequence[str]
+    vectors: Tensor | None = None
+    in_values: Callable[[Tensor, Tensor], Tensor] | None = None
+    tail: Tensor | None = None
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
@@ -60,6 +89,7 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     A U-Net call has one set of weights: parts without offsets (guidance's unconditional half) take those of the others,
     and different offsets cannot be joined.
     """
+    assert all(part.control is None for part in parts), "join first, then give the whole call its control"
     offsets = next((part.offsets for part in parts if part.offsets is not None), None)
     assert offsets is None or all(part.offsets is None or offsets.same(part.offsets) for part in parts), (
         "rows with different weight offsets need calls of their own"

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from hiperlab.errors import UserError
 from hiperlab.model import noise as diffusion
 from hiperlab.model import text as clip
-from hiperlab.model.attention import install_cross_attention
+from hiperlab.model.attention import install_attention
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import Offsets, checkpointed
 
@@ -109,7 +109,7 @@ class FrozenStack(nn.Module):
         schedule = DDPMScheduler.from_config(self.scheduler_config)
         self.prediction_type: str = schedule.config["prediction_type"]
         self.register_buffer("alpha_bar", schedule.alphas_cumprod.float(), persistent=False)
-        self.cross_attention = install_cross_attention(unet)
+        self.cross_attention = install_attention(unet)
         self.requires_grad_(False)
         self.eval()
         self._set_predictor(self.unet)
@@ -230,15 +230,17 @@ class FrozenStack(nn.Module):
             latents: z_t (B, C, H, W).
             timestep: (B,) int64 in [0, 1000).
             conditioning: states for B rows, passed through the U-Net untouched to the processors; its offsets stand
-                in for weights during this call only, the U-Net itself is never changed.
+                in for weights and its control for attention maps during this call only; the U-Net never changes.
         """
         dtype = next(self.unet.parameters()).dtype
         states = conditioning.to(dtype)
-        inputs = {"encoder_hidden_states": states, "return_dict": False}
-        if conditioning.offsets is None:
+        inputs: dict[str, Any] = {"encoder_hidden_states": states, "return_dict": False}
+        if conditioning.offsets is None and conditioning.control is None:
             out = self._predictor(latents.to(dtype), timestep, **inputs)[0]
-        else:  # not through torch.compile: swapped weights would be compiled anew at every step
-            weights = conditioning.offsets.weights(self.unet)
+        else:  # not through torch.compile: swapped weights would be compiled anew at every step, a control is no graph
+            weights = conditioning.offsets.weights(self.unet) if conditioning.offsets else {}
+            if conditioning.control is not None:
+                inputs["cross_attention_kwargs"] = {"control": conditioning.control}
             out = functional_call(self.unet, weights, (latents.to(dtype), timestep), inputs)[0]
         return out if dtype == torch.float64 else out.float()
 

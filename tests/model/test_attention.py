@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from hiperlab.model.attention import cross_attention_order, install_cross_attention
+from hiperlab.model.attention import cross_attention_order, install_attention
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.tiny import tiny
 
@@ -107,4 +107,4 @@ def test_concatenate_spreads_shared_layers() -> None:
 
 
 def test_installing_twice_is_harmless(stack) -> None:
-    assert install_cross_attention(stack.unet) == stack.cross_attention
+    assert install_attention(stack.unet) == stack.cross_attention

@@ -1,0 +1,115 @@
+"""DDIM there and back (Song et al. 2021, eq. 12 with eta = 0): one picture's latents as the path its noise would take.
+
+Specification: methods/stylediffusion.md, section 3. Symbols there: z (latents), a (alpha_bar), T (steps), tau_k.
+Axes: T steps, B pictures, C latent channels, H, W latent sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hiperlab.errors import UserError
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.control import Layer, Record
+from hiperlab.model.stack import FrozenStack
+
+
+def timesteps(steps: int, length: int = 1000) -> list[int]:
+    """tau_0 .. tau_{T-1}, ascending: 1 + k floor(length / T), the "leading" spacing with an offset of 1.
+
+    Raises:
+        UserError: no step at all, or so many that the last one is beyond the schedule.
+    """
+    if not 1 <= steps < length:
+        raise UserError(f"sampler.steps={steps} cannot be inverted. Choose 1 to {length - 1}; published are 30 and 50.")
+    return [1 + k * (length // steps) for k in range(steps)]
+
+
+def move(latents: Tensor, noise: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """From one noise level to another with the same clean latents and the same noise.
+
+    Args:
+        latents: z at the level `start`.
+        noise: predicted noise, same shape.
+        start: alpha_bar of the level that `latents` are at, 0-d.
+        end: alpha_bar of the level to go to, 0-d.
+    """
+    clean = (latents - (1 - start).sqrt() * noise) / start.sqrt()
+    return end.sqrt() * clean + (1 - end).sqrt() * noise
+
+
+def levels(stack: FrozenStack, timestep: int, steps: int) -> tuple[Tensor, Tensor]:
+    """alpha_bar at `timestep` and one step below it; below the schedule's first level that level stays."""
+    below = timestep - stack.num_timesteps // steps
+    return stack.alpha_bar[timestep], stack.alpha_bar[max(below, 0)]
+
+
+def previous(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int, steps: int) -> Tensor:
+    """One step of denoising, from `timestep` to the level below (`prev` in the specification)."""
+    here, below = levels(stack, timestep, steps)
+    return move(latents, noise, here, below)
+
+
+def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int, steps: int) -> Tensor:
+    """One step of inversion, from the level below up to `timestep` (`next` in the specification)."""
+    here, below = levels(stack, timestep, steps)
+    return move(latents, noise, below, here)
+
+
+def predict_noise(stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
+    """The noise (B, C, H, W) that the U-Net sees in z at `timestep`; a predicted velocity is converted.
+
+    With v = sqrt(a) eps - sqrt(1 - a) z_0 (Salimans & Ho 2022), eps = sqrt(a) v + sqrt(1 - a) z.
+    """
+    when = torch.full((len(latents),), timestep, device=latents.device)
+    found = stack.predict(latents, when, conditioning)
+    if stack.prediction_type != "v_prediction":
+        return found
+    here = stack.alpha_bar[timestep]
+    return here.sqrt() * found + (1 - here).sqrt() * latents
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The pivot of an inversion, and the attention maps seen on the way.
+
+    Attributes:
+        latents: (T+1, B, C, H, W), from the picture (0) to its noise (T).
+        maps: by layer (T, B, heads, S, N), entry k recorded while the noise of `latents[k]` was predicted at tau_k;
+            empty unless asked for.
+    """
+
+    latents: Tensor
+    maps: dict[Layer, Tensor]
+
+
+@torch.no_grad()
+def invert(
+    stack: FrozenStack,
+    latents: Tensor,
+    conditioning: Conditioning,
+    steps: int,
+    wanted: Callable[[Layer, int], bool] | None = None,
+) -> Inversion:
+    """Run DDIM backwards with the conditional prediction alone (guidance 1).
+
+    The noise of z at the level of tau_{k-1} is predicted with the upper timestep tau_k, as all public code does.
+
+    Args:
+        stack: the frozen model.
+        latents: z_0 (B, C, H, W), scaled.
+        conditioning: of B rows: the source texts.
+        steps: T.
+        wanted: which attention maps to keep.
+    """
+    pivot, kept = [latents], []
+    for timestep in timesteps(steps, stack.num_timesteps):
+        record = Record(wanted) if wanted else None
+        noise = predict_noise(stack, pivot[-1], timestep, conditioning.controlled(record))
+        pivot.append(following(stack, pivot[-1], noise, timestep, steps))
+        kept.append(record.maps if record else {})
+    return Inversion(torch.stack(pivot), {layer: torch.stack([maps[layer] for maps in kept]) for layer in kept[0]})
