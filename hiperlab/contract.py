@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -23,7 +23,8 @@ from hiperlab.data.concept import Advice
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept
 from hiperlab.model import noise as diffusion
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
+from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import Sampler, ddim, generate
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_placeholder
@@ -85,6 +86,18 @@ class Step:
     variant: str = ""
 
 
+class ChangedWeights(NamedTuple):
+    """Changes of the stack's weights while a concept is drawn.
+
+    Attributes:
+        unet: of the U-Net, or None.
+        text: of the text encoder (`FrozenStack.text_module`), or None.
+    """
+
+    unet: Offsets | None = None
+    text: Offsets | None = None
+
+
 class Method(pl.LightningModule, ABC):
     """A personalisation method: a LightningModule around the frozen stack, which trains only its own parameters.
 
@@ -104,6 +117,7 @@ class Method(pl.LightningModule, ABC):
     edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
     per_target: ClassVar[bool] = False  # True: a fit serves one target text only
     must_agree: ClassVar[tuple[str, ...]] = ()  # settings, kept as attributes, that a concept only works with
+    alone: ClassVar[str] = "it does not say what it gives"  # why others cannot be drawn with it; "" if they can: `part`
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
     one_picture: bool = False  # True: it trains on each concept's first picture alone, not mirrored
 
@@ -187,6 +201,14 @@ class Method(pl.LightningModule, ABC):
     def encode_negative(self, text: str, variant: str) -> Tensor:
         """Text states (1, N, D) of guidance's unconditional branch; by default the frozen text encoder's."""
         return self.model.encode_text([text])
+
+    def part(self, step: Step) -> Part:
+        """What its one concept gives to texts of several concepts; asked for if `alone` is "", sampling only."""
+        raise NotImplementedError(f"{type(self).__name__}.part")
+
+    def changed_weights(self, variant: str) -> ChangedWeights:
+        """What sampling changes in the weights besides; by default nothing."""
+        return ChangedWeights()
 
     def load_foreign(self, index: int, path: Path) -> None:
         """Load concept `index` from another tool's file.

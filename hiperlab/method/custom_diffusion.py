@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.contract import ChangedWeights, Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
 from hiperlab.errors import UserError
 from hiperlab.formats import custom_diffusion as files
 from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.layer.placement import Placement, drawn, latent_mask, placed, still
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Offsets, added, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
@@ -56,6 +56,7 @@ class CustomDiffusion(Method):
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
+    alone = ""
 
     def __init__(
         self,
@@ -129,11 +130,21 @@ class CustomDiffusion(Method):
 
     def condition(self, step: Step) -> Conditioning:
         """The new word before the class noun, the offsets, and no gradient through token 0: (1, R, N, D)."""
-        prompts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
-        tokens = self.model.tokenize(prompts, self.slots)
+        tokens = self.model.tokenize(self._texts(step), self.slots)
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.word[slots][None])
         return Conditioning(self.model.normalise_text(states), offsets=self.offsets(), detach_first=True)
+
+    def part(self, step: Step) -> Part:
+        """The new word before the class noun."""
+        return Part(self._texts(step), self.word[None, :, None])
+
+    def changed_weights(self, variant: str) -> ChangedWeights:
+        """Keys' and values' offsets."""
+        return ChangedWeights(self.offsets())
+
+    def _texts(self, step: Step) -> list[str]:
+        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def offsets(self) -> Offsets:
         """The weights' differences by the U-Net's own names."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.contract import ChangedWeights, Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
 from hiperlab.errors import UserError
 from hiperlab.formats import weights as files
 from hiperlab.layer.decay import decay_whole_weights
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import added, parameter_names, say_cost, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
@@ -47,6 +47,7 @@ class DreamBooth(Method):
 
     stacks_concepts = False  # rows of one U-Net call share its weights
     must_agree = ("identifier",)
+    alone = ""
 
     def __init__(
         self,
@@ -88,8 +89,18 @@ class DreamBooth(Method):
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        texts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
-        return Conditioning(self._encode(texts)[None], offsets=added(self.unet_offsets))
+        return Conditioning(self._encode(self._texts(step))[None], offsets=added(self.unet_offsets))
+
+    def part(self, step: Step) -> Part:
+        """The text with "sks dog" in the placeholder's place."""
+        return Part(self._texts(step))
+
+    def changed_weights(self, variant: str) -> ChangedWeights:
+        """All offsets."""
+        return ChangedWeights(added(self.unet_offsets), added(self.text_offsets))
+
+    def _texts(self, step: Step) -> list[str]:
+        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
         """Through the trained text encoder, as the tuned pipeline would."""

@@ -250,7 +250,7 @@ class E4T(Method):
         return Conditioning(self.model.normalise_text(states), offsets=changes)
 
     def part(self, step: Step) -> Part:
-        """w for the word, by row; its encoder reads the U-Net with E4T's own changes only, as it was trained."""
+        """The word's vector w, by row; its encoder reads the U-Net with E4T's own changes only, as it was trained."""
         assert step.latents is not None, "E4T reads z_t"
         words, _ = self.words(step.latents, step.timestep, self._seen(step), self.changes())
         return Part(step.prompts, words[None, :, None])

@@ -20,7 +20,7 @@ from hiperlab.data.edit import described
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
 from hiperlab.layer.posterior import check_latent, posterior_noise
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -57,6 +57,7 @@ class HiPer(Method):
     """
 
     edits = True
+    alone = ""
 
     def __init__(
         self,
@@ -99,6 +100,15 @@ class HiPer(Method):
     def condition(self, step: Step) -> Conditioning:
         """[tau(text) rows 0 .. 76-N, factor h], one context for all layers: (1, R, T, D)."""
         texts = self._plain(step)
+        return Conditioning(replace_tail(self._states(texts), self._tail(step, texts))[None])
+
+    def part(self, step: Step) -> Part:
+        """The class noun for the placeholder, and factor h behind the words."""
+        texts = self._plain(step)
+        return Part(texts, tail=self._tail(step, texts))
+
+    def _tail(self, step: Step, texts: Sequence[str]) -> Tensor:
+        """Factor h (R, N, D)."""
         edit = float(step.variant.removeprefix("scale=")) if step.variant else self.scale_edit
         factors = [
             # What is trained on is the source by definition, however its text is worded.
@@ -106,8 +116,7 @@ class HiPer(Method):
             for text, place in zip(texts, step.concept.tolist(), strict=True)
         ]
         rows = self.hiper[step.concept]
-        tail = rows * torch.tensor(factors, device=rows.device, dtype=rows.dtype)[:, None, None]
-        return Conditioning(replace_tail(self._states(texts), tail)[None])
+        return rows * torch.tensor(factors, device=rows.device, dtype=rows.dtype)[:, None, None]
 
     def _plain(self, step: Step) -> list[str]:
         """The rows' texts as a person would write them."""

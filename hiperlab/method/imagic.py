@@ -58,6 +58,7 @@ class Imagic(Method):
     stacks_concepts = False  # rows of one U-Net call share its weights
     edits = True
     per_target = True
+    alone = "what it learns is one whole text"
 
     def __init__(
         self,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.contract import ChangedWeights, Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
@@ -76,6 +76,7 @@ class LoRA(Method):
 
     stacks_concepts = False  # rows of one U-Net call share its weights
     must_agree = ("identifier",)
+    alone = ""
 
     def __init__(
         self,
@@ -139,9 +140,20 @@ class LoRA(Method):
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        texts = [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
         strength = 1.0 if step.samples is not None else self._strength(step.variant)
-        return Conditioning(self._encode(texts, strength)[None], offsets=self.offsets("unet", strength))
+        return Conditioning(self._encode(self._texts(step), strength)[None], offsets=self.offsets("unet", strength))
+
+    def part(self, step: Step) -> Part:
+        """The text with "sks dog" in the placeholder's place."""
+        return Part(self._texts(step))
+
+    def changed_weights(self, variant: str) -> ChangedWeights:
+        """The offsets at the variant's strength."""
+        strength = self._strength(variant)
+        return ChangedWeights(self.offsets("unet", strength), self.offsets("text", strength))
+
+    def _texts(self, step: Step) -> list[str]:
+        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def offsets(self, part: str, strength: float) -> Offsets:
         """The weights' changes in "unet" or "text", by the module's own names."""

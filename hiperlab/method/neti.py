@@ -20,7 +20,7 @@ from hiperlab.errors import UserError
 from hiperlab.formats import neti as files
 from hiperlab.layer.mapper import HIDDEN, Mapper
 from hiperlab.layer.nested import draw_keep
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 
@@ -70,6 +70,7 @@ class NeTI(Method):
     """
 
     time_dependent = True
+    alone = ""
     target_norm: Tensor
 
     def __init__(
@@ -122,9 +123,25 @@ class NeTI(Method):
             keep = draw_keep(
                 self.seed, step.samples, self.model.layers, HIDDEN, self.nested_dropout, self.coin_rows
             ).to(self.device)
-        elif step.samples is None and (cut := _truncation(step.variant)) is not None:
-            keep = torch.full((self.model.layers, len(step.prompts)), cut, device=self.device)
+        elif step.samples is None:
+            keep = self._cut(step)
         return self.encode(step.prompts, step.timestep, keep)
+
+    def _cut(self, step: Step) -> Tensor | None:
+        """Hidden units (L, R) kept when sampling, or None for all."""
+        cut = _truncation(step.variant)
+        return None if cut is None else torch.full((self.model.layers, len(step.prompts)), cut, device=self.device)
+
+    def part(self, step: Step) -> Part:
+        """v_base for the word; values with the bypass on top."""
+        found = self.vectors(step.timestep, torch.zeros_like(step.timestep), self._cut(step))  # (L, R, D or 2D)
+        base, bypass = found.split(self.model.width, dim=-1) if self.bypass else (found, None)
+
+        def in_values(hidden: Tensor, rows: Tensor) -> Tensor:
+            assert bypass is not None
+            return add_bypass(hidden, bypass[:, rows].to(hidden.dtype))
+
+        return Part(step.prompts, base[:, :, None], in_values if self.bypass else None)
 
     def encode(self, prompts: Sequence[str], timestep: Tensor, keep: Tensor | None) -> Conditioning:
         """Section 2 from prompts to contexts, all layers in one pass of the text encoder.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hiperlab.contract import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 
@@ -32,6 +32,8 @@ class TextualInversion(Method):
         seed: of the draws.
         num_vectors: V; the placeholder takes V tokens of the prompt.
     """
+
+    alone = ""
 
     def __init__(
         self,
@@ -54,6 +56,10 @@ class TextualInversion(Method):
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
         return Conditioning(self.model.normalise_text(states))
+
+    def part(self, step: Step) -> Part:
+        """V vectors for the word."""
+        return Part(step.prompts, self.vectors[None, :1])
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """Diffusers' `learned_embeds.safetensors` and `.bin`, and A1111's `<name>.pt`."""

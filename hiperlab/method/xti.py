@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from hiperlab.contract import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 
@@ -33,6 +33,8 @@ class ExtendedTextualInversion(Method):
         optimizer: parameters -> optimizer.
         seed: of the draws.
     """
+
+    alone = ""
 
     def __init__(
         self, model: FrozenStack, concepts: Sequence[Subject], optimizer: Callable[..., Optimizer], seed: int
@@ -48,6 +50,10 @@ class ExtendedTextualInversion(Method):
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.vectors[slots].transpose(0, 1))
         return Conditioning(self.model.normalise_text(states))
+
+    def part(self, step: Step) -> Part:
+        """v_l for the word in layer l."""
+        return Part(step.prompts, self.vectors[0, :, None, None])
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """Promptplusplus' form: keys `<name-{layer}-{vector}>`, each (D,) float32."""

@@ -1,8 +1,8 @@
-"""A weight times (1 + a matrix of low rank), E4T's change of a projection; changes one after another; changes done."""
+"""A weight times (1 + a matrix of low rank), E4T's change of a projection; changes in turn, added up, and done."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,33 @@ class InTurn(Change):
 
 
 @dataclass(frozen=True)
+class Summed(Change):
+    """Changes of one weight that know nothing of one another: W' = W + sum over i of (W'_i - W).
+
+    Args:
+        parts: in any order.
+    """
+
+    parts: tuple[Change, ...]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Added in the most precise type of all parts."""
+        kind = weight.dtype
+        for each in self.tensors():
+            kind = torch.promote_types(kind, each.dtype)
+        frozen = weight.to(kind)
+        return (frozen + sum(part.apply(frozen).to(kind) - frozen for part in self.parts)).to(weight.dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of all parts."""
+        return tuple(each for part in self.parts for each in part.tensors())
+
+    def settings(self) -> Hashable:
+        """Of all parts."""
+        return tuple(part.settings() for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Done(Change):
     """A weight that was worked out before, so that several calls of a step share it (and its graph).
 
@@ -85,3 +112,14 @@ class Done(Change):
 def work_out(offsets: Offsets, module: nn.Module) -> Offsets:
     """The same changes with every weight made now."""
     return Offsets({name: Done(weight) for name, weight in offsets.weights(module).items()})
+
+
+def add_up(several: Sequence[Offsets | None]) -> Offsets | None:
+    """Several methods' changes at once: a weight that one of them changes is its, others are sums; None for none."""
+    by_name: dict[str, list[Change]] = {}
+    for offsets in several:
+        for name, change in offsets.changes.items() if offsets else ():
+            by_name.setdefault(name, []).append(change)
+    if not by_name:
+        return None
+    return Offsets({name: each[0] if len(each) == 1 else Summed(tuple(each)) for name, each in by_name.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,21 +184,25 @@ def final_norm(text: nn.Module, states: Tensor) -> Tensor:
     return inner(text).final_layer_norm(states)
 
 
-class _Encoder(nn.Module):
-    """The whole text encoder as one module, so that a call can take other weights."""
+class _Holder(nn.Module):
+    """Holds a module while a piece of work uses it with other weights."""
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
         self.text = inner(text)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return final_norm(self.text, transform(self.text, embed(self.text, ids)))
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def with_weights(text: nn.Module, weights: Mapping[str, Tensor], work: Callable[[], Any]) -> Any:
+    """The result of `work`, in which `text` has other weights, by their names in `inner(text)`; afterwards its own."""
+    return functional_call(_Holder(text), {f"text.{name}": weight for name, weight in weights.items()}, (work,))
 
 
 def encode_with(text: nn.Module, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """Text states (B, N, D) of tokens (B, N), with other weights by their names in `inner(text)`; `text` stays."""
-    changed = {f"text.{name}": weight for name, weight in weights.items()}
-    return functional_call(_Encoder(text), changed, (ids,))[0]
+    return with_weights(text, weights, lambda: final_norm(text, transform(text, embed(text, ids))))[0]
 
 
 def numbered_slots(placeholders: Sequence[str], num_vectors: int = 1) -> dict[str, list[int]]:
