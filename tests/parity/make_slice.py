@@ -2,8 +2,9 @@
 
 The slice lets a fresh clone check the core numbers (positional encoding, mapper, rescaling, text encoder with bypass)
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
-files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; and, of the
-twin's text encoder, all but the embedding rows that no golden prompt uses.
+files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
+golden/stylediffusion the mapping network and its picture tokens; and, of the twin's text encoder, all but the
+embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     save_file(kept, target / "golden.safetensors")
     shutil.copyfile(source / "config.json", target / "config.json")
     hiper = _hiper() + _lora()
+    _mapping()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -72,6 +74,16 @@ def _lora() -> list[torch.Tensor]:
     return [load_file(target / "h_lora.safetensors")["text.input_ids"].flatten()]
 
 
+def _mapping() -> None:
+    """The slice of golden/stylediffusion's mapping network: a picture, its tokens, what the network makes of them."""
+    target = golden.SLICE / "stylediffusion"
+    target.mkdir(exist_ok=True)
+    everything = load_file(golden.folder("stylediffusion") / "mapping.safetensors")
+    kept = {name: value for name, value in everything.items() if not name.startswith(_NOT_OF_MAPPING)}
+    save_file(kept, target / "mapping.safetensors")
+
+
+_NOT_OF_MAPPING = ("m.conv_block.0.1.running", "m.conv_block.0.1.num", "running_", "value_context_", "clip.proj")
 _LORA = {
     "h_lora.safetensors": ("layer.", "text."),
     "h_text_model_prefix.safetensors": ("text_encoder.",),

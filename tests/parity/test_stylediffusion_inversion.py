@@ -25,10 +25,16 @@ NAMES = {"conv_block.0.0": "conv_block", "conv_block.0.1": "norm"}
 IRRELEVANT = ("conv_start.bias", "conv_block.0.0.bias")  # batch norm removes them: their gradients are rounding
 
 
+@pytest.fixture(scope="module", params=["golden", "slice"])
+def mapping(request) -> dict[str, Tensor]:
+    """The mapping file of the full folder and of the committed slice."""
+    folder = golden.folder("stylediffusion") if request.param == "golden" else golden.SLICE / "stylediffusion"
+    return golden.tensors(folder / "mapping.safetensors")
+
+
 @pytest.fixture(scope="module")
 def root() -> Path:
-    path = golden.ROOT.parent / "shared" / "golden" / "stylediffusion"
-    return path if path.is_dir() else golden.SLICE / "stylediffusion"
+    return golden.folder("stylediffusion")
 
 
 def ours(name: str) -> str:
@@ -47,8 +53,8 @@ def networks(state: dict[str, Tensor], steps: int = 1) -> MappingNetworks:
     return made
 
 
-def test_picture_to_features(root) -> None:
-    g = golden.tensors(root / "mapping.safetensors")
+def test_picture_to_features(mapping) -> None:
+    g = mapping
     image = Image.fromarray(g["image"].numpy())
     pixels = to_pixels(image, 512, center_crop=True, flip=False)[None]
     wanted = g["image512_sub8"].permute(2, 0, 1).float() / 127.5 - 1
@@ -60,8 +66,8 @@ def test_picture_to_features(root) -> None:
     close("sd features", eyes.all_tokens(pixels), g["features"], 2e-5)
 
 
-def test_mapping_network(root) -> None:
-    g = golden.tensors(root / "mapping.safetensors")
+def test_mapping_network(mapping) -> None:
+    g = mapping
     net = networks(golden.pick(g, "m."))
     with torch.no_grad():
         started = net.conv_start(g["features"], 0)
@@ -85,5 +91,3 @@ def test_keys_from_text_values_from_the_picture(root) -> None:
             when = torch.tensor([t])
             mixed = Conditioning(g["context_k"][None], values[None])
             close("sd noise_kv", twin.predict(g["x"], when, mixed), g[f"noise_kv.t{t}"], 1.5e-5)
-            plain = Conditioning(g["context_k"][None])
-            close("sd noise_plain", twin.predict(g["x"], when, plain), g[f"noise_plain.t{t}"], 1.5e-5)
