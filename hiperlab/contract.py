@@ -115,6 +115,7 @@ class Method(pl.LightningModule, ABC):
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
+    seeded: ClassVar[bool] = True  # False: a picture does not depend on its seed, so one per prompt is drawn
     per_target: ClassVar[bool] = False  # True: a fit serves one target text only
     must_agree: ClassVar[tuple[str, ...]] = ()  # settings, kept as attributes, that a concept only works with
     alone: ClassVar[str] = "it does not say what it gives"  # why others cannot be drawn with it; "" if they can: `part`
@@ -153,6 +154,11 @@ class Method(pl.LightningModule, ABC):
 
     def meet(self, index: int, picture: Tensor) -> None:
         """See concept `index`'s first picture (3, H, W) in [-1, 1], before training; by default nothing happens."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has nothing left to do, however many steps were asked."""
+        return False
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; by default all that requires grad."""

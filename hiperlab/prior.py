@@ -25,7 +25,7 @@ from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import ddim, generate
-from hiperlab.model.stack import FrozenStack
+from hiperlab.model.stack import FrozenStack, weights_digest
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
@@ -187,11 +187,8 @@ class Prior:
 
     def _content(self, model: FrozenStack, caption: str) -> str:
         """Names everything a drawn picture depends on; the U-Net by the beginnings of its weights."""
-        weights = hashlib.sha256()
-        for part in (model.text, model.unet, model.vae.decoder):
-            for value in part.parameters():
-                weights.update(value.detach().flatten()[:64].double().cpu().numpy().tobytes())
-        settings = [caption, model.size, self.steps, self.guidance, model.scheduler_config, weights.hexdigest()]
+        weights = weights_digest((model.text, model.unet, model.vae.decoder))
+        settings = [caption, model.size, self.steps, self.guidance, model.scheduler_config, weights]
         return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
     def _pixels(self, picture: Path | Image.Image, size: int) -> Tensor:

@@ -5,7 +5,8 @@ Axes: L cross-attention layers, B batch, N tokens, D text width, H, W latent sid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -251,3 +252,12 @@ class FrozenStack(nn.Module):
     def target(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the prediction is compared with, by the model's prediction type."""
         return diffusion.target(z0, noise, self.alpha_bar[timestep], self.prediction_type)
+
+
+def weights_digest(parts: Iterable[nn.Module]) -> str:
+    """Names modules by the beginnings of their weights; what is kept on disk is kept for these."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for value in part.parameters():
+            digest.update(value.detach().flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()

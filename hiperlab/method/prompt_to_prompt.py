@@ -1,0 +1,59 @@
+"""Prompt-to-Prompt (Hertz et al. 2022): a generated picture, edited by changing its text under its attention maps.
+
+Specification: methods/stylediffusion.md, section 7. The picture is the one that the source text draws from a seed's
+noise; the concept's own picture is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab import editing
+from hiperlab.contract import Subject
+from hiperlab.model.sampler import initial_noise
+from hiperlab.model.stack import FrozenStack
+from hiperlab.trajectory import EditingMethod
+
+
+class PromptToPrompt(EditingMethod):
+    """Every seed has a source of its own, which all its targets follow.
+
+    Args:
+        model: the frozen stack.
+        concepts: a source text with its targets.
+        optimizer: unused, nothing is fitted.
+        seed: unused, pictures have seeds of their own.
+        steps: T.
+        p2p: how attention maps are taken over.
+    """
+
+    seeded = True
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        p2p: editing.PromptToPrompt,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=False, cache=None)
+
+    def meet(self, index: int, picture: Tensor) -> None:
+        """The source is drawn, not read."""
+
+    def start(self, seed: int) -> Tensor:
+        """The seed's unit normal noise (1, C, H, W)."""
+        return initial_noise([seed], self.model.latent_shape).to(self.noise)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Nothing is learnt, and no noise is kept."""
+        return {}
+
+    def artifact(self, index: int) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
