@@ -160,6 +160,11 @@ class Method(pl.LightningModule, ABC):
         """Whether training has nothing left to do, however many steps were asked."""
         return False
 
+    @property
+    def drawn_with(self) -> str:
+        """Settings, besides the variant's, that change the pictures of a trained concept; "" for none."""
+        return ""
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; by default all that requires grad."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]

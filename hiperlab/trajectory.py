@@ -204,6 +204,11 @@ class EditingMethod(Method):
         """There is nothing to train unless a subclass has parameters."""
         return True
 
+    @property
+    def drawn_with(self) -> str:
+        """How maps are taken over: one inversion serves any settings."""
+        return json.dumps([vars(self.p2p), self.inject_source_latents], default=list, sort_keys=True)
+
     def condition(self, step: Step) -> Conditioning:
         """The plain texts: (1, R, N, D). What a step of the path adds is `edit_conditions`' to say."""
         places = zip(step.prompts, step.concept.tolist(), strict=True)

@@ -63,7 +63,8 @@ class TrainingSamples(Callback):
         if step == self._seen or not self.every:
             return
         self._seen = step
-        if not trainer.should_stop and (step % self.every == 0 or step == trainer.max_steps):
+        last = step == trainer.max_steps or pl_module.finished
+        if not trainer.should_stop and (step % self.every == 0 or last):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, method: LightningModule) -> None:

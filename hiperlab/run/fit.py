@@ -20,6 +20,7 @@ from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
 from hiperlab.report.exports import CadencedExports
+from hiperlab.report.finish import EndWhenFinished
 from hiperlab.report.guard import FiniteGuard
 from hiperlab.report.loggers import JsonlLogger, RewindLogs
 from hiperlab.report.precision import ScaledPrecision
@@ -72,6 +73,7 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
         if files.is_rank_zero():
             _write_card(session, rows)
         found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
+        found["finished"] = all(row["finished"] for row in rows)
         found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
         found["train_seconds"] = round(sum(row["train_seconds"] for row in rows), 2)
         found["loss"] = rows[-1]["loss"]
@@ -144,7 +146,8 @@ def _train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*Found .* module.* in eval mode.*")  # the frozen stack: as it should be
-        trainer.fit(method, datamodule=data, ckpt_path=start_from, weights_only=True)
+        if not method.finished:
+            trainer.fit(method, datamodule=data, ckpt_path=start_from, weights_only=True)
     stop.raise_if_stopped()
     seconds = time.monotonic() - start
     written = write_artifacts(session, method, trainer.global_step) if trainer.is_global_zero else []
@@ -152,6 +155,7 @@ def _train(
     return {
         "written": written,
         "steps": trainer.global_step,
+        "finished": method.finished,
         "world_size": trainer.world_size,
         "micro_batch_size": rows,
         "accumulate": accumulate,
@@ -210,6 +214,7 @@ def _trainer(
             stop,
             FiniteGuard(checkpoints),
             samples,
+            EndWhenFinished(),
             checkpoints,
             CadencedExports(session.folder / "artifacts"),
             RewindLogs(),

@@ -47,6 +47,8 @@ class Endless(IterableDataset):
 class Toy(pl.LightningModule):
     """Fits one weight; `bad_step` makes that step's loss NaN, `bad_gradient` only its gradient."""
 
+    finished = False
+
     def __init__(self, sleep: float = 0.0, bad_step: int = -1, bad_gradient: int = -1) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1, 3))
