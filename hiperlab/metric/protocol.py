@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,14 +33,14 @@ CLEANINGS = ("remove", "noun", "keep")
 MISSING = ("drop", "zero")
 
 
-def clean(prompt: str, text: str, placeholder: str, word: str, cleaning: str) -> str:
+def clean(prompt: str, text: str, placeholder: str | Sequence[str], word: str | Sequence[str], cleaning: str) -> str:
     """The text a picture is compared with.
 
     Args:
         prompt: the template with "{}" where the concept stands; without one, the placeholder is sought in it.
         text: the prompt as it was sampled.
-        placeholder: the concept's word in `text`, may be empty.
-        word: the class noun.
+        placeholder: the concept's word in `text`, may be empty; of a picture of several concepts, each one's.
+        word: the class noun, or each one's.
         cleaning: "remove" leaves the concept out (Textual Inversion: "a photo of a  on a beach"), "noun" puts the
             class noun there once, also where the template names it already ("a {} cat" -> "a cat"), "keep" takes
             `text` as it is.
@@ -50,6 +50,11 @@ def clean(prompt: str, text: str, placeholder: str, word: str, cleaning: str) ->
     """
     if cleaning == "keep":
         return text
+    if not isinstance(placeholder, str):
+        for one, noun in zip(placeholder, word, strict=True):
+            prompt = clean(prompt, text, one, noun, cleaning)
+        return prompt
+    assert isinstance(word, str)
     template = prompt if "{}" in prompt or not placeholder else prompt.replace(placeholder, "{}")
     if "{}" in template and cleaning == "noun":
         if not word:

@@ -105,6 +105,6 @@ class WorldTruth(Encoder):
 
 
 def subject_in(text: str) -> tuple[str, str] | None:
-    """(placeholder, name) of the first `<name>` in a prompt, or None."""
-    found = re.search(r"<([A-Za-z0-9][\w.-]*)>", text)
-    return (found.group(), found.group(1)) if found else None
+    """(placeholder, name) of the one `<name>` in a prompt; None without any, and where several are in one picture."""
+    names = set(re.findall(r"<([A-Za-z0-9][\w.-]*)>", text))
+    return (f"<{name}>", name) if len(names) == 1 and (name := names.pop()) else None

@@ -83,7 +83,8 @@ def choose_run_dir(cfg: Mapping[str, Any], choices: Mapping[str, Any], lines: Se
         lines: overrides of this command.
 
     Raises:
-        UserError: stages without fit on a folder that holds no run; several processes that cannot agree on a folder.
+        UserError: stages without fit, and neither a folder that holds a run nor kept concepts; several processes that
+            cannot agree on a folder.
     """
     if cfg.get("run_dir") is not None:
         folder = Path(str(cfg["run_dir"]))
@@ -93,17 +94,20 @@ def choose_run_dir(cfg: Mapping[str, Any], choices: Mapping[str, Any], lines: Se
         _refuse_many_processes()
         folder = _continued_or_new(cfg, choices, lines)
     stages = list(cfg.get("stages") or [])
-    if stages and "fit" not in stages and not folder.is_dir():
+    given = cfg.get("artifact") or cfg.get("artifacts")  # files from elsewhere need no earlier run
+    if stages and "fit" not in stages and not given and not folder.is_dir():
         asked = f"run_dir={folder} does not exist" if cfg.get("run_dir") else "no run_dir is given"
         raise UserError(
             f"stages=[{','.join(stages)}] works on an earlier run, but {asked}. "
-            "Give run_dir=<folder of that run>, or add fit to the stages."
+            "Give run_dir=<folder of that run> or artifact=<file>, or add fit to the stages."
         )
     return folder
 
 
 def _continued_or_new(cfg: Mapping[str, Any], choices: Mapping[str, Any], lines: Sequence[str]) -> Path:
     names = [str(choices.get(group) or "none").replace("/", "-") for group in ("method", "data", "model")]
+    if cfg.get("artifacts"):
+        names[0] = "together"
     parent = Path(str(cfg.get("outputs_dir", "outputs"))) / "_".join(names)
     if cfg.get("resume") == "auto":
         earlier = unfinished(parent, lines)

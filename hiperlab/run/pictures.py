@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hiperlab import files
+from hiperlab.contract import Method
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
 from hiperlab.metric.table import SOURCE
@@ -47,8 +49,40 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
     records = [
         record
         for place, index in enumerate(group)
-        for record in _plan(session, index, method.variants, _digest(method.artifact(place)))
+        for record in _plan(session, index, method, digest_of(method.artifact(place)))
     ]
+
+    def paint(batch: list[dict[str, Any]]) -> torch.Tensor:
+        return method.sample(
+            [record["text"] for record in batch],
+            [record["seed"] for record in batch],
+            steps=session.sampler.steps,
+            guidance=session.sampler.guidance,
+            concepts=[group.index(record["concept_index"]) for record in batch],
+            sampler=session.sampler,
+            variant=batch[0]["variant"],
+            negative=session.cfg.sample.negative,
+            batch_size=len(batch),
+        )
+
+    draw_missing(session, records, paint, found)
+    return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+
+def draw_missing(
+    session: Session,
+    records: list[dict[str, Any]],
+    paint: Callable[[list[dict[str, Any]]], torch.Tensor],
+    found: dict[str, Any],
+) -> None:
+    """Draw and write the pictures that are not there yet, every process its share.
+
+    Args:
+        session: the run.
+        records: with path, key, text, seed, concept and variant.
+        paint: pictures (B, 3, H, W) in [0, 1] of B records of one variant.
+        found: takes the seconds a picture took.
+    """
     missing = [record for record in records if not _is_there(session.folder, record)]
     if len(missing) < len(records):
         log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
@@ -56,29 +90,17 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
     rank, world = _rank()
     mine = missing[rank::world]
     progress = _Progress(len(mine))
-    for variant in method.variants:
+    for variant in dict.fromkeys(record["variant"] for record in mine):
         chosen = [record for record in mine if record["variant"] == variant]
         for at in range(0, len(chosen), session.cfg.sample.batch_size):
             batch = chosen[at : at + session.cfg.sample.batch_size]
-            pictures = method.sample(
-                [record["text"] for record in batch],
-                [record["seed"] for record in batch],
-                steps=session.sampler.steps,
-                guidance=session.sampler.guidance,
-                concepts=[group.index(record["concept_index"]) for record in batch],
-                sampler=session.sampler,
-                variant=variant,
-                negative=session.cfg.sample.negative,
-                batch_size=len(batch),
-            )
-            for record, picture in zip(batch, to_pil(pictures), strict=True):
+            for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
                 _write(session.folder, record, picture)
             progress.add(len(batch))
     if missing:
         found["seconds_per_picture"] = round((time.monotonic() - start) / max(1, len(mine)), 3)
     if world > 1:
         torch.distributed.barrier()
-    return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
 
 
 class _Progress:
@@ -107,7 +129,7 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
     """Names a concept by its numbers; the file's bytes also depend on the order of its metadata."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -116,34 +138,42 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _plan(session: Session, index: int, variants: tuple[str, ...], concept_digest: str) -> list[dict[str, Any]]:
+def _plan(session: Session, index: int, method: Method, concept_digest: str) -> list[dict[str, Any]]:
     """One record per picture of a concept, with a key that names everything its pixels depend on."""
     cfg, concept = session.cfg, session.data.concepts[index]
     prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
     # An edit also draws its own source text: what an edit keeps can be judged only beside what was learnt.
     asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
     asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
-    settings = [
-        concept_digest, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
-        session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
-    ]  # fmt: skip
+    seeds = cfg.sample.seeds if method.seeded else cfg.sample.seeds[:1]
+    digests = [concept_digest, *filter(None, [method.drawn_with])]
     records = []
     for number, (prompt, role) in enumerate(asked):
-        for variant in variants:
-            for seed in cfg.sample.seeds:
+        for variant in method.variants:
+            for seed in seeds:
                 text = fill(prompt, concept.placeholder)
-                content = json.dumps([*settings, text, seed, variant], default=str)
                 ending = "_".join([f"{number:02d}", str(seed), *([variant.replace("=", "-")] if variant else [])])
                 records.append(
                     {
                         "concept": concept.name, "prompt": prompt, "text": text, "placeholder": concept.placeholder,
                         "word": concept.word, "seed": int(seed), "variant": variant,
                         "path": f"samples/{concept.name}/{ending}.png",
-                        "key": hashlib.sha256(content.encode()).hexdigest()[:16], "concept_index": index,
+                        "key": content_key(session, digests, text, seed, variant), "concept_index": index,
                         **role,
                     }
                 )  # fmt: skip
     return records
+
+
+def content_key(session: Session, digests: list[str], text: str, seed: int, variant: str) -> str:
+    """16 hex digits that name everything a picture's pixels depend on."""
+    cfg = session.cfg
+    settings = [
+        *digests, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
+        session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
+    ]  # fmt: skip
+    content = json.dumps([*settings, text, seed, variant], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _is_there(folder: Path, record: dict[str, Any]) -> bool:

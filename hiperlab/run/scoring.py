@@ -99,16 +99,16 @@ def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
         "/".join(filter(None, ["score", row["metric"], row["concept"], row.get("variant")])): row["mean"]
         for row in table
     }
-    by_picture: dict[str, dict[str, Any]] = {}
+    by_picture: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        by_picture.setdefault(row["picture"], {})[row["metric"]] = row["value"]
+        by_picture.setdefault((row["concept"], row["picture"]), {})[row["metric"]] = row["value"]
     names = sorted({row["metric"] for row in table})
     records = read_manifest(session.folder)
     session.wandb.summary({**means, "objective": session.results.get("objective")})
     cells = []
     for record in records:
         with Image.open(session.folder / record["path"]) as picture:
-            values = [by_picture.get(record["path"], {}).get(name) for name in names]
+            values = [by_picture.get((record["concept"], record["path"]), {}).get(name) for name in names]
             cells.append(
                 [record["concept"], record["text"], record["seed"], record["variant"], picture.copy(), *values]
             )

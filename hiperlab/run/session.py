@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
 
 if TYPE_CHECKING:
+    from hiperlab.artifact import Artifact
     from hiperlab.contract import Method, Subject
     from hiperlab.data.dataset import DataSet
     from hiperlab.metric.protocol import Protocol
@@ -54,6 +55,8 @@ class Session:
     def data(self) -> DataSet:
         """The concepts as the method takes them; bad pictures stop the run here, before any model loads."""
         data = instantiate(self.cfg.data)
+        if self.kept:
+            return _references(data, [each.subject.name for each in self.kept])
         method = get_class(self.cfg.method._target_)
         if not method.edits:  # type: ignore[attr-defined]
             _warn_of_plain_prompts(data)
@@ -128,6 +131,22 @@ class Session:
             log.warning("%s takes one concept at a time: the run goes one by one.", self.cfg.method._target_)
         return [[index] for index in everything]
 
+    @cached_property
+    def kept(self) -> list[Artifact]:
+        """The concepts named by `artifacts=`, which are drawn together; empty in an ordinary run."""
+        from hiperlab import artifact
+
+        return [artifact.read(Path(path)) for path in self.cfg.artifacts or []]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tables call this run: method, data and model as chosen, its concepts."""
+        groups = {group: self.choices.get(group) for group in ("method", "data", "model")}
+        if not self.kept:
+            return {**groups, "concepts": [concept.name for concept in self.data.concepts]}
+        methods = [str(each.settings["_target_"]).split(".")[-2] for each in self.kept]
+        return {**groups, "method": "+".join(methods), "concepts": [each.subject.name for each in self.kept]}
+
     @property
     def given_artifacts(self) -> list[Path]:
         """The files named by `artifact=`, one per concept; empty for the run's own."""
@@ -161,7 +180,8 @@ class Session:
         from hiperlab.report.wandb_logger import GuardedWandb
 
         settings = _plain(self.cfg.logger)
-        names = [str(self.choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
+        choices = {**self.choices, **self.identity}
+        names = [str(choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
         settings["name"] = settings.get("name") or f"{names[0]}_{names[1]}_{self.cfg.seed}"
         settings["tags"] = [*(settings.get("tags") or []), *names]
         wandb = GuardedWandb(self.folder, **settings)
@@ -202,6 +222,17 @@ def _warn_of_plain_prompts(data: DataSet) -> None:
                 "%s: %s without the noun %r, so this method draws it unpersonalised: %s",
                 concept.name, "a text" if len(plain) == 1 else f"{len(plain)} texts", concept.word, "; ".join(plain),
             )  # fmt: skip
+
+
+def _references(data: DataSet, names: list[str]) -> DataSet:
+    """The data's concepts that are drawn together: their pictures are what the drawn ones are compared with."""
+    there = [concept for concept in data.concepts if concept.name in names]
+    if missing := sorted(set(names) - {concept.name for concept in there}):
+        log.warning(
+            "%s: no such concept in the data, so it is drawn but not scored. Name it, e.g. data.concepts=[%s].",
+            ", ".join(missing), ",".join(names),
+        )  # fmt: skip
+    return replace(data, concepts=tuple(there)) if there else data
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -36,8 +36,7 @@ def main(cfg: DictConfig) -> float | None:
         write_settings(session, task_overrides())
         session.update(
             status="running",
-            **{group: session.choices.get(group) for group in ("method", "data", "model")},
-            concepts=[concept.name for concept in session.data.concepts],
+            **session.identity,
             seed=cfg.seed,
             command=command(),
             run_dir=str(session.folder),
@@ -58,10 +57,10 @@ def main(cfg: DictConfig) -> float | None:
 
 def _finished(session: Session) -> bool:
     """A finished run that is resumed is left as it is, unless it is asked for more steps."""
-    done = session.results.get("stages", {}).get("fit", {}).get("steps")
+    fitted = session.results.get("stages", {}).get("fit", {})
     cfg = session.cfg
     asked = cfg.resume == "auto" and "fit" in cfg.stages and session.results.get("status") == "finished"
-    return asked and done == cfg.fit.steps
+    return asked and (fitted.get("steps") == cfg.fit.steps or bool(fitted.get("finished")))
 
 
 def _complete(session: Session) -> bool:
@@ -70,16 +69,19 @@ def _complete(session: Session) -> bool:
 
 
 def check_artifacts(session: Session) -> None:
-    """Files named by `artifact=` must exist, and are for sampling, not for training.
+    """Files named by `artifact=` and `artifacts=` must exist, and are for sampling, not for training.
 
     Raises:
         UserError: they do not, or the stages include fit.
     """
+    from hiperlab.run.together import check_artifacts_together
+
     for path in session.given_artifacts:
         if not path.is_file():
             raise UserError(f"artifact={path} does not exist. Give the file of a trained concept.")
     if session.given_artifacts and "fit" in session.cfg.stages:
         raise UserError("artifact=… samples a concept that is trained already: add stages=[sample,score,summary].")
+    check_artifacts_together(session)
 
 
 def _check(session: Session) -> None:
@@ -103,14 +105,14 @@ def _check(session: Session) -> None:
 def _run(session: Session) -> None:
     stages = list(session.cfg.stages)
     from hiperlab.report.signals import StopSignals
-    from hiperlab.run import fit, pictures, scoring
+    from hiperlab.run import fit, pictures, scoring, together
 
     with StopSignals() as signals:
         session.update(model_note=session.stack.note)
         if "fit" in stages:
             fit.fit(session, signals, resume_command(session.folder))
         if "sample" in stages:
-            pictures.sample(session)
+            (together if session.kept else pictures).sample(session)
         if not files.is_rank_zero():
             return
         if "score" in stages:
