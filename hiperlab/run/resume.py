@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
 FREE = (
-    "data.prompts", "model.optimise", "model.note", "method.truncation", "method.scale_edit", "method.eta", "method.p2p",
-    "method.tau_v", "method.inject_source_latents", "method.cache",
+    "data.prompts", "model.optimise", "model.note", "method.truncation", "method.scale_edit", "method.eta",
+    "method.p2p", "method.tau_v", "method.inject_source_latents", "method.cache",
 )  # fmt: skip
 
 
