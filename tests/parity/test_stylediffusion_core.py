@@ -6,16 +6,22 @@ largest reference value.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from hiperlab.editing import AttentionEdits, Pair, PromptToPrompt, edit
+from hiperlab.layer.attention_edit import CrossEdit, blend_mask, square, tokens_mask
+from hiperlab.layer.words import encode, equalizer, refinement, replacement, time_table, word_indices
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import Record
+from hiperlab.model.control import Record, layer_of
 from hiperlab.model.inversion import invert, move, predict_noise, previous, timesteps
+from hiperlab.model.tiny import clip_tokenizer
 from tests.parity import golden
 
 SIDE = 128  # pixels: latents are 16 x 16
@@ -148,3 +154,192 @@ def test_attn(root, twin) -> None:
 
 
 KINDS = ("cross", "self")
+
+
+def test_p2p_tables(root) -> None:
+    """Word indices, mappers, time tables and factors are the authors', number by number."""
+    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+    for name in sorted(m):
+        kind = name.partition(".")[0]
+        if kind == "replace":
+            case = json.loads(m[name])
+            for key, positions in case["word_inds"].items():
+                side, _, word = key.partition(":")
+                assert word_indices(case["prompts"]["ab".index(side)], word, tokens) == positions, key
+            assert [encode(prompt, tokens) for prompt in case["prompts"]] == case["ids"]
+            exact("p2p replace mapper", replacement(*case["prompts"], tokens), g[f"{name}.mapper"])
+        elif kind == "refine":
+            mapper, aligned = refinement(*json.loads(m[name])["prompts"], tokens)
+            assert torch.equal(mapper, g[f"{name}.mapper"].long()), name
+            exact("p2p refine alphas", aligned, g[f"{name}.alphas"])
+        elif kind == "alpha_time":
+            case = json.loads(m[name])
+            windows = case["cross_replace_steps"]
+            windows = dict(windows) if isinstance(windows, dict) else {"default_": windows}
+            default = windows.pop("default_", (0.0, 1.0))
+            table = time_table(case["prompts"][1], case["num_steps"], default, windows, tokens)
+            exact("p2p alpha_time", table, g[name])
+    for name, prompt in (("equalizer", "prompt_tgt"), ("equalizer_refine", "prompt_refine")):
+        chosen, values = json.loads(m[name])
+        exact("p2p equalizer", equalizer(m[prompt], dict(zip(chosen, values, strict=True)), tokens)[None], g[name])
+
+
+KINDS_OF_EDIT = ("replace", "refine", "replace_reweight", "refine_reweight", "reweight_only")
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EDIT)
+def test_p2p_controllers(root, kind) -> None:
+    """What comes out of a step, and what the store holds afterwards: the edited map."""
+    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+    case = json.loads(m["controllers"])
+    source, target = case["prompts_refine" if kind.startswith("refine") else "prompts_replace"]
+    mapper, aligned = None, None
+    if kind.startswith("replace"):
+        mapper = replacement(source, target, tokens)
+    elif kind.startswith("refine"):
+        mapper, aligned = refinement(source, target, tokens)
+    chosen, values = json.loads(m["equalizer_refine" if kind.startswith("refine") else "equalizer"])
+    factors = equalizer(target, dict(zip(chosen, values, strict=True)), tokens) if "reweight" in kind else None
+    table = time_table(target, case["num_steps"], case["cross"], {}, tokens)
+    pair = Pair(CrossEdit(table, mapper, aligned, factors), region=torch.zeros(2, 77))
+
+    def rows(maps: Tensor) -> Tensor:
+        return maps.unflatten(0, (2, -1)).clone()
+
+    edits = AttentionEdits([pair], case["num_steps"], case["self"], case["uncond_self"], 16, 0.3, guided=True)
+    cross, within = layer_of("down_blocks.0.attn2"), layer_of("down_blocks.0.attn1")
+    for step in (2, 5, 6):
+        edits.sums.clear()
+        control, maps = edits.at(step), rows(g["in.cross"])
+        assert control.wants(cross, 16)
+        found = control(cross, torch.cat([maps, maps]))
+        exact("p2p edited maps", found[2:].flatten(0, 1), g[f"out.{kind}.step{step}.cross"])
+        uncond = found[:2].flatten(0, 1)
+        if step == 2:
+            exact("p2p stored maps", edits.sums[cross].flatten(0, 1), g[f"stored.{kind}.step2.cross"])
+        if kind == "replace":
+            maps = rows(g["in.self"])
+            found = torch.cat([maps, maps])
+            if control.wants(within, 16):
+                found = control(within, found)
+            exact("p2p self maps", found[2:].flatten(0, 1), g[f"out.replace.step{step}.self"])
+            exact("p2p P2Plus maps", found[:2].flatten(0, 1), g[f"out.replace.step{step}.uncond_self"])
+            exact("p2p P2Plus cross maps", uncond, g[f"out.replace.step{step}.uncond_cross"])
+            assert bool(g["big_self_unchanged"]) and not control.wants(within, 34 * 34)
+
+
+def test_p2p_blend(root) -> None:
+    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+    case = json.loads(m["blend"])
+    source, target = case["prompts"]
+
+    def region(words) -> Tensor:
+        chosen = [word_indices(text, word[0], tokens) for text, word in zip((source, target), words, strict=True)]
+        return torch.stack([tokens_mask(positions, 77) for positions in chosen])
+
+    table = torch.zeros(case["num_steps"] + 1, 77)
+    size = (64, 64)
+    for kind, fixed in (("plain", None), ("substruct", region(case["substruct"]))):
+        pair = Pair(CrossEdit(table), region(case["words"]), fixed)
+        edits = AttentionEdits([pair], case["num_steps"], 0.0, 0.0, 256, case["th"][0], guided=True)
+        for place, numbers in (("down", (2, 3)), ("up", (0, 1, 2))):
+            for number in numbers:
+                layer = layer_of(f"{place}_blocks.0.attentions.{number}.attn2")
+                edits.store(layer, g[f"blend.{place}_cross.{number}"][:, None])
+        maps = square(torch.cat(list(edits.sums.values()), dim=1))
+        wide = g[f"blend.{kind}.mask"].bool()  # as recorded: before the kept words' regions are taken out
+        if fixed is not None:
+            inner = blend_mask(maps, fixed, size, case["th"][1], pool=False)
+            assert torch.equal(inner, g["blend.substruct.mask_sub"].bool())
+            wide = wide & ~inner
+        assert torch.equal(edits.mask(maps, pair, size), wide)
+        for call, active in enumerate(g[f"blend.{kind}.active"].tolist()):
+            found = edits.blend(call, g["blend.x_t"])
+            exact("p2p blend", found, g[f"blend.{kind}.out"] if active else g["blend.x_t"])
+
+
+def exact(item: str, ours: Tensor, theirs: Tensor) -> None:
+    close(item, ours, theirs.to(ours.dtype), 0.0)
+
+
+RUNS = ("p2plus", "p2p", "replace_noeq", "novalue", "noattn", "refine", "recon")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_edit(root, twin, name) -> None:
+    """Whole edits from recorded networks: every row after every step."""
+    g, m = read(root, "edit"), meta(root, "edit")
+    steps = int(m["num_ddim_steps"])
+    how = json.loads(m[name]) if name != "recon" else {**RECON, "prompts": [m["prompt_src"]]}
+    seen = drawn(twin, read(root, "inner"), g["features"], g["x_T"], steps, how)[0]
+    close(f"edit {name}", torch.stack(seen), g[f"{name}.latents"], 2.4e-4)
+
+
+@pytest.mark.slow
+def test_edit64(root) -> None:
+    """At 64 x 64 latents, with local blending: inversion, every row after every step, and the masks."""
+    g, m = read(root, "edit64"), meta(root, "edit64")
+    steps = int(m["num_ddim_steps"])
+    stack = golden.twin(512, "golden")
+    found = invert(stack, g["latent0"], text(stack, m["prompt_src"]), steps).latents[:, 0]
+    close("edit64 latents", found, g["latents"], 1e-5)
+    how = {
+        **json.loads(m["taus"]), "replace": True, "prompts": json.loads(m["prompts"]),
+        "equalizer": json.loads(m["equalizer"]), "blend": [pair[0] for pair in json.loads(m["blend"])],
+        "blend_threshold": json.loads(m["blend_th"])[0],
+    }  # fmt: skip
+    seen, masks = drawn(stack, read(root, "inner"), g["features"], g["latents"][-1:], steps, how)
+    close("edit64 edit", torch.stack(seen), g["edit.latents"], 2.5e-4)
+    for step, mask in masks.items():
+        assert torch.equal(mask, g["mask"][step].bool()), step
+    assert masks, "blending was never active"
+
+
+RECON = {"tau_v": 1.0, "tau_c": 0.0, "tau_s": 0.0, "tau_u": 0.0, "replace": True, "equalizer": None}
+
+
+def drawn(stack, networks, features, start, steps, how) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Latents after each step, and local blending's masks by step, with learnt values as StyleDiffusion edits."""
+    prompts = how["prompts"]
+    settings = PromptToPrompt(
+        "replace" if how["replace"] else "refine", how["tau_c"], how["tau_s"], how["tau_u"], {},
+        dict(zip(*how["equalizer"], strict=True)) if how["equalizer"] else {}, how.get("blend"), None,
+        how.get("blend_threshold", 0.3), False, None, False,
+    )  # fmt: skip
+    states = stack.encode_text(prompts)
+    empty = Conditioning(stack.encode_text([""]).expand_as(states)[None])
+
+    def conditional(step: int) -> Conditioning:
+        scale, shift = mapped(networks, step, features).chunk(2, dim=1)
+        values = states * scale + shift
+        if step >= steps * how["tau_v"]:
+            values = torch.cat([values[:1], states[1:]])
+        return Conditioning(states[None], values[None])
+
+    seen: list[Tensor] = []
+    masks: dict[int, Tensor] = {}
+    edits = settings.edits(stack.tokenizer, prompts[0], prompts[1:], steps, start.shape[-1], guided=True)
+    masked = edits.mask
+
+    def watched(maps: Tensor, pair: Pair, size: tuple[int, int]) -> Tensor:
+        masks[len(seen)] = masked(maps, pair, size)
+        return masks[len(seen)]
+
+    edits.mask = watched  # type: ignore[method-assign]
+    start = start.expand(len(prompts), -1, -1, -1)
+    edit(stack, start, steps, conditional, lambda step: empty, 7.5, edits, watch=lambda _, z: seen.append(z))
+    return seen, masks
+
+
+def mapped(networks: dict[str, Tensor], step: int, features: Tensor) -> Tensor:
+    """M_i(E) (1, 154, D), written naively: batch norm over one picture, in training mode."""
+
+    def convolve(name: str, x: Tensor) -> Tensor:
+        return F.conv1d(x, networks[f"final.{step}.{name}.weight"], networks[f"final.{step}.{name}.bias"])
+
+    x = convolve("conv_block.0.0", convolve("conv_start", features))
+    x = F.batch_norm(
+        x, None, None, networks[f"final.{step}.conv_block.0.1.weight"], networks[f"final.{step}.conv_block.0.1.bias"],
+        training=True,
+    )  # fmt: skip
+    return convolve("conv_end", F.leaky_relu(x, 0.01))
