@@ -14,8 +14,6 @@ from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.formats import pickles
 
-FILE = "embeddings.pt"
-
 
 def read(path: Path) -> Tensor:
     """The embeddings (T, N, D), float32, of a list of [1, N, D] or of one tensor [T, N, D] or [T, 1, N, D].

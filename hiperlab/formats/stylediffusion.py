@@ -32,7 +32,6 @@ NAMES = {  # theirs -> ours; a convolution's kernel of one has an axis more
     }.items()
     for kind in ("weight", "bias")
 }  # fmt: skip
-FILE = "mapping_networks.pth"
 
 
 def read(path: Path) -> dict[str, Tensor]:

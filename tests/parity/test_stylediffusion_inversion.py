@@ -5,18 +5,35 @@ Limits are ten times what a clean implementation measured (the README's table), 
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
+from hiperlab.contract import Subject
 from hiperlab.data.images import to_pixels
+from hiperlab.editing import PromptToPrompt, edit
 from hiperlab.formats.open_clip import to_transformers
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
+from hiperlab.method.style_diffusion import updates
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.control import cross_maps
+from hiperlab.model.inversion import Inversion, invert, previous
+from hiperlab.model.stack import FrozenStack
 from hiperlab.model.vision import VisionTower, preprocess
+from hiperlab.trajectory import TrajectoryMethod
+from tests.composed import build as compose
+from tests.composed import config
 from tests.parity import golden
 from tests.parity.test_e4t import tower
 
@@ -91,3 +108,305 @@ def test_keys_from_text_values_from_the_picture(root) -> None:
             when = torch.tensor([t])
             mixed = Conditioning(g["context_k"][None], values[None])
             close("sd noise_kv", twin.predict(g["x"], when, mixed), g[f"noise_kv.t{t}"], 1.5e-5)
+
+
+# ---- along the path --------------------------------------------------------------------------------------------------
+
+STEPS, PIXELS = 6, 256
+SOURCE, TARGET = "a cat sitting next to a mirror", "a tiger sitting next to a mirror"
+SAME = {"steps": STEPS, "guidance": 7.5, "cache": None, "inject_source_latents": False}
+
+
+@pytest.fixture(scope="module")
+def eyes(root, tmp_path_factory) -> Path:
+    """The small picture tower as a folder, which is how the method takes one."""
+    folder = tmp_path_factory.mktemp("tower")
+    state = golden.pick(golden.tensors(root / "mapping.safetensors"), "clip.")
+    state = {name: value for name, value in state.items() if name != "proj"}
+    tower(to_transformers(state), 224, "quick_gelu").network.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def twin(kind: torch.dtype) -> FrozenStack:
+    """The golden twin; in float64 with the authors' own table, which differs by a float32 bit (the README)."""
+    stack = golden.twin(128, "golden")
+    if kind == torch.float32:
+        return stack
+    stack = copy.deepcopy(stack).double()
+    table = golden.tensors(golden.folder("stylediffusion") / "common.safetensors")["alphas_cumprod"]
+    stack.alpha_bar.copy_(table.double())
+    return stack
+
+
+def method(name: str, kind: torch.dtype, latents: Tensor, **settings: Any) -> Any:
+    """A method on the recorded picture latents (1, C, H, W), its path inverted by us."""
+    subject = Subject("cat", "<cat>", "cat", SOURCE)
+    made = compose(name, twin(kind), [subject], **SAME, **settings).to(kind)
+    assert isinstance(made, TrajectoryMethod)
+    states = Conditioning(made.encode([SOURCE])[None])
+    pixels = made.map_pixels()
+    found = invert(made.model, latents.to(kind), states, STEPS, cross_maps(pixels) if pixels else None)
+    made._inversion = found
+    made.noise.copy_(found.latents[-1, 0])
+    return made
+
+
+def style(root: Path, eyes: Path, kind: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """StyleDiffusion as the recorded run began."""
+    g = golden.tensors(root / "inner.safetensors")
+    settings = {"inner_steps": 6, "attention_pixels": PIXELS, "tower": str(eyes), **settings}
+    made = method("style_diffusion", kind, g["latent0"], **settings)
+    made.networks.load_state_dict(networks(golden.pick(g, "init."), STEPS).state_dict())
+    made.tokens.copy_(g["features"][0])
+    return made
+
+
+def run(made: Any, gradients: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+    """The whole fit, as Lightning would drive it; gradients are those of the update (i, j)."""
+    optimizer = made.configure_optimizers()
+    found: dict[str, Any] = {"losses": [], "counts": [0] * STEPS, "latents": [], "gradients": {}}
+    while not made.finished:
+        loss = made.training_step(None, 0)
+        found["losses"].append(dict(zip(made._loss_names, made._losses.pop().tolist(), strict=True)))
+        step, update = int(made.place), int(made.made) - 1
+        if update == 0 and step > 0:
+            found["latents"].append(made.latents.clone())
+        loss.backward()
+        if (step, update) in gradients:
+            found["gradients"][step, update] = {
+                name: p.grad[step].clone() for name, p in made.named_parameters() if p.grad is not None
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+        found["counts"][step] += 1
+    noise = made.guided(STEPS - 1, made.latents[None])
+    found["latents"].append(previous(made.model, made.latents[None], noise, made.timesteps[-1], STEPS)[0])
+    return found
+
+
+def losses(found: dict[str, Any], name: str) -> Tensor:
+    return torch.tensor([each[name] for each in found["losses"]], dtype=torch.float64)
+
+
+def close_gradients(item: str, found: dict[str, Tensor], g: dict[str, Tensor], prefix: str, limit: float) -> None:
+    for name, value in golden.pick(g, prefix).items():
+        if name not in IRRELEVANT:
+            close(item, found[f"networks.{ours(name)}"], value.squeeze(-1), limit)
+
+
+def test_update_counts(root) -> None:
+    g = golden.tensors(root / "common.safetensors")
+    settings = config("style_diffusion").method
+    most, decay = settings.inner_steps, settings.inner_decay
+    for steps, name, total in ((30, "T30_n100", 1015), (50, "T50_n100", 1071)):
+        counts = [updates(most, decay, step) for step in range(steps)]
+        assert counts == g[f"inner_steps.{name}"].tolist() and sum(counts) == total
+    assert [updates(6, decay, step) for step in range(6)] == g["inner_steps.own"].tolist()
+
+
+def test_inner_teacher_forced(root, eyes) -> None:
+    """Every timestep from the authors' own state: losses, gradients, where the path goes."""
+    g = golden.tensors(root / "inner.safetensors")
+    made = style(root, eyes)
+    path = made.inversion
+    close("sd inner pivot", path.latents[:, 0], g["latents"], 2e-5)
+    made._inversion = Inversion(g["latents"][:, None], path.maps)
+    rates = torch.tensor([made._optimizer.keywords["lr"] * made.rate(step) for step in range(STEPS)])
+    close("sd inner lr", rates, g["lr"].float(), 1e-6)
+    counts = g["inner_counts"].tolist()
+    assert [made.inner_steps(step) for step in range(STEPS)] == counts
+    own = dict(made.networks.named_parameters())
+    for step in range(STEPS):
+        latents = g["latent_cur"][step - 1][None] if step else g["latents"][-1:]
+        if step:
+            before = networks(golden.pick(g, f"final.{step - 1}.")).state_dict()
+            with torch.no_grad():
+                for name, value in before.items():
+                    own[name][step - 1].copy_(value[0])
+            made.begin(step)
+        made._memory.clear()
+        made.zero_grad()
+        terms = made.inner_losses(step, latents)
+        first = sum(counts[:step])
+        for name, theirs in (("latent", "rec"), ("attention", "attn")):
+            close(f"sd inner loss_{theirs}", terms[name].detach()[None], g[f"loss_{theirs}"][first : first + 1], 7e-6)
+        torch.stack(list(terms.values())).sum().backward()
+        found = {f"networks.{name}": value.grad[step] for name, value in own.items()}
+        if step in (0, 1, STEPS - 1):
+            close_gradients("sd inner grad", found, g, f"grad.i{step}.j0.", 5e-5)
+        after = networks(golden.pick(g, f"final.{step}.")).state_dict()
+        with torch.no_grad():
+            for name, value in after.items():
+                own[name][step].copy_(value[0])
+        noise = made.guided(step, latents)
+        moved = previous(made.model, latents, noise, made.timesteps[step], STEPS)
+        close("sd inner latent_cur", moved, g["latent_cur"][step : step + 1], 1.3e-4)
+
+
+@pytest.mark.slow
+def test_inner_end_to_end(root, eyes) -> None:
+    """In float32 Adam multiplies rounding: the first timestep is compared strictly, the rest roughly (section 5)."""
+    g = golden.tensors(root / "inner.safetensors")
+    made = style(root, eyes)
+    found = run(made)
+    assert found["counts"] == g["inner_counts"].tolist()
+    first = found["counts"][0]
+    close("sd inner losses, timestep 0", losses(found, "loss")[:first], g["loss"][:first], 1e-4)
+    close("sd inner losses, end to end", losses(found, "loss"), g["loss"], 2.5e-2)
+    close("sd inner latents, end to end", torch.stack(found["latents"]), g["latent_cur"], 2.5e-1)
+
+
+@pytest.mark.slow
+def test_inner_in_float64(root, eyes) -> None:
+    g = golden.tensors(root / "inner_f64.safetensors")
+    made = style(root, eyes, torch.float64)
+    close("sd inner_f64 pivot", made.pivot, g["latents"], 1e-7)
+    found = run(made)
+    assert found["counts"] == g["inner_counts"].tolist()
+    for name, theirs in (("loss", "loss"), ("loss/latent", "loss_rec"), ("loss/attention", "loss_attn")):
+        close(f"sd inner_f64 {theirs}", losses(found, name), g[theirs], 1e-7)
+    close("sd inner_f64 latent_cur", torch.stack(found["latents"]), g["latent_cur"], 1e-7)
+    for name, value in golden.pick(g, f"final.{STEPS - 1}.").items():
+        if name not in IRRELEVANT:
+            last = made.networks.state_dict()[ours(name)][-1]
+            close("sd inner_f64 final", last, value.squeeze(-1), 1e-4)
+
+
+@pytest.mark.slow
+def test_each_term_alone(root, eyes) -> None:
+    g = golden.tensors(root / "inner_noattn.safetensors")
+    made = style(root, eyes, inner_steps=2, attention_loss="none")
+    found = run(made, [(0, 0)])
+    assert found["counts"] == g["inner_counts"].tolist()
+    close("sd noattn losses, timestep 0", losses(found, "loss")[:2], g["loss_rec"][:2], 1e-4)
+    close("sd noattn losses, end to end", losses(found, "loss"), g["loss_rec"], 2.5e-2)
+    close_gradients("sd noattn grad", found["gradients"][0, 0], g, "grad.i0.j0.", 5e-5)
+    g = golden.pick(g, "attnonly.")
+    made = style(root, eyes, inner_steps=2, epsilon=-1.0)
+    both = made.inner_losses
+    made.inner_losses = lambda *given: {"attention": both(*given)["attention"]}
+    found = run(made, [(0, 0), (1, 0), (2, 1)])
+    assert found["counts"] == g["inner_counts"].tolist()
+    close("sd attnonly losses", losses(found, "loss"), g["loss_attn"], 1e-3)
+    for (step, update), limit in (((0, 0), 5e-5), ((1, 0), 4e-4), ((2, 1), 1e-3)):
+        theirs = f"grad.i{step}.j{update}."
+        close_gradients(f"sd attnonly grad {step},{update}", found["gradients"][step, update], g, theirs, limit)
+
+
+@pytest.mark.slow
+def test_early_stop(root, eyes) -> None:
+    """The loss before an update is tested, and the update kept."""
+    g = golden.tensors(root / "earlystop.safetensors")
+    found = run(style(root, eyes, epsilon=float(g["epsilon"])))
+    assert found["counts"] == g["inner_counts"].tolist() and found["counts"][0] < 6
+    first = found["counts"][0]
+    close("sd earlystop losses, timestep 0", losses(found, "loss")[:first], g["loss"][:first], 1e-4)
+    close("sd earlystop latents, end to end", torch.stack(found["latents"]), g["latent_cur"], 2.5e-1)
+
+
+# ---- null-text -------------------------------------------------------------------------------------------------------
+
+KINDS = {"null": None, "text": "text"}
+
+
+def null_text(g: dict[str, Tensor], which: str, kind: torch.dtype = torch.float32) -> Any:
+    settings = {
+        "optimise": KINDS[which.removesuffix("_stop")],
+        "inner_steps": 5,
+        "epsilon": float(g[f"{which}.epsilon"]),
+    }
+    return method("null_text", kind, g["latent0"], **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["null", "text", "null_stop", "text_stop"])
+def test_null_text(root, which) -> None:
+    g = golden.tensors(root / "nulltext.safetensors")
+    made = null_text(g, which)
+    close("sd nulltext pivot", made.pivot, g["latents"], 2e-5)
+    found = run(made, [(0, 0), (1, 0)])
+    assert found["counts"] == g[f"{which}.counts"].tolist()
+    close("sd nulltext losses", losses(found, "loss"), g[f"{which}.losses"], 3e-5)
+    close("sd nulltext latent_cur", torch.stack(found["latents"]), g[f"{which}.latent_cur"], 2.4e-4)
+    close("sd nulltext embeddings", made.embeddings, g[f"{which}.embeddings"], 1.4e-2)
+    if which in KINDS:
+        for step in (0, 1):
+            gradient = found["gradients"][step, 0]["embeddings"]
+            close("sd nulltext grad", gradient[None], g[f"{which}.grad_i{step}_j0"], 2e-3 if step else 5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["null", "text", "null_stop", "text_stop"])
+def test_null_text_in_float64(root, which) -> None:
+    g = golden.tensors(root / "nulltext_f64.safetensors")
+    made = null_text(g, which, torch.float64)
+    close("sd nulltext_f64 pivot", made.pivot, g["latents"], 1e-7)
+    found = run(made, [(0, 0), (1, 0)])
+    assert found["counts"] == g[f"{which}.counts"].tolist()
+    close("sd nulltext_f64 losses", losses(found, "loss"), g[f"{which}.losses"], 1e-7)
+    close("sd nulltext_f64 latent_cur", torch.stack(found["latents"]), g[f"{which}.latent_cur"], 1e-7)
+    close("sd nulltext_f64 embeddings", made.embeddings, g[f"{which}.embeddings"], 1e-7)
+    if which in KINDS:
+        for step in (0, 1):
+            gradient = found["gradients"][step, 0]["embeddings"]
+            close("sd nulltext_f64 grad", gradient[None], g[f"{which}.grad_i{step}_j0"], 1e-7)
+
+
+# ---- editing with what was fitted ------------------------------------------------------------------------------------
+
+
+def drawn(made: Any, start: Tensor, texts: list[str]) -> Tensor:
+    """Latents after every step (T, B, C, H, W) of the method's own conditions and attention edits."""
+    seen: list[Tensor] = []
+    conditional, unconditional = made.edit_conditions(texts, "")
+    edits = made.p2p.edits(made.model.tokenizer, texts[0], texts[1:], STEPS, start.shape[-1], guided=True)
+    many = start.expand(len(texts), -1, -1, -1)
+    edit(made.model, many, STEPS, conditional, unconditional, 7.5, edits, watch=lambda _, z: seen.append(z))
+    return torch.stack(seen)
+
+
+def settings_of(root: Path, name: str, run_name: str) -> dict[str, Any]:
+    with safe_open(root / f"{name}.safetensors", "pt") as file:
+        return json.loads(file.metadata()[run_name])
+
+
+def p2p(recorded: dict[str, Any], mode: str) -> PromptToPrompt:
+    """The recorded settings where the yaml has others."""
+    factors = dict(zip(*recorded["equalizer"], strict=True)) if recorded["equalizer"] else {}
+    tau = {f"tau_{name}": recorded[f"tau_{name}"] for name in "csu"}
+    settings = OmegaConf.to_container(config("style_diffusion").method.p2p)
+    return instantiate({**settings, "mode": mode, "map_pixels": PIXELS, **tau, "equalizer": factors})  # type: ignore[dict-item]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["recon", "p2plus", "novalue", "refine"])
+def test_style_diffusion_edits(root, eyes, name) -> None:
+    g, fitted = (golden.tensors(root / f"{file}.safetensors") for file in ("edit", "inner"))
+    made, texts = style(root, eyes), [SOURCE]
+    if name != "recon":
+        recorded = settings_of(root, "edit", name)
+        texts, made.tau_v = recorded["prompts"], recorded["tau_v"]
+        made.p2p = p2p(recorded, "replace" if recorded["replace"] else "refine")
+    for step in range(STEPS):
+        state = networks(golden.pick(fitted, f"final.{step}.")).state_dict()
+        for key, value in made.networks.named_parameters():
+            value[step].copy_(state[key][0])
+    made.place.fill_(STEPS - 1)
+    made.tokens.copy_(g["features"][0])
+    close(f"sd edit {name}", drawn(made, g["x_T"], texts), g[f"{name}.latents"], 2.4e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["null", "text"])
+def test_null_text_edits(root, which) -> None:
+    g = golden.tensors(root / "nulltext.safetensors")
+    recorded = settings_of(root, "nulltext", "edit")
+    for name in ("p2p", "p2plus"):
+        tau_u = recorded["tau_u"] if name == "p2plus" else 0.0
+        made = method("null_text", torch.float32, g["latent0"], optimise=KINDS[which])
+        made.p2p = p2p({**recorded, "tau_u": tau_u}, "replace")
+        made.embeddings.copy_(g[f"{which}.embeddings"])
+        made.place.fill_(STEPS - 1)
+        found = drawn(made, g["latents"][-1:], recorded["prompts"])
+        close(f"sd edit {which}.{name}", found, g[f"edit.{which}.{name}.latents"], 2.6e-4)

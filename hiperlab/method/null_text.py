@@ -1,0 +1,159 @@
+"""Null-text inversion (Mokady et al. 2023), with text-embedding and negative-prompt inversion (Miyake et al. 2023).
+
+Specification: methods/stylediffusion.md, section 9. Symbols there: u_i (fitted embedding of step i), w (guidance).
+Axes: T steps, R rows, N text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hiperlab.contract import Subject
+from hiperlab.editing import PromptToPrompt
+from hiperlab.errors import UserError, near
+from hiperlab.formats import null_text as files
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.stack import FrozenStack
+from hiperlab.trajectory import Conditions, TrajectoryMethod
+
+FILES = {None: "null_text_embeddings.pt", "text": "text_embeddings.pt", "negative_prompt": "null_text_embeddings.pt"}
+
+
+class NullText(TrajectoryMethod):
+    """One text embedding per step of the path, fitted so that guided denoising walks back along it.
+
+    Null fits the unconditional text, from the empty one on, and gives it to all rows; "text" fits the source text and
+    gives it to the source row; "negative_prompt" fits nothing: the source text is the unconditional one.
+
+    Args:
+        model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache: as in `TrajectoryMethod`.
+        optimise: None (also written "null"), "text" or "negative_prompt".
+        inner_steps: most updates at a step of the path.
+        epsilon: a step is done when a loss is below epsilon + 2e-5 i.
+    """
+
+    must_agree = ("optimise",)
+    progress = (*TrajectoryMethod.progress, "place")  # `artifact` gives every step its embedding
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        guidance: float,
+        p2p: PromptToPrompt,
+        inject_source_latents: bool,
+        cache: str | None,
+        optimise: str | None,
+        inner_steps: int,
+        epsilon: float,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache)
+        optimise = None if optimise == "null" else optimise  # what a command line makes of an unquoted null
+        if optimise not in FILES:
+            raise UserError(f"method.optimise={optimise!r} is unknown.{near(str(optimise), map(str, FILES))}")
+        self.optimise, self.updates, self.epsilon = optimise, inner_steps, float(epsilon)
+        first = self.encode(["" if optimise is None else self.source])
+        self.embeddings = nn.Parameter(first.float().repeat(steps, 1, 1))  # (T, N, D)
+
+    # ---- the fit -----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """At once where nothing is fitted."""
+        return self.optimise == "negative_prompt" or super().finished
+
+    def inner_steps(self, step: int) -> int:
+        """The same at every step."""
+        return self.updates
+
+    def stop_below(self, step: int) -> float:
+        """As the authors: epsilon and 2e-5 more at every step."""
+        return self.epsilon + 2e-5 * step
+
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        """Start from the embedding of the step before."""
+        self.embeddings[step].copy_(self.embeddings[step - 1])
+
+    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+        """Mean squared distance of the guided step to the recorded path."""
+        noise = self._guided(step, latents)
+        found = previous(self.model, latents, noise, self.timesteps[step], self.steps)
+        return {"latent": F.mse_loss(found[0], self.pivot[self.steps - 1 - step])}
+
+    @torch.no_grad()
+    def guided(self, step: int, latents: Tensor) -> Tensor:
+        """The guided noise with the embedding as it is."""
+        return self._guided(step, latents)
+
+    def _guided(self, step: int, latents: Tensor) -> Tensor:
+        fitted = predict_noise(
+            self.model, latents, self.timesteps[step], Conditioning(self.embeddings[step : step + 1][None])
+        )
+        text = "" if self.optimise == "text" else self.source
+        fixed = self.remembered("fixed", lambda: self.plain_noise(text, step, latents))
+        without, within = (fixed, fitted) if self.optimise == "text" else (fitted, fixed)
+        return without + self.guidance * (within - without)
+
+    # ---- drawing -----------------------------------------------------------------------------------------------------
+
+    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+        """u_i as the unconditional text of all rows, or as the source row's text.
+
+        Raises:
+            UserError: another unconditional text is asked for where it is what was fitted.
+        """
+        plain, empty = super().edit_conditions(texts, negative)
+        if self.optimise == "text":
+            states = self.encode(texts)
+
+            def conditional(step: int) -> Conditioning:
+                first = self.embeddings[self.reached(step)][None].to(states.dtype)
+                return Conditioning(torch.cat([first, states[1:]])[None])
+
+            return conditional, empty
+        if negative:
+            raise UserError(f"sample.negative={negative!r}: this method fits the unconditional text itself. Leave it.")
+
+        def unconditional(step: int) -> Conditioning:
+            return Conditioning(self.embeddings[self.reached(step)].expand(1, len(texts), -1, -1))
+
+        return plain, unconditional
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def artifact(self, index: int) -> dict[str, Tensor]:
+        """The inverted noise and T embeddings; steps that training did not come to have the last one."""
+        found = super().artifact(index)
+        return {**found, "embeddings": found["embeddings"][[self.reached(step) for step in range(self.steps)]]}
+
+    def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Strict as always; nothing is left to fit."""
+        super().load_artifact(index, tensors)
+        self.place.fill_(self.steps - 1)
+
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """The embeddings as the public notebooks hold them, see `formats.null_text`."""
+        return [files.write(folder / FILES[self.optimise], self.artifact(index)["embeddings"])]
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """A list of embeddings, one per step of the path."""
+        rows = files.read(path)
+        if rows.shape != self.embeddings.shape:
+            raise UserError(
+                f"{path.name} holds embeddings {tuple(rows.shape)}, this run reads {tuple(self.embeddings.shape)}: set "
+                f"sampler.steps={len(rows)} and the base model they were made for."
+            )
+        self.embeddings.copy_(rows)
+        self.place.fill_(self.steps - 1)

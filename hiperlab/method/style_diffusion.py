@@ -1,0 +1,241 @@
+"""StyleDiffusion (Li et al. 2023): networks that turn a picture's CLIP tokens into what the value projections read.
+
+Specification: methods/stylediffusion.md; section numbers below are its own. Keys stay the source text's, so attention
+maps keep their objects; values carry the picture. Symbols there: M_i (networks), E(x) (tokens), v_i(c), tau_v.
+Axes: T steps, R rows, P picture tokens, N text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab.contract import Subject
+from hiperlab.editing import PromptToPrompt
+from hiperlab.errors import UserError, near
+from hiperlab.formats import stylediffusion as files
+from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
+from hiperlab.model import tower as towers
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.control import Record, cross_maps
+from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.stack import FrozenStack
+from hiperlab.model.vision import VisionTower
+from hiperlab.trajectory import Conditions, TrajectoryMethod
+
+ATTENTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "none": None}
+FILE = "mapping_networks.pth"
+
+
+def updates(most: int, decay: float, step: int) -> int:
+    """N_i = ceil(N exp(-decay i)), the most updates at step i (section 5)."""
+    return math.ceil(most * math.exp(-decay * step))
+
+
+class StyleDiffusion(TrajectoryMethod):
+    """One network per step of the path, fitted so that guided denoising walks back along it.
+
+    A step's loss is the distance to the recorded path plus the distance of the attention maps to the recorded ones. In
+    editing, the source row reads v_i(source) at every step, the targets v_i(target) at the first ones.
+
+    Args:
+        model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache: as in `TrajectoryMethod`.
+        inner_steps: N, most updates at the first step of the path.
+        inner_decay: how fast they become fewer, see `updates`.
+        epsilon: a step is done when a loss is below epsilon + 2e-5 i.
+        attention_loss: distance of the attention maps: "mse" (published), "l1", or "none".
+        attention_pixels: image positions of the maps compared; None is a quarter of the latents' side, squared.
+        value_form: "affine" (the released code: v(c) = c S + B) or "direct" (the paper: v = M(E(x))).
+        tau_v: share of the steps at which targets read fitted values, 0 to 1.
+        tower: folder or hub id of the picture tower; None takes the one in the model's own folder, else OpenAI's
+            ViT-B/16.
+        model_folder: the model's folder or hub id, where a tower may lie.
+    """
+
+    must_agree = ("value_form",)
+    progress = (*TrajectoryMethod.progress, "place")  # `artifact` gives every step its network
+
+    tokens: Tensor
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        guidance: float,
+        p2p: PromptToPrompt,
+        inject_source_latents: bool,
+        cache: str | None,
+        inner_steps: int,
+        inner_decay: float,
+        epsilon: float,
+        attention_loss: str,
+        attention_pixels: int | None,
+        value_form: str,
+        tau_v: float,
+        tower: str | None,
+        model_folder: str | None,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache)
+        if attention_loss not in ATTENTION_LOSSES:
+            known = near(attention_loss, ATTENTION_LOSSES)
+            raise UserError(f"method.attention_loss={attention_loss!r} is unknown.{known}")
+        advice = concepts[0].advice
+        self.tau_v = float(advice.tau.get("v", tau_v) if advice and p2p.advice else tau_v)
+        if not 0 <= self.tau_v <= 1:
+            raise UserError(f"method.tau_v={self.tau_v} is no share of the steps: choose 0 to 1 (0.6).")
+        self.most, self.decay, self.epsilon = inner_steps, float(inner_decay), float(epsilon)
+        self.distance, self.attention_pixels = ATTENTION_LOSSES[attention_loss], attention_pixels
+        self.value_form = value_form
+        eyes = _tower(model, tower, model_folder)
+        self.see = eyes.all_tokens  # the method of a frozen tower, which so stays out of checkpoints
+        self.networks = MappingNetworks(
+            steps, eyes.patches + 1, value_rows(value_form, int(model.tokenizer.model_max_length)), seed
+        )
+        self.register_buffer("tokens", torch.zeros(eyes.patches + 1, eyes.width))  # E(x)
+
+    def meet(self, index: int, picture: Tensor) -> None:
+        """Read the picture's tokens, once."""
+        super().meet(index, picture)
+        self.tokens.copy_(self.see(picture[None].detach().cpu().float())[0])
+
+    def map_pixels(self) -> int | None:
+        """Those of the attention loss."""
+        if self.distance is None:
+            return None
+        return self.attention_pixels or (self.model.latent_shape[-1] // 4) ** 2
+
+    # ---- the fit -----------------------------------------------------------------------------------------------------
+
+    def inner_steps(self, step: int) -> int:
+        """N_i: 1015 in all as published (T = 30), 1071 for T = 50."""
+        return updates(self.most, self.decay, step)
+
+    def stop_below(self, step: int) -> float:
+        """As the authors: epsilon and 2e-5 more at every step."""
+        return self.epsilon + 2e-5 * step
+
+    def begin(self, step: int) -> None:
+        """Start from the network of the step before."""
+        self.networks.copy(step - 1, step)
+
+    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+        """Distance of the guided step to the recorded path, and of the attention maps that it saw (section 5)."""
+        pixels = self.map_pixels()
+        record = None if pixels is None else Record(cross_maps(pixels))
+        noise = self._guided(step, latents, record)
+        found = previous(self.model, latents, noise, self.timesteps[step], self.steps)
+        losses = {"latent": F.mse_loss(found[0], self.pivot[self.steps - 1 - step])}
+        if record is not None:
+            losses["attention"] = self._attention_loss(step, record)
+        return losses
+
+    def _attention_loss(self, step: int, record: Record) -> Tensor:
+        """Means over heads, positions and tokens, summed over the layers.
+
+        The maps of step i were recorded on the matching latents, at the timestep before; those of step 0 on the
+        latents before the last (section 5, "Target index").
+        """
+        assert self.distance is not None, "asked for without maps"
+        if not record.maps:
+            raise UserError(
+                f"method.attention_pixels={self.map_pixels()}: no cross-attention map has so many positions. Choose "
+                "the square of a side that the U-Net has, or method.attention_loss=none."
+            )
+        at = min(self.steps - step, self.steps - 1)
+        wanted = self.inversion.maps
+        return torch.stack([self.distance(maps, wanted[layer][at]) for layer, maps in record.maps.items()]).sum()
+
+    @torch.no_grad()
+    def guided(self, step: int, latents: Tensor) -> Tensor:
+        """The guided noise with the network as it is."""
+        return self._guided(step, latents, None)
+
+    def _guided(self, step: int, latents: Tensor, record: Record | None) -> Tensor:
+        text = self.encode([self.source])
+        states = Conditioning(text[None], self.values(step, text)[None]).controlled(record)
+        within = predict_noise(self.model, latents, self.timesteps[step], states)
+        without = self.remembered("unconditional", lambda: self.plain_noise("", step, latents))
+        return without + self.guidance * (within - without)
+
+    def values(self, step: int, text: Tensor) -> Tensor:
+        """v_i(c) (R, N, D) of text states c (R, N, D)."""
+        return value_states(text.to(self.tokens), self.networks(self.tokens[None], step), self.value_form)
+
+    # ---- drawing -----------------------------------------------------------------------------------------------------
+
+    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+        """Keys are each row's own text; values are fitted for the source, and for the targets while i < T tau_v."""
+        _, unconditional = super().edit_conditions(texts, negative)
+        states = self.encode(texts).to(self.tokens)
+
+        def conditional(step: int) -> Conditioning:
+            values = self.values(self.reached(step), states)
+            if step >= self.steps * self.tau_v:
+                values = torch.cat([values[:1], states[1:]])
+            return Conditioning(states[None], values[None])
+
+        return conditional, unconditional
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def artifact(self, index: int) -> dict[str, Tensor]:
+        """Noise, tokens and T networks; steps that training did not come to have the last one."""
+        rows = [self.reached(step) for step in range(self.steps)]
+        found = super().artifact(index)
+        return {name: value[rows] if name.startswith("networks.") else value for name, value in found.items()}
+
+    def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Strict as always; nothing is left to fit."""
+        super().load_artifact(index, tensors)
+        self.place.fill_(self.steps - 1)
+
+    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
+        """The networks as the authors' later release keeps them; noise, tokens and text are in our artifact only."""
+        own = {name.removeprefix("networks."): value for name, value in self.artifact(index).items()}
+        return [files.write(folder / FILE, own)]
+
+    @torch.no_grad()
+    def load_foreign(self, index: int, path: Path) -> None:
+        """The authors' networks, of either release; the picture itself comes from the data."""
+        found, own = files.read(path), self.networks.state_dict()
+        theirs = len(found["conv_end.bias"])
+        if theirs != self.steps:
+            raise UserError(
+                f"{path.name} holds {theirs} networks, this run has {self.steps}: set sampler.steps={theirs}."
+            )
+        if wrong := [name for name, value in own.items() if value.shape != found[name].shape]:
+            raise UserError(
+                f"{path.name} does not fit: {wrong[0]} is {tuple(found[wrong[0]].shape)}, here "
+                f"{tuple(own[wrong[0]].shape)}. Choose the method.tower and method.value_form it was made with."
+            )
+        self.networks.load_state_dict(found)
+        self.place.fill_(self.steps - 1)
+
+
+def _tower(model: FrozenStack, tower: str | None, folder: str | None) -> VisionTower:
+    """The picture tower that the settings mean, frozen.
+
+    Raises:
+        UserError: its tokens are not as wide as the text's.
+    """
+    if tower is None and (own := towers.beside(folder)):
+        tower = own
+    if tower is None and not model.trained:
+        made = towers.tiny_tower(seed=0, width=model.width)
+    else:
+        made = towers.load(tower or towers.OPENAI_BASE)
+    if made.width != model.width:
+        raise UserError(
+            f"the picture tower's tokens are {made.width} wide, {model.name}'s text states {model.width}, and they are "
+            f"added up. Give a tower of width {model.width} as method.tower, or another model (sd14, sd15)."
+        )
+    return made.eval().requires_grad_(False)
