@@ -67,6 +67,29 @@ class HubKeys(HubVision):
 
 
 @dataclass(frozen=True)
+class TensorKeys(HubKeys):
+    """The same on pictures resized as tensors, as PIE-Bench's evaluator does.
+
+    Attributes:
+        antialias: false as torchvision's default was in the evaluator's environment (0.13.1); later ones smooth.
+    """
+
+    antialias: bool
+
+    def load(self, key: str) -> Features:
+        """Build it in float32."""
+        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+        from hiperlab.metric.edit_features import KeyFeatures
+
+        loaded, how = super().load(key), self.preprocess
+        assert isinstance(loaded, KeyFeatures)
+        resize = Resize(how.resize, InterpolationMode(how.interpolation), antialias=self.antialias)
+        steps = [ToTensor(), resize, CenterCrop(how.crop), Normalize(how.mean, how.std)]
+        return KeyFeatures(loaded.network, Compose(steps), self.raw)
+
+
+@dataclass(frozen=True)
 class Lpips(Encoder):
     """LPIPS v0.1; its learnt weights come with torchmetrics, the backbone's from torchvision.
 

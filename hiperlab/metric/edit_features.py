@@ -91,10 +91,14 @@ class LpipsFeatures(Features):
 
     def perceptual(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> Tensor:
         """LPIPS of pairs of one size (B,); the one of `others` counts for all pictures."""
+        a, b = (
+            torch.stack([torch.from_numpy(np.asarray(p).copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in each])
+            for each in (pictures, others)
+        )
+        return self.perceptual_raw(a, b)
+
+    def perceptual_raw(self, fed: Tensor, others: Tensor) -> Tensor:
+        """LPIPS of pixels as they are (B,): the network was made for [-1, 1]."""
         device = next(self.network.parameters()).device
         with exact():
-            a, b = (
-                torch.stack([torch.from_numpy(np.asarray(p).copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in each])
-                for each in (pictures, others)
-            )
-            return self.network(a.to(device), b.expand_as(a).to(device)).reshape(len(pictures)).cpu()
+            return self.network(fed.to(device), others.expand_as(fed).to(device)).reshape(len(fed)).cpu()

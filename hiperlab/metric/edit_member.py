@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -30,6 +31,7 @@ class EditScore(ABC):
 
     encoder: str
     lower: ClassVar[bool] = False  # whether less is better
+    of_source: ClassVar[bool] = False  # whether it judges what was drawn for the source's own text, not the edits
 
     @abstractmethod
     def measure(
@@ -101,17 +103,52 @@ class BackgroundPerceptual(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,)."""
-        import numpy as np
-        from PIL import Image
-
-        if reference.mask is None:
+        kept = _kept(reference, edited=False)
+        if kept is None:
             return _nothing(len(pictures))
-        mask = reference.mask.convert("L").resize(reference.source.size, Image.Resampling.NEAREST)
-        kept = (np.asarray(mask) < 128).astype(np.uint8)[..., None]
-        if not kept.any():
-            return _nothing(len(pictures))
-        first, *rest = [Image.fromarray(np.asarray(picture) * kept) for picture in (reference.source, *pictures)]
+        first, *rest = [_cut(picture, kept, reference.source) for picture in (reference.source, *pictures)]
         return _perceptual(features, rest, first)
+
+
+@dataclass(frozen=True)
+class EditedTextScore(EditScore):
+    """CLIP-T of the part that may change, black elsewhere (PIE-Bench).
+
+    Attributes:
+        scale: "cosine", "percent" or "clipscore", as in CLIP-T of the whole picture.
+    """
+
+    scale: str
+
+    def measure(
+        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+    ) -> Tensor:
+        """Scores (B,)."""
+        import torch
+
+        from hiperlab.metric.compare import text_similarity
+
+        kept = _kept(reference, edited=True)
+        if kept is None:
+            return _nothing(len(pictures))
+        cut = [_cut(picture, kept, reference.source) for picture in pictures]
+        seen = torch.cat([features.images(cut[at : at + BATCH]) for at in range(0, len(cut), BATCH)])
+        return text_similarity(seen, features.texts(texts), self.scale).cpu()
+
+
+@dataclass(frozen=True)
+class ReconstructionPsnr(EditScore):
+    """Peak signal-to-noise ratio in dB between the source and what is drawn for its own text."""
+
+    of_source: ClassVar[bool] = True
+
+    def measure(
+        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+    ) -> Tensor:
+        """Decibels (B,)."""
+        from hiperlab.metric.edit import psnr
+
+        return psnr(features.pixels(pictures), features.pixels([reference.source]))
 
 
 @dataclass(frozen=True)
@@ -192,22 +229,48 @@ class EditTruthScore(EditScore):
 
 
 def _perceptual(features: Features, pictures: Sequence[Image.Image], source: Image.Image) -> Tensor:
-    """Perceptual distances (B,) to one picture; refuses another size, resampling would be a change of its own."""
+    """Perceptual distances (B,) to one picture."""
     import torch
 
-    from hiperlab.errors import UserError
-
     for picture in pictures:
-        if picture.size != source.size:
-            raise UserError(
-                f"a drawn picture has {picture.width} x {picture.height} pixels, its source {source.width} x "
-                f"{source.height}: give data and model one size to score an edit."
-            )
+        _check_size(picture, source)
     parts = [
         features.perceptual(pictures[at : at + BATCH], [source] * len(pictures[at : at + BATCH]))
         for at in range(0, len(pictures), BATCH)
     ]
     return torch.cat(parts)
+
+
+def _kept(reference: EditReference, edited: bool) -> np.ndarray | None:
+    """Where the mask is white (edited) or black: uint8 (H, W, 1) of 0 and 1 at the source's size; None if nowhere."""
+    import numpy as np
+    from PIL import Image
+
+    if reference.mask is None:
+        return None
+    mask = reference.mask.convert("L").resize(reference.source.size, Image.Resampling.NEAREST)
+    kept = ((np.asarray(mask) >= 128) == edited).astype(np.uint8)[..., None]
+    return kept if kept.any() else None
+
+
+def _cut(picture: Image.Image, kept: np.ndarray, source: Image.Image) -> Image.Image:
+    """The picture, black where nothing is kept."""
+    import numpy as np
+    from PIL import Image
+
+    _check_size(picture, source)
+    return Image.fromarray(np.asarray(picture) * kept)
+
+
+def _check_size(picture: Image.Image, source: Image.Image) -> None:
+    """Refuse another size than the source's: resampling would be a change of its own."""
+    from hiperlab.errors import UserError
+
+    if picture.size != source.size:
+        raise UserError(
+            f"a drawn picture has {picture.width} x {picture.height} pixels, its source {source.width} x "
+            f"{source.height}: give data and model one size to score an edit."
+        )
 
 
 def _nothing(count: int) -> Tensor:

@@ -48,6 +48,10 @@ class Features(nn.Module):
         """Perceptual distance of pairs of pictures: (B,)."""
         raise UserError(f"{type(self).__name__} gives no perceptual distance: give the score an LPIPS encoder.")
 
+    def perceptual_raw(self, fed: Tensor, others: Tensor) -> Tensor:
+        """Perceptual distance (B,) of (B, 3, H, W) and (1 or B, 3, H, W), fed to the network as they are."""
+        raise UserError(f"{type(self).__name__} gives no perceptual distance: give the score an LPIPS encoder.")
+
 
 class VisionFeatures(Features):
     """A network with pictures only, such as DINO.

@@ -27,7 +27,17 @@ REAL = "real"  # in a row's column "picture": the ceiling, real pictures scored 
 COPY = "_copy"  # ending of the copy detector's scores
 _NEEDED = ("concept", "prompt", "text", "path")
 _OPTIONAL = ("placeholder", "word", "seed")
-_WRITTEN = ("picture", "metric", "value", "protocol", "protocol_hash", "trained", "weights", "lower_is_better")
+_WRITTEN = (
+    "picture",
+    "metric",
+    "value",
+    "protocol",
+    "protocol_hash",
+    "trained",
+    "weights",
+    "lower_is_better",
+    "of_source",
+)
 
 
 class Scored(NamedTuple):
@@ -98,6 +108,7 @@ def score(
             member = protocol.members[name]
             stamp = {**base, "lower_is_better": member.lower}
             if isinstance(member, EditScore):
+                stamp |= {"of_source": True} if member.of_source else {}
                 rows[name] = _edit_rows(name, member, features, pictures, edits or {}, Path(root), stamp)
                 continue
             assert embedded
@@ -201,14 +212,22 @@ def _edit_rows(
     root: Path,
     stamp: Row,
 ) -> list[Row]:
-    """Rows of one score of edits; a picture of a concept that is no edit has none."""
+    """Rows of one score of edits; a picture of a concept that is no edit has none.
+
+    Scores of the source are of pictures drawn for its text, and say so in the column "of_source".
+    """
     rows = []
     for concept, reference in edits.items():
-        mine = [p for p in pictures if p["concept"] == concept]
-        if mine:
-            texts = [
-                clean(p["prompt"], p["text"], p.get("placeholder") or "", p.get("word") or "", "noun") for p in mine
-            ]
+        told = [
+            (p, clean(p["prompt"], p["text"], p.get("placeholder") or "", p.get("word") or "", "noun"))
+            for p in pictures
+            if p["concept"] == concept
+        ]
+        if member.of_source:
+            own = " ".join(reference.source_text.split())  # as `clean` spaces it
+            told = [(p, text) for p, text in told if text == own]
+        if told:
+            mine, texts = zip(*told, strict=True)
             opened = [open_picture(root / str(p["path"])) for p in mine]
             values = member.measure(features, opened, texts, reference)
             rows += [_row(p, name, value, stamp) for p, value in zip(mine, values.tolist(), strict=True)]

@@ -27,7 +27,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
     """Summarise score rows.
 
     Args:
-        rows: lines of scores.jsonl, of one protocol; reconstructions (role "source") are left out.
+        rows: lines of scores.jsonl, of one protocol; reconstructions (role "source") count only in scores of them.
         by: further columns to keep apart, e.g. ("method", "truncation").
 
     Returns:
@@ -39,7 +39,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
     Raises:
         UserError: rows of several protocols, protocol hashes or judges' weights.
     """
-    rows = [row for row in rows if row.get("role") != SOURCE]
+    rows = [row for row in rows if row.get("role") != SOURCE or row.get("of_source")]
     _refuse_mixtures(rows)
     real = {(row["metric"], row["concept"]): row["value"] for row in rows if row["picture"] == REAL}
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}

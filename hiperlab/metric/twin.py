@@ -64,6 +64,35 @@ class TwinVision(Encoder):
         return VisionFeatures(network, make_transform(self.preprocess))
 
 
+@dataclass(frozen=True)
+class TwinKeys(TwinVision):
+    """The same transformer's keys, for the structure distance."""
+
+    def load(self, key: str) -> Features:
+        """Build it."""
+        from hiperlab.metric.edit_features import KeyFeatures
+        from hiperlab.metric.features import VisionFeatures
+
+        loaded = super().load(key)
+        assert isinstance(loaded, VisionFeatures)
+        return KeyFeatures(loaded.network, loaded.transform, raw=False)
+
+
+@dataclass(frozen=True)
+class TwinLpips(Encoder):
+    """LPIPS over AlexNet with random weights from a seed; only its learnt heads are real."""
+
+    seed: int
+
+    def load(self, key: str) -> Features:
+        """Build it; the same seed gives the same weights, and the global random state stays as it was."""
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+        from hiperlab.metric.edit_features import LpipsFeatures
+
+        return LpipsFeatures(_seeded(self.seed, lambda: _NoTrainLpips(net="alex", pnet_rand=True)))
+
+
 def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """Call `build` under its own random state."""
     import torch

@@ -74,8 +74,9 @@ def test_background_is_what_lies_outside_the_mask() -> None:
 
 
 def test_truth_distance_forgives_the_camera_only() -> None:
-    features, truth = PixelFeatures(SIDE), noise(1, (6, 6)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    other = noise(2, (6, 6)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    features = PixelFeatures(SIDE)
+    coarse = np.random.default_rng(1).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
+    truth, other = (Image.fromarray(each).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for each in coarse)
     moved = Image.fromarray(np.roll(np.asarray(truth), round(0.08 * SIDE), axis=1))
     reference = EditReference(noise(5, (SIDE, SIDE)), "a", {"b": truth})
     pictures = [truth, truth.transpose(Image.Transpose.FLIP_LEFT_RIGHT), moved, other, truth]
@@ -134,7 +135,7 @@ def test_a_protocol_scores_edits_beside_other_members(tmp_path) -> None:
         "reconstructions are no edits"
     )
     assert table["background_mse"]["mean"] == pytest.approx(0.5 * 2 / 3, abs=1e-5)
-    assert table["edit_truth"]["mean"] == pytest.approx(0) and table["clip_text"]["mean"] == pytest.approx(1)
+    assert table["edit_truth"]["mean"] == pytest.approx(0, abs=1e-6) and table["clip_text"]["mean"] == pytest.approx(1)
     assert [name for name in table if table[name]["lower_is_better"]] == ["background_mse", "edit_truth"]
     none = score(records, references, protocol, root=tmp_path).rows
     assert {row["metric"] for row in none} == {"clip_text"}, "a concept that is no edit has no edit scores"
