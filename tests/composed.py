@@ -24,6 +24,8 @@ QUICK = {
     "lora": {"prior": {**CLASS, "weight": 1.0}},
     "dreambooth": {"prior": CLASS},
     "custom_diffusion": {"prior": CLASS},
+    "null_text": {"steps": 2, "cache": None},
+    "style_diffusion": {"steps": 2, "cache": None},
 }
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]
