@@ -3,8 +3,8 @@
 The slice lets a fresh clone check the core numbers (positional encoding, mapper, rescaling, text encoder with bypass)
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
-golden/stylediffusion the mapping network and its picture tokens; and, of the twin's text encoder, all but the
-embedding rows that no golden prompt uses.
+golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
+offsets and both encoders; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
     shutil.copyfile(source / "config.json", target / "config.json")
     hiper = _hiper() + _lora()
     _mapping()
+    _p2p()
+    _e4t()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -74,6 +76,14 @@ def _lora() -> list[torch.Tensor]:
     return [load_file(target / "h_lora.safetensors")["text.input_ids"].flatten()]
 
 
+def _e4t() -> None:
+    """The slice of golden/e4t: whole files of what needs neither the U-Net nor a run of the scripts."""
+    target = golden.SLICE / "e4t"
+    target.mkdir(exist_ok=True)
+    for name in _E4T:
+        shutil.copyfile(golden.folder("e4t") / name, target / name)
+
+
 def _mapping() -> None:
     """The slice of golden/stylediffusion's mapping network: a picture, its tokens, what the network makes of them."""
     target = golden.SLICE / "stylediffusion"
@@ -83,7 +93,24 @@ def _mapping() -> None:
     save_file(kept, target / "mapping.safetensors")
 
 
+def _p2p() -> None:
+    """Prompt-to-Prompt's tables and two of its controllers, which need a tokenizer only."""
+    target = golden.SLICE / "stylediffusion"
+    target.mkdir(exist_ok=True)
+    with safe_open(golden.folder("stylediffusion") / "p2p.safetensors", "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_P2P)}  # noqa: SIM118
+        save_file(kept, target / "p2p.safetensors", file.metadata())
+
+
+_P2P = (
+    "replace.", "refine.", "alpha_time.", "equalizer", "in.", "big_", "out.replace.", "stored.replace.",
+    "out.refine_reweight.", "stored.refine_reweight.",
+)  # fmt: skip
 _NOT_OF_MAPPING = ("m.conv_block.0.1.running", "m.conv_block.0.1.num", "running_", "value_context_", "clip.proj")
+_E4T = (
+    "a_weight_offsets.safetensors", "c_encoder.safetensors", "c2_encoder_paper.safetensors",
+    "init_encoder.safetensors", "meta.json",
+)  # fmt: skip
 _LORA = {
     "h_lora.safetensors": ("layer.", "text."),
     "h_text_model_prefix.safetensors": ("text_encoder.",),
