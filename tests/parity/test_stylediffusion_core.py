@@ -1,7 +1,7 @@
 """Attention maps, Prompt-to-Prompt, DDIM inversion and editing against the numbers of StyleDiffusion's authors.
 
 Items are named as in golden/stylediffusion/README.md; limits are ten times the figures it gives, relative to the
-largest reference value.
+largest reference value. The committed slice holds Prompt-to-Prompt's tables and two of its controllers.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def root() -> Path:
 @pytest.fixture(scope="module")
 def twin():
     return golden.twin(SIDE, "golden")
+
+
+@pytest.fixture(scope="module", params=["golden", "slice"])
+def tables(request) -> Path:
+    """Where Prompt-to-Prompt's tables are: they need no twin, so a fresh clone has them too."""
+    return golden.folder("stylediffusion") if request.param == "golden" else golden.SLICE / "stylediffusion"
 
 
 def read(root: Path, name: str) -> dict[str, Tensor]:
@@ -156,9 +162,9 @@ def test_attn(root, twin) -> None:
 KINDS = ("cross", "self")
 
 
-def test_p2p_tables(root) -> None:
+def test_p2p_tables(tables) -> None:
     """Word indices, mappers, time tables and factors are the authors', number by number."""
-    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+    g, m, tokens = read(tables, "p2p"), meta(tables, "p2p"), clip_tokenizer()
     for name in sorted(m):
         kind = name.partition(".")[0]
         if kind == "replace":
@@ -188,9 +194,9 @@ KINDS_OF_EDIT = ("replace", "refine", "replace_reweight", "refine_reweight", "re
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_EDIT)
-def test_p2p_controllers(root, kind) -> None:
+def test_p2p_controllers(tables, kind) -> None:
     """What comes out of a step, and what the store holds afterwards: the edited map."""
-    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+    g, m, tokens = read(tables, "p2p"), meta(tables, "p2p"), clip_tokenizer()
     case = json.loads(m["controllers"])
     source, target = case["prompts_refine" if kind.startswith("refine") else "prompts_replace"]
     mapper, aligned = None, None
@@ -228,8 +234,8 @@ def test_p2p_controllers(root, kind) -> None:
             assert bool(g["big_self_unchanged"]) and not control.wants(within, 34 * 34)
 
 
-def test_p2p_blend(root) -> None:
-    g, m, tokens = read(root, "p2p"), meta(root, "p2p"), clip_tokenizer()
+def test_p2p_blend(tables) -> None:
+    g, m, tokens = read(tables, "p2p"), meta(tables, "p2p"), clip_tokenizer()
     case = json.loads(m["blend"])
     source, target = case["prompts"]
 
