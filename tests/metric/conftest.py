@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,10 +46,15 @@ def noise(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
     return Image.fromarray(pixels).resize((size[0] // 8, size[1] // 8)).resize(size, Image.Resampling.BICUBIC)
 
 
+@functools.cache
+def composed(preset: str) -> Any:
+    """A preset's settings as plain containers, composed as the door does: presets inherit."""
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        return OmegaConf.to_container(compose(f"metric/{preset}").metric)
+
+
 def load_protocol(preset: str, /, **changes: Any) -> Protocol:
-    with initialize_config_dir(str(CONF.parent), version_base="1.3"):  # as the door does: presets inherit
-        config = compose(f"metric/{preset}").metric
-    return instantiate(OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(config)), OmegaConf.create(changes)))
+    return instantiate(OmegaConf.merge(OmegaConf.create(composed(preset)), OmegaConf.create(changes)))
 
 
 @pytest.fixture(scope="session")

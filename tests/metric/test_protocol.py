@@ -148,3 +148,16 @@ def test_no_placeholder_survives_cleaning(tail: str, word: str, cleaning: str) -
     cleaned = clean(prompt, prompt.replace("{}", word), "<me>", word, cleaning)
     assert "{}" not in cleaned.replace(tail, "")
     assert cleaning == "remove" or word in cleaned
+
+
+@pytest.mark.parametrize(
+    ("cleaning", "wanted"),
+    [
+        ("noun", "a cat next to a dog"),
+        ("remove", "a next to a dog"),
+        ("keep", "a <tom> next to a <rex> dog"),
+    ],
+)
+def test_texts_of_several_concepts_are_cleaned_of_each(cleaning: str, wanted: str) -> None:
+    text = "a <tom> next to a <rex> dog"
+    assert clean(text, text, ["<tom>", "<rex>"], ["cat", "dog"], cleaning) == wanted

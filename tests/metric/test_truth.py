@@ -146,6 +146,8 @@ def test_packing_survives_padding():
 
 def test_subjects_are_found_by_their_placeholder():
     assert subject_in("a photo of <cats> sitting") == ("<cats>", "cats") and subject_in("a cat") is None
+    assert subject_in("<cats> beside <cats>") == ("<cats>", "cats")
+    assert subject_in("<cats> beside <puppy>") is None, "a picture of two has no one truth"
     assert known_subject("cats") == subject("cats").who and known_subject("sofa") is None
     assert known_subject("world-17-dog") == held_out(17, "dog")
     assert known_subject("standing_dog") == known_subject("standing_dog-2") == edit("standing_dog").who
