@@ -93,11 +93,13 @@ def test_rooms_keep_their_walls() -> None:
 
 
 @pytest.mark.slow
-def test_quickstart_notebook_runs() -> None:
+@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 2), ("miniature", 4)])
+def test_notebooks_run(name: str, pictures: int, tmp_path, monkeypatch) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT)}}).execute()
-    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
-    assert len(pictures) == 2
+    monkeypatch.setenv("HIPERLAB_PICTURE", str(tmp_path))  # where the miniature's writes the README's picture
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=480, resources={"metadata": {"path": str(ROOT)}}).execute()
+    found = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(found) == pictures

@@ -19,7 +19,8 @@ LEAST = {  # the door's own numbers with a smallest value
     "fit.sample_every": 0, "fit.sample_prompts": 0, "sample.prompts": 1, "sample.batch_size": 1, "sampler.steps": 1,
     "model.size": 8,
 }  # fmt: skip
-FREE = ("trainer.",)  # Lightning takes devices=2, devices=[0,3] and devices=auto alike
+# Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several.
+FREE = ("trainer.", "data.identity_seed")
 
 
 def group_lines(lines: Sequence[str], groups: set[str], loader: ConfigLoader) -> list[str]:
