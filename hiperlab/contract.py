@@ -98,6 +98,23 @@ class ChangedWeights(NamedTuple):
     text: Offsets | None = None
 
 
+@dataclass(frozen=True)
+class WordMaps:
+    """Where the words of a text looked while its picture was drawn.
+
+    Args:
+        text: the text, as a person would write it.
+        picture: what was drawn (3, H, W) in [0, 1].
+        words: its words in order.
+        maps: one map (s, s) per word, sums of probabilities; only their proportions mean anything.
+    """
+
+    text: str
+    picture: Tensor
+    words: tuple[str, ...]
+    maps: Tensor
+
+
 class Method(pl.LightningModule, ABC):
     """A personalisation method: a LightningModule around the frozen stack, which trains only its own parameters.
 
@@ -208,6 +225,16 @@ class Method(pl.LightningModule, ABC):
                 self._moments[key] = self.model.encode_moments(batch.pixels[row : row + 1])[0]
             found.append(self._moments[key])
         return torch.stack(found)
+
+    def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
+        """Attention of pictures of one concept, for methods that edit by it; by default none.
+
+        Args:
+            prompts: texts with placeholders in place.
+            seed: of the pictures.
+            guidance: classifier-free guidance scale.
+        """
+        return []
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
         """Text states (1, N, D) of guidance's unconditional branch; by default the frozen text encoder's."""

@@ -52,7 +52,7 @@ class PromptToPrompt:
         blend_except: [source word, target word] whose regions stay even so; None for none.
         blend_threshold: of a region's map, a share of its maximum.
         align_tail: see `words.replacement`.
-        map_pixels: image positions of the maps that blending reads; None is a quarter of the latents' side, squared.
+        map_pixels: image positions of the maps that blending and pictures of maps read; None chooses, see `map_pixels`.
         advice: follow what the data's authors set for an edit, where they did.
     """
 
@@ -119,7 +119,14 @@ class PromptToPrompt:
         return [*self.equalizer, *self.tau_words, *(pair[1] for pair in (self.blend, self.blend_except) if pair)]
 
     def edits(
-        self, tokenizer: Any, source: str, targets: Sequence[str], steps: int, side: int, guided: bool
+        self,
+        tokenizer: Any,
+        source: str,
+        targets: Sequence[str],
+        steps: int,
+        side: int,
+        guided: bool,
+        keep: bool = False,
     ) -> AttentionEdits:
         """The controls of one drawing of the source with some of its targets.
 
@@ -132,10 +139,11 @@ class PromptToPrompt:
             steps: T.
             side: of the latents.
             guided: whether each call has the unconditional rows in front.
+            keep: add up the maps also where nothing is blended.
         """
         pairs = [self._pair(tokenizer, source, target, steps) for target in targets]
-        pixels = self.map_pixels or (side // 4) ** 2
-        return AttentionEdits(pairs, steps, self.tau_s, self.tau_u, pixels, self.blend_threshold, guided)
+        pixels = self.map_pixels or map_pixels(side)
+        return AttentionEdits(pairs, steps, self.tau_s, self.tau_u, pixels, self.blend_threshold, guided, keep)
 
     def _pair(self, tokenizer: Any, source: str, target: str, steps: int) -> Pair:
         present = set(words(target))
@@ -158,6 +166,11 @@ class PromptToPrompt:
             _regions(tokenizer, source, target, self.blend),
             _regions(tokenizer, source, target, self.blend_except),
         )
+
+
+def map_pixels(side: int) -> int:
+    """Positions of the maps to read where latents have this side: of a quarter of it, but of 8 where there are 8."""
+    return max(side // 4, min(side, 8)) ** 2
 
 
 def _regions(tokenizer: Any, source: str, target: str, pair: Sequence[str] | None) -> Tensor | None:
@@ -198,6 +211,10 @@ class AttentionEdits:
         pixels: image positions of the cross-attention maps that blending reads.
         threshold: see `blend_mask`.
         guided: whether unconditional rows stand in front.
+        keep: add up the maps also where nothing is blended.
+
+    Attributes:
+        sums: the edited cross-attention maps (B, heads, S, N) by layer, added up over the steps so far.
     """
 
     def __init__(
@@ -209,11 +226,13 @@ class AttentionEdits:
         pixels: int,
         threshold: float,
         guided: bool,
+        keep: bool = False,
     ) -> None:
         self.pairs, self.steps, self.pixels, self.threshold = list(pairs), steps, pixels, threshold
         self.self_until, self.uncond_until = int(steps * tau_s), int(steps * tau_u)
         self.guided = guided
         self.blends = any(pair.region is not None for pair in pairs)
+        self.stores = keep or self.blends
         self.sums: dict[Layer, Tensor] = {}
         self._kept: dict[tuple[int, torch.dtype, torch.device], CrossEdit] = {}
 
@@ -236,12 +255,7 @@ class AttentionEdits:
         """Local blending of z (B, C, H, W) after a step: outside the regions each target becomes the source."""
         if not self.blends or step + 1 <= int(BLEND_START * self.steps):
             return latents
-        if not self.sums:
-            raise UserError(
-                f"method.p2p.map_pixels={self.pixels}: no cross-attention map has {self.pixels} positions, so nothing "
-                "can be blended. Use null, or the square of a side that the U-Net has."
-            )
-        maps = square(torch.cat(list(self.sums.values()), dim=1))
+        maps = self.maps()
         rows = [latents[:1]]
         for number, pair in enumerate(self.pairs):
             both = latents[[0, number + 1]]
@@ -249,6 +263,19 @@ class AttentionEdits:
                 both = blend(both, self.mask(maps[[0, number + 1]], pair, (both.shape[2], both.shape[3])))
             rows.append(both[1:])
         return torch.cat(rows)
+
+    def maps(self) -> Tensor:
+        """What was added up, (B, G, s, s, N) with G layers times heads.
+
+        Raises:
+            UserError: the U-Net has no maps of this size.
+        """
+        if not self.sums:
+            raise UserError(
+                f"method.p2p.map_pixels={self.pixels}: no cross-attention map has {self.pixels} positions. Use null, "
+                "or the square of a side that the U-Net has."
+            )
+        return square(torch.cat(list(self.sums.values()), dim=1))
 
     def mask(self, maps: Tensor, pair: Pair, size: tuple[int, int]) -> Tensor:
         """Where a pair may differ, (2, 1, H, W) bool, from maps (2, G, s, s, N)."""
@@ -264,7 +291,6 @@ class _AtStep:
 
     def __init__(self, edits: AttentionEdits, step: int) -> None:
         self.edits, self.step = edits, step
-        self.stores = edits.blends
         self.edits_cross = any(pair.cross.active(step) for pair in edits.pairs)
 
     def wants(self, layer: Layer, pixels: int) -> bool:
@@ -274,7 +300,7 @@ class _AtStep:
         return exchanged and pixels <= LARGEST_SELF
 
     def _is_stored(self, layer: Layer, pixels: int) -> bool:
-        return self.stores and pixels == self.edits.pixels and layer.place != "mid"
+        return self.edits.stores and pixels == self.edits.pixels and layer.place != "mid"
 
     def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
         rows = len(self.edits.pairs) + 1

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import files
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.contract import Method, Step, Subject, WordMaps
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
-from hiperlab.editing import PromptToPrompt, edit
+from hiperlab.editing import AttentionEdits, PromptToPrompt, edit
 from hiperlab.errors import UserError
+from hiperlab.layer.words import word_tokens, words
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.control import Layer, cross_maps, layer_of
 from hiperlab.model.inversion import Inversion, invert, predict_noise, previous, timesteps
@@ -257,6 +258,28 @@ class EditingMethod(Method):
                 found |= {(text, seed): picture for text, picture in pictures.items()}
         return torch.stack([found[key] for key in keys])
 
+    @torch.no_grad()
+    def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
+        """Of the source and of each prompt's text, drawn together; targets show what editing made of their maps."""
+        texts = list(dict.fromkeys([self.source, *(self.concepts[0].plain(prompt) for prompt in prompts)]))
+        try:
+            places = [word_tokens(text, self.model.tokenizer) for text in texts]
+        except UserError as error:
+            log.warning("no attention pictures: %s", error)
+            return []
+        with self._evaluating():
+            pictures, edits = self._edit(texts, seed, guidance, "", keep=True)
+        maps = edits.maps().mean(1)  # (B, s, s, N)
+        return [
+            WordMaps(
+                text,
+                picture,
+                tuple(words(text)),
+                torch.stack([row[..., tokens].mean(-1) for tokens in place]).cpu(),
+            )
+            for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
+        ]
+
     def _draw(
         self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
     ) -> dict[str, Tensor]:
@@ -266,22 +289,30 @@ class EditingMethod(Method):
         found: dict[str, Tensor] = {}
         for at in range(0, max(1, len(targets)), room):
             rows = [self.source, *targets[at : at + room]]
-            conditional, unconditional = self.edit_conditions(rows, negative)
-            start = self.start(seed)
-            latents = edit(
-                self.model,
-                start.expand(len(rows), -1, -1, -1),
-                self.steps,
-                conditional,
-                unconditional,
-                guidance,
-                self.p2p.edits(
-                    self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guided=guidance > 1
-                ),
-                self._recorded(),
-            )
-            found = {**dict(zip(rows, self._decode(latents), strict=True)), **found}
+            pictures, _ = self._edit(rows, seed, guidance, negative)
+            found = {**dict(zip(rows, pictures, strict=True)), **found}
         return found
+
+    def _edit(
+        self, rows: Sequence[str], seed: int, guidance: float, negative: str, keep: bool = False
+    ) -> tuple[Tensor, AttentionEdits]:
+        """Pictures (B, 3, H, W) in [0, 1] of B texts, the source first, and the controls that saw their maps."""
+        conditional, unconditional = self.edit_conditions(rows, negative)
+        start = self.start(seed)
+        edits = self.p2p.edits(
+            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guidance > 1, keep
+        )
+        latents = edit(
+            self.model,
+            start.expand(len(rows), -1, -1, -1),
+            self.steps,
+            conditional,
+            unconditional,
+            guidance,
+            edits,
+            self._recorded(),
+        )
+        return self._decode(latents), edits
 
     def _recorded(self) -> Tensor | None:
         """The path that the source row is held to, None for none."""

@@ -20,6 +20,7 @@ from hiperlab.contract import Method
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
 from hiperlab.metric.table import SOURCE
+from hiperlab.report.attention import attention_grid
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.session import Session
@@ -27,6 +28,7 @@ from hiperlab.run.session import Session
 log = logging.getLogger(__name__)
 MANIFEST = "samples.jsonl"
 SECONDS_BETWEEN_LINES = 5.0
+MOST_MAPPED = 3  # targets whose attention is shown
 
 
 def sample(session: Session) -> None:
@@ -66,7 +68,24 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
         )
 
     draw_missing(session, records, paint, found)
+    if files.is_rank_zero():
+        for index in group:
+            _attention(session, method, index, anew="seconds_per_picture" in found)
     return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+
+def _attention(session: Session, method: Method, index: int, anew: bool) -> None:
+    """grids/<concept>_attention.png of methods that edit by attention: source and first targets, first seed."""
+    concept = session.data.concepts[index]
+    path = session.folder / "grids" / f"{concept.name}_attention.png"
+    if path.is_file() and not anew:
+        return
+    prompts = [fill(prompt, concept.placeholder) for prompt in concept.prompts[:MOST_MAPPED]]
+    seed = int(session.cfg.sample.seeds[0])
+    found = method.word_maps(prompts, seed, guidance=session.sampler.guidance)
+    if found:
+        image = attention_grid(found, f"{concept.name}: where each word looks, mean over layers, heads and steps")
+        save_png(image, path)
 
 
 def draw_missing(
