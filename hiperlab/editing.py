@@ -46,8 +46,8 @@ class PromptToPrompt:
         tau_c: until which share of the steps cross-attention is the source's, or [start, end].
         tau_s: the same of self-attention in the conditional pass.
         tau_u: the same of self-attention in the unconditional pass (P2Plus).
-        tau_words: other windows of cross-attention for single words of the target.
-        equalizer: factors of words of the target while cross-attention is the source's.
+        tau_words: other windows of cross-attention for single words of the target; None for none.
+        equalizer: factors of words of the target while cross-attention is the source's; None for none.
         blend: [source word, target word]: outside their regions the source stays; None for everywhere.
         blend_except: [source word, target word] whose regions stay even so; None for none.
         blend_threshold: of a region's map, a share of its maximum.
@@ -62,8 +62,8 @@ class PromptToPrompt:
         tau_c: Window,
         tau_s: float,
         tau_u: float,
-        tau_words: Mapping[str, Window],
-        equalizer: Mapping[str, float],
+        tau_words: Mapping[str, Window] | None,
+        equalizer: Mapping[str, float] | None,
         blend: Sequence[str] | None,
         blend_except: Sequence[str] | None,
         blend_threshold: float,
@@ -73,7 +73,7 @@ class PromptToPrompt:
     ) -> None:
         if mode not in MODES:
             raise UserError(f"method.p2p.mode={mode!r} is unknown.{near(str(mode), MODES)}")
-        for window in (tau_c, tau_s, tau_u, *tau_words.values()):
+        for window in (tau_c, tau_s, tau_u, *(tau_words or {}).values()):
             bounds(window)
         for name, pair in (("blend", blend), ("blend_except", blend_except)):
             if pair is not None and (isinstance(pair, str) or len(pair) != 2):
@@ -81,7 +81,7 @@ class PromptToPrompt:
         if blend_except and not blend:
             raise UserError("method.p2p.blend_except narrows method.p2p.blend: give both.")
         self.mode, self.tau_c, self.tau_s, self.tau_u = mode, tau_c, float(tau_s), float(tau_u)
-        self.tau_words, self.equalizer = dict(tau_words), dict(equalizer)
+        self.tau_words, self.equalizer = dict(tau_words or {}), dict(equalizer or {})
         self.blend = None if blend is None else tuple(blend)
         self.blend_except = None if blend_except is None else tuple(blend_except)
         self.blend_threshold, self.align_tail = float(blend_threshold), align_tail

@@ -24,6 +24,8 @@ QUICK = {
     "lora": {"prior": {**CLASS, "weight": 1.0}},
     "dreambooth": {"prior": CLASS},
     "custom_diffusion": {"prior": CLASS},
+    "ddim_inversion": {"steps": 2, "cache": None},
+    "prompt_to_prompt": {"steps": 2},
     "null_text": {"steps": 2, "cache": None},
     "style_diffusion": {"steps": 2, "cache": None},
 }
