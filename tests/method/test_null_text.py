@@ -7,6 +7,7 @@ import torch
 
 from hiperlab.errors import UserError
 from hiperlab.formats import null_text as files
+from tests.composed import SUBJECTS, build
 
 
 def test_files_go_there_and_back(tmp_path) -> None:
@@ -33,3 +34,38 @@ def test_other_files_are_refused(what, tmp_path) -> None:
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(UserError, match={"ragged": "different shapes", "nan": "NaN"}.get(what, "no list")):
         files.read(tmp_path / "file.pt")
+
+
+TEXTS = ["a photo of a cat", "a photo of a cat on a sofa"]
+
+
+def test_who_reads_what(stack) -> None:
+    """Null: all unconditional rows; text: the source row; negative prompt: the source text in the empty one's place."""
+    plain, empty = stack.encode_text(TEXTS), stack.encode_text([""])
+    for optimise in (None, "text", "negative_prompt"):
+        method = build("null_text", stack, SUBJECTS[:1], optimise=optimise)
+        with torch.no_grad():
+            method.embeddings += 1
+        method.place.fill_(1)
+        conditional, unconditional = method.edit_conditions([method.source, TEXTS[1]], "")
+        first, negative = conditional(1).keys[0], unconditional(1).keys[0]
+        start = empty if optimise is None else plain[:1]
+        if optimise == "text":
+            torch.testing.assert_close(first[:1], plain[:1] + 1)
+            torch.testing.assert_close(negative, empty.expand(2, -1, -1))
+        else:
+            torch.testing.assert_close(first[:1], plain[:1])
+            torch.testing.assert_close(negative, (start + 1).expand(2, -1, -1))
+        torch.testing.assert_close(first[1:], plain[1:])
+        assert method.finished == (optimise == "negative_prompt")
+
+
+def test_mistakes_are_named(stack, tmp_path) -> None:
+    with pytest.raises(UserError, match="Choices: None, negative_prompt, text"):
+        build("null_text", stack, SUBJECTS[:1], optimise="nul")
+    method = build("null_text", stack, SUBJECTS[:1])
+    with pytest.raises(UserError, match="fits the unconditional text itself"):
+        method.edit_conditions(TEXTS, "blurry")
+    path = files.write(tmp_path / "embeddings.pt", torch.zeros(3, 77, 32))
+    with pytest.raises(UserError, match=r"set sampler\.steps=3"):
+        method.load_foreign(0, path)

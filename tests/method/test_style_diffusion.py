@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hiperlab.errors import UserError
 from hiperlab.formats import stylediffusion as files
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
+from hiperlab.model.tower import tiny_tower
+from tests.composed import SUBJECTS, build
+from tests.run.test_run_edit_methods import run
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 
@@ -121,3 +125,66 @@ def test_other_files_are_refused(what, trained, tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=wanted.get(what, "broken or holds more than tensors")):
         files.read(path)
     assert not (tmp_path / "evil").exists()
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_fitted_for_targets_up_to_tau_v(stack) -> None:
+    """Keys are always the rows' own texts; the source row reads fitted values at every step."""
+    method = build("style_diffusion", stack, SUBJECTS[:1], steps=4, tau_v=0.5)
+    method.place.fill_(3)
+    texts = [method.source, "a photo of a cat on a sofa"]
+    states = stack.encode_text(texts)
+    conditional, unconditional = method.edit_conditions(texts, "")
+    with torch.no_grad():
+        for step in range(4):
+            found = conditional(step)
+            assert torch.allclose(found.keys[0], states, atol=1e-6)
+            fitted = method.values(step, states)
+            torch.testing.assert_close(found.values[0, :1], fitted[:1])
+            torch.testing.assert_close(found.values[0, 1:], fitted[1:] if step < 2 else states[1:])
+            assert not torch.allclose(fitted, states, atol=1e-2)
+            assert unconditional(step).values is None
+
+
+def test_steps_that_training_did_not_come_to_have_the_last_network(stack) -> None:
+    method = build("style_diffusion", stack, SUBJECTS[:1], steps=3, inner_steps=2, inner_decay=0.0)
+    optimizer = method.configure_optimizers()
+    for _ in range(3):
+        method.training_step(None, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(method.place) == 1 and int(method.made) == 1 and not method.finished
+    kept = method.artifact(0)["networks.conv_end.weight"]
+    assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[1], method.networks.conv_end.weight[1])
+    assert "place" not in method.artifact(0)
+
+
+def test_other_towers_and_files_are_refused(stack, trained, tmp_path) -> None:
+    tiny_tower(seed=0, width=16).network.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="16 wide, tiny's text states 32"):
+        build("style_diffusion", stack, SUBJECTS[:1], tower=str(tmp_path))
+    for name, wrong in (("attention_loss", "mae"), ("value_form", "afine"), ("tau_v", 2.0)):
+        with pytest.raises(UserError, match=name):
+            build("style_diffusion", stack, SUBJECTS[:1], **{name: wrong})
+    path = files.write(tmp_path / "short.pth", build("style_diffusion", stack, SUBJECTS[:1]).networks.state_dict())
+    with pytest.raises(UserError, match=r"set sampler\.steps=2"):
+        build("style_diffusion", stack, SUBJECTS[:1], steps=3).load_foreign(0, path)
+    with pytest.raises(UserError, match="no cross-attention map"):
+        build("style_diffusion", stack, SUBJECTS[:1], attention_pixels=9).training_step(None, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["style_diffusion", "null_text"])
+def test_resumed_half_way_through_a_timestep_is_bit_identical(name, tmp_path) -> None:
+    folder = tmp_path / "run"
+    command = ["stages=[fit]", f"method={name}", "method.inner_steps=3", "fit.steps=6", f"outputs_dir='{tmp_path}'"]
+    assert run(folder, *command) == 0
+    (path,) = (folder / "artifacts").glob("*.safetensors")
+    whole = load_file(path)
+    path.unlink()
+    assert run(folder, *command, f"resume='{folder}/checkpoints/step-000004.ckpt'") == 0  # one update into timestep 1
+    again = load_file(path)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
