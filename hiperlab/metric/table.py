@@ -32,7 +32,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
 
     Returns:
         One line per value of `by`, metric and concept, then concept="all": mean over pictures, low and high (95 %
-        interval, None for a single picture), n (pictures with a score), missed (pictures without), ceiling (real
+        interval, None for single pictures), n (pictures with a score), missed (pictures without), ceiling (real
         against real; over all: the concepts' mean; None if unknown), protocol, protocol_hash, trained, weights,
         lower_is_better.
 
@@ -70,9 +70,9 @@ def interval(concepts: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) 
         draws: number of resamplings.
 
     Returns:
-        (low, high), or None if there is one value or none.
+        (low, high), or None if no concept has two values: nothing varies then.
     """
-    if sum(len(prompt) for concept in concepts for prompt in concept) < 2:
+    if all(sum(len(prompt) for prompt in concept) < 2 for concept in concepts):
         return None
     rng = np.random.Generator(np.random.Philox(key=0))
     total, count = np.zeros(draws), np.zeros(draws)
