@@ -40,6 +40,9 @@ def make() -> None:
     python = str(BIN / "python")
     target = ["-e", f"{ROOT}[dev]", "-c", str(CONSTRAINTS)]
     quiet = {"check": False, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if subprocess.run([python, "-m", "pip", "--version"], **quiet).returncode:  # type: ignore[call-overload]
+        # An environment that uv made has no pip of its own.
+        subprocess.run([python, "-m", "ensurepip"], **quiet)  # type: ignore[call-overload]
     subprocess.run([python, "-m", "pip", "install", "-q", "uv"], **quiet)  # type: ignore[call-overload]
     has_uv = subprocess.run([python, "-m", "uv", "--version"], **quiet).returncode == 0  # type: ignore[call-overload]
     installer = ["-m", "uv", "pip", "install", "-q", "--python", python] if has_uv else ["-m", "pip", "install", "-q"]
