@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
+from hiperlab import artifact
 from hiperlab.files import expand
 from hiperlab.metric.truth_encoder import FolderIdentity, FolderReader
 from hiperlab.model.load import pretrained
 from hiperlab.world.train import report
+from tests.composed import SUBJECTS, build
 
 MINI = expand("hiperlab:weights/mini")
 
@@ -65,3 +67,15 @@ def test_its_samples_show_what_prompts_say() -> None:
     images = report.sample(report.load_pipeline(MINI, torch.device("cpu")), texts, 20, 5.0, 24)
     found = report.measure_samples(MINI, images, texts)
     assert found["sample_place"] >= 80 and found["sample_style"] >= 60, found
+
+
+def test_its_domain_of_cats_is_what_e4t_starts_from() -> None:
+    path = MINI / "e4t" / "cat.safetensors"
+    assert path.stat().st_size <= 8e6
+    stack = pretrained("mini", "hiperlab:weights/mini", 64)
+    kept = artifact.read(path)
+    assert kept.subject.word == "cat" and kept.settings["phase"] == "pretrain" and kept.base == stack.base
+    method = build("e4t", stack, [SUBJECTS[0]], model_folder="hiperlab:weights/mini")
+    assert SUBJECTS[0].word == "cat"
+    weight = method.own_tensors()["head.final_linear.weight"][0]
+    assert torch.equal(weight, kept.tensors["head.final_linear.weight"].float())
