@@ -22,13 +22,13 @@ class Bag:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
-def load(path: Path, stand_ins: Iterable[str] = (), most: int = MOST_BYTES) -> Any:
+def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> Any:
     """Read a `.pt`, `.bin` or `.ckpt` file from outside onto the CPU.
 
     Args:
         path: the file.
         stand_ins: full names of classes to read as a `Bag`.
-        most: bytes it may unpack to.
+        most: bytes it may unpack to; None for what a concept may (`MOST_BYTES`).
 
     Raises:
         UserError: there is no such file, it is too large once unpacked, broken, or holds objects that are not data.
@@ -39,7 +39,7 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int = MOST_BYTES) -> A
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-    if size > most:
+    if size > (most or MOST_BYTES):
         raise UserError(f"{path.name} unpacks to {size / 1e9:.1f} GB, concepts are far smaller: not loaded.")
     # One class per name: torch looks the stand-ins up by class.
     allowed = [(type(name.rsplit(".", 1)[-1], (Bag,), {}), name) for name in stand_ins]

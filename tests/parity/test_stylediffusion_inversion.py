@@ -362,7 +362,8 @@ def test_null_text_in_float64(root, which, rounded) -> None:
     assert found["counts"] == g[f"{which}.counts"].tolist()
     close("sd nulltext_f64 losses", losses(found, "loss"), g[f"{which}.losses"], 1e-7)
     close("sd nulltext_f64 latent_cur", torch.stack(found["latents"]), g[f"{which}.latent_cur"], 1e-7)
-    close("sd nulltext_f64 embeddings", made.embeddings, g[f"{which}.embeddings"], 1e-7)
+    # Adam's first steps are lr times a gradient's sign: where it is nearly 0, the last digit decides (machines differ).
+    close("sd nulltext_f64 embeddings", made.embeddings, g[f"{which}.embeddings"], 1e-5)
     if which in KINDS:
         for step in (0, 1):
             gradient = found["gradients"][step, 0]["embeddings"]
