@@ -74,7 +74,7 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(who: Identity, now: Scene, rng: np.random.Generator) -> str:
+def caption(who: Identity, now: Scene, rng: np.random.Generator, pattern: float = 0.4) -> str:
     """One wording of a picture: always its kind, often pose and place, sometimes a colour; never the whole identity.
 
     Style, accessory, light and close-up stay unsaid only where they are the plain ones (`PLAIN`), so that a prompt
@@ -84,12 +84,13 @@ def caption(who: Identity, now: Scene, rng: np.random.Generator) -> str:
         who: the subject.
         now: its scene.
         rng: decides the wording.
+        pattern: how likely a coat's pattern is said, in [0, 1]; where it is always said, silence means a plain coat.
     """
-    return caption_parts(who, now, rng)[0]
+    return caption_parts(who, now, rng, pattern=pattern)[0]
 
 
 def caption_parts(
-    who: Identity, now: Scene, rng: np.random.Generator, subject: str | None = None
+    who: Identity, now: Scene, rng: np.random.Generator, subject: str | None = None, pattern: float = 0.4
 ) -> tuple[str, dict[str, Any]]:
     """A caption and the attributes it names, in the form `parse` returns them.
 
@@ -98,9 +99,10 @@ def caption_parts(
         now: its scene.
         rng: decides the wording.
         subject: a placeholder to write instead of kind, colour and pattern.
+        pattern: as in `caption`.
     """
     named: dict[str, Any] = {}
-    noun = subject or _noun(who, rng, named)
+    noun = subject or _noun(who, rng, named, pattern)
     head = _head(now, rng, named)
     text = head + (noun if subject else article(noun))
     tail = []
@@ -123,10 +125,10 @@ def _say(attribute: str, value: str, phrases: tuple[str, ...], rng: np.random.Ge
     return phrases[0] if rng.random() < 0.6 else phrases[int(rng.integers(min(SPOKEN, len(phrases))))]
 
 
-def _noun(who: Identity, rng: np.random.Generator, named: dict[str, Any]) -> str:
+def _noun(who: Identity, rng: np.random.Generator, named: dict[str, Any], pattern: float) -> str:
     words = [who.kind]
     named["kind"] = who.kind
-    if who.pattern != "plain" and rng.random() < 0.4:
+    if who.pattern != "plain" and rng.random() < pattern:
         words.insert(0, who.pattern)
         named["pattern"] = who.pattern
     if rng.random() < 0.5:

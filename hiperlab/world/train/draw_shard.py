@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ HEADS: dict[str, tuple[str, ...]] = {
     **{name: tuple(VALUES[name]) for name in ("pose", "place", "style", "accessory", "light")},
 }
 HALF = len(TRAINED) // 2
-PLAIN = {"style": "photo", "accessory": "none", "light": "day", "close": False}
+PLAIN: dict[str, Any] = {"style": "photo", "accessory": "none", "light": "day", "close": False}
+USUAL: dict[str, Any] = dict.fromkeys(("head", "ear", "tail", "leg", "body"), 1.0)
+CALM: dict[str, Any] = {"close": False, "x": 0.0, "y": 0.0, "zoom": 1.12, "rotation": 0.0, "mirror": False}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Source:
 
     Attributes:
         name: "main" trains the miniature, "judge" the judges (other subjects), "held" and "pairs" check (held-out
-            subjects: random scenes; two plain photos each).
         seed: of the whole training.
         views: pictures of each subject, numbers views*k to views*k + views - 1.
     """
@@ -45,7 +46,8 @@ class Source:
 
     def identity(self, number: int) -> int:
         """The seed of the subject in a picture. Main, judge and held-out subjects never overlap."""
-        start = {"main": TRAINED.start, "judge": TRAINED.start + HALF}.get(self.name, HELD_OUT.start + HALF)
+        starts = {"main": TRAINED.start, "calm": TRAINED.start, "judge": TRAINED.start + HALF}
+        start = starts.get(self.name, HELD_OUT.start + HALF)
         return start + self._number("identity", HALF // 2) + number // self.views
 
     def scene(self, number: int) -> int:
@@ -58,14 +60,26 @@ class Source:
 
     def picture(self, number: int) -> tuple[Identity, Scene]:
         """What is drawn."""
-        fixed = PLAIN if self.plain(number) else {}
-        return identity(self.identity(number)), scene(self.scene(number), **fixed)
+        who, fixed = identity(self.identity(number)), PLAIN if self.plain(number) else {}
+        if self.name == "calm":
+            return self._calm(number, who)
+        return who, scene(self.scene(number), **fixed)
+
+    def _calm(self, number: int, who: Identity) -> tuple[Identity, Scene]:
+        """Mostly plain coats without accessories; what words do not say is nearly always the same, but for colours."""
+        chance = Chance(self.scene(number), "train calm")
+        now = scene(self.scene(number), **CALM, style=chance.pick(VALUES["style"]))
+        if chance.happens(2 / 3):
+            who = replace(who, pattern="plain")
+        if chance.happens(1 / 2):
+            now = replace(now, accessory="none")
+        return replace(who, **USUAL), replace(now, seed=self.seed)
 
 
 def wording(source: Source, number: int, which: int, who: Identity, now: Scene) -> str:
     """One of the captions of a picture."""
     rng = Chance(source.scene(number), f"train caption {which}").generator
-    return caption(who, now, rng)
+    return caption(who, now, rng, pattern=1.0) if source.name == "calm" else caption(who, now, rng)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.pictures import Pictures, whole
 from hiperlab.world.train.plan import Workshop
 
+SETS = ("main", "calm")  # the sets that the U-Net learns from
+
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
@@ -30,20 +32,24 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 def work(shop: Workshop, *, batch: int) -> dict[str, Any]:
     """The stage: one file per shard of the pictures; made anew for another autoencoder."""
     vae = stage_vae.load(shop)
-    main = Pictures(shop.folder("data") / "main", shop.device)
     key = vae_key(shop)
-    spread = []
-    for index, (start, stop) in enumerate(zip(main.starts, main.starts[1:])):
-        path = shop.folder("latents") / f"{key}-{index:05d}.npy"
-        if not path.is_file() or len(np.load(path, mmap_mode="r")) != stop - start:
-            parts = torch.arange(int(start), int(stop)).split(batch)
-            moments = torch.cat([encode(vae, main.batch(part)).half().cpu() for part in parts]).numpy()
-            files.atomic_write(path, functools.partial(np.save, arr=moments))
-        spread.append(float(np.load(path, mmap_mode="r")[:256, :4].astype(np.float32).std()))
+    spread: list[float] = []
+    counts: dict[str, int] = {}
+    for name in SETS:
+        if not whole(shop.folder("data") / name):
+            continue
+        pictures = Pictures(shop.folder("data") / name, shop.device)
+        counts[name] = len(pictures)
+        for path, start, stop in zip(_paths(shop, key, name), pictures.starts[:-1], pictures.starts[1:], strict=True):
+            if not path.is_file() or len(np.load(path, mmap_mode="r")) != stop - start:
+                parts = torch.arange(int(start), int(stop)).split(batch)
+                moments = torch.cat([encode(vae, pictures.batch(part)).half().cpu() for part in parts]).numpy()
+                files.atomic_write(path, functools.partial(np.save, arr=moments))
+            spread.append(float(np.load(path, mmap_mode="r")[:256, :4].astype(np.float32).std()))
     for old in shop.folder("latents").glob("*.npy"):
         if not old.name.startswith(f"{key}-"):
             old.unlink()
-    check = {"pictures": len(main), "standard_deviation": round(float(np.mean(spread)), 4)}
+    check = {"pictures": counts, "standard_deviation": round(float(np.mean(spread)), 4)}
     return {"status": "finished", "vae": key, "check": check}
 
 
@@ -52,9 +58,14 @@ def vae_key(shop: Workshop) -> str:
     return files.sha256(shop.weights("vae") / "diffusion_pytorch_model.safetensors")[:12]
 
 
-def load(shop: Workshop) -> Tensor:
-    """All moments (N, 8, h, w) float16: on a GPU in its memory, else mapped from the disk shard by shard."""
-    key = vae_key(shop)
-    pictures = whole(shop.folder("data") / "main")
-    paths: list[Path] = [shop.folder("latents") / f"{key}-{index:05d}.npy" for index in range(len(pictures))]
+def _paths(shop: Workshop, key: str, name: str) -> list[Path]:
+    """One file per shard of a set; those of "main" bear no set's name."""
+    stem = key if name == "main" else f"{key}-{name}"
+    count = len(whole(shop.folder("data") / name))
+    return [shop.folder("latents") / f"{stem}-{index:05d}.npy" for index in range(count)]
+
+
+def load(shop: Workshop, name: str = "main") -> Tensor:
+    """All moments of a set (N, 8, h, w) float16, on the device."""
+    paths = _paths(shop, vae_key(shop), name)
     return torch.cat([torch.from_numpy(np.load(path)) for path in paths]).to(shop.device)

@@ -26,7 +26,7 @@ from hiperlab.world.train import words
 from hiperlab.world.train.draw_shard import HEADS, Shard, Source, draw
 from hiperlab.world.train.plan import Workshop
 
-SETS = ("held", "pairs", "judge", "main")  # in the order they are drawn: a short budget shortens the last
+SETS = ("held", "pairs", "judge", "calm", "main")  # in the order they are drawn: a short budget shortens the last
 
 
 def shards(
@@ -58,13 +58,14 @@ def work(
         processes: drawing processes; null = one per core.
         shard: pictures a shard; a multiple of every set's views.
         wordings: captions of each picture.
-        sets: per set: pictures and views.
+        sets: per set: pictures and views; no pictures, no set.
 
     Raises:
         UserError: skia is not installed and pictures are missing; views do not divide the shard.
     """
     wanted: list[Shard] = []
-    for name in SETS:
+    names = [name for name in SETS if sets[name]["pictures"]]
+    for name in names:
         if shard % sets[name]["views"] or sets[name]["pictures"] % sets[name]["views"]:
             raise UserError(
                 f"data.sets.{name}.views={sets[name]['views']} must divide data.shard={shard} and pictures."
@@ -79,9 +80,9 @@ def work(
     start = time.monotonic()
     drawn = _draw_all(shop, missing, processes or os.cpu_count() or 1, None if minutes is None else 60 * minutes)
     seconds = time.monotonic() - start
-    counts = {name: _count(shop.folder("data") / name) for name in SETS}
+    counts = {name: _count(shop.folder("data") / name) for name in names}
     fresh = sum(s.stop - s.start for s in missing[:drawn])
-    for name in SETS:
+    for name in names:
         if not counts[name]:
             raise UserError(f"no shard of set {name} was drawn within {minutes} minutes: raise data.minutes.")
     status = "finished" if drawn == len(missing) else "budget"

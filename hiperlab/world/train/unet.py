@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +21,22 @@ from hiperlab.world.train.keys import normals, rows, stream
 from hiperlab.world.train.module import Fit, StageModule, freeze
 from hiperlab.world.train.pictures import Pictures
 from hiperlab.world.train.plan import Workshop
+from hiperlab.world.words import KINDS
 
 
-def snr_weight(alpha_bar: Tensor, gamma: float | None) -> Tensor:
+def snr_weight(alpha_bar: Tensor, gamma: float | None, power: float = 0.0) -> Tensor:
     """Weight of the epsilon loss by signal-to-noise ratio (min-SNR, Hang et al. 2023, section 3.4): (B,) -> (B,).
 
     Args:
         alpha_bar: share of signal variance left at t, in (0, 1).
-        gamma: largest ratio that counts (5 in the paper); None weighs all timesteps alike, as Stable Diffusion did.
+        gamma: largest ratio that counts (5 in the paper); None = no limit.
+        power: how much more high noise counts, alpha_bar ** -power: 0 weighs all errors of epsilon alike, as Stable
+            Diffusion did; 1 all errors of the velocity (Salimans & Ho 2022, section 4).
     """
+    weight = alpha_bar**-power
     if gamma is None:
-        return torch.ones_like(alpha_bar)
-    ratio = alpha_bar / (1 - alpha_bar)
-    return ratio.clamp(max=gamma) / ratio
+        return weight
+    return torch.minimum(weight, gamma * (1 - alpha_bar) / alpha_bar)
 
 
 def ema_decay(step: int, largest: float) -> float:
@@ -69,6 +73,39 @@ def begin_with(unet: Any, folder: str) -> None:
         raise UserError(f"unet.start={folder} holds no U-Net of these sizes ({first_line(error)}).") from error
 
 
+CONTRAST_FROM = 150  # timestep; below it a noisy latent shows its kind, and words are not needed to see it
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How captions with another kind are made, and how much what they predict should be worse.
+
+    Attributes:
+        weight: of their error, in [0, 1).
+        kinds: of the pictures (N,), row numbers of `tokens`.
+        tokens: the kinds' token ids (K,), one each.
+    """
+
+    weight: float
+    kinds: Tensor
+    tokens: Tensor
+
+    def swap(self, ids: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """Token ids (B, 77) with the words of other kinds (B,) in place of their own (B,)."""
+        return torch.where(ids == self.tokens[own][:, None], self.tokens[other][:, None], ids)
+
+
+def margin(right: Tensor, wrong: Tensor, weight: Tensor) -> Tensor:
+    """The error less a part of the error of wrongly captioned predictions: (B,) each -> (B,).
+
+    Both errors contain what no caption can know, and their difference does not: what a kind looks like is learnt from
+    far fewer pictures (contrastive flow matching, Stoica et al. 2025, with the hardest negatives: the same noisy
+    picture, one word changed). The best prediction moves away from the other kinds' mean by weight / (1 - weight) of
+    the distance, as guidance does.
+    """
+    return right - weight * wrong
+
+
 class UnetModule(StageModule):
     """The denoiser with its loss and its running mean.
 
@@ -76,14 +113,17 @@ class UnetModule(StageModule):
         fit, seed: as in StageModule.
         unet: the network; `ema` is its running mean.
         text: the frozen text tower.
-        moments: posteriors of the latents (N, 8, h, w).
+        moments: posteriors of the latents (N, 8, h, w), those of the calm pictures last.
         ids: token ids (N, wordings, 77).
+        calm: how many of them are calm.
+        calm_share: share of every batch that is taken from those; the rest is taken from the others.
         empty: token ids of the empty prompt (77,).
         dropout: share of captions left empty, for classifier-free guidance.
-        gamma: of min-SNR, or None.
+        gamma, power: of `snr_weight`.
         decay: of the running mean.
         centred: whether the error counts more in the middle, where subjects stand; the best prediction stays the same,
             but a short training spends itself on subjects rather than on skies.
+        contrast: with captions of other kinds, or None. A step then costs twice as much.
     """
 
     alpha_bar: Tensor
@@ -98,18 +138,24 @@ class UnetModule(StageModule):
         text: Any,
         moments: Tensor,
         ids: Tensor,
+        calm: int,
+        calm_share: float,
         empty: Tensor,
         dropout: float,
         gamma: float | None,
+        power: float,
         decay: float,
         centred: bool,
+        contrast: Contrast | None = None,
     ) -> None:
         super().__init__(fit, seed)
         self.unet = unet.to(memory_format=torch.channels_last)
         self.ema: Any = freeze(copy.deepcopy(unet))
         self.text = text
         self.moments, self.ids, self.empty = moments, ids, empty
-        self.dropout, self.gamma, self.decay = dropout, gamma, decay
+        self.calm, self.calm_share = calm, calm_share
+        self.contrast = contrast
+        self.dropout, self.gamma, self.power, self.decay = dropout, gamma, power, decay
         self.register_buffer("alpha_bar", DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.float(), persistent=False)
 
         middle = stage_vae.centre(*moments.shape[2:]) if centred else torch.ones(*moments.shape[2:])
@@ -125,29 +171,55 @@ class UnetModule(StageModule):
     def _predict(self, noisy: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         return self.unet(noisy, timestep, encoder_hidden_states=states).sample
 
-    def captions(self, chosen: Tensor, step: int) -> Tensor:
-        """One wording's token ids (B, 77) of each row, some of them empty."""
+    def choose(self, step: int) -> Tensor:
+        """The step's rows (B,): the calm ones first."""
+        batch = self.fit_settings.batch
+        calm, others = round(self.calm_share * batch), len(self.moments) - self.calm
+        chosen = rows(self.seed, "unet", step, others, batch - calm)
+        if calm:
+            chosen = torch.cat([others + rows(self.seed, "unet calm", step, self.calm, calm), chosen])
+        return chosen
+
+    def captions(self, chosen: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One wording's token ids (B, 77) of each row, some of them empty, and which are not empty (B,)."""
         which = rows(self.seed, "unet wording", step, self.ids.shape[1], len(chosen)).to(self.ids.device)
         dropped = torch.rand(len(chosen), 1, generator=stream(self.seed, "unet drop", step)) < self.dropout
+        dropped = dropped.to(self.ids.device)
         ids = self.ids[chosen.to(self.ids.device), which].long()
-        return torch.where(dropped.to(ids.device), self.empty.to(ids.device), ids)
+        return torch.where(dropped, self.empty.to(ids.device), ids), ~dropped[:, 0]
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14)."""
+        """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14), or its `margin`."""
         batch = self.fit_settings.batch
-        chosen = rows(self.seed, "unet", step, len(self.moments), batch)
+        chosen = self.choose(step)
         moments = self.moments[chosen.to(self.moments.device)]
         shape = (batch, 4, *moments.shape[2:])
         z0 = sample_posterior(moments, normals(self.seed, "unet latent", step, shape, self.device))
         noise = normals(self.seed, "unet noise", step, shape, self.device)
         timestep = rows(self.seed, "unet timestep", step, len(self.alpha_bar), batch).to(self.device)
-        with torch.no_grad():
-            states = self.fast("states", self._states)(self.captions(chosen, step))
         alpha_bar = self.alpha_bar[timestep]
-        noisy = add_noise(z0, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
+        noisy = add_noise(z0, noise, alpha_bar)
+        ids, said = self.captions(chosen, step)
+        if self.contrast is None:
+            error = self._error(noisy, timestep, ids, noise)
+        else:
+            own = self.contrast.kinds[chosen.to(self.contrast.kinds.device)]
+            count = len(self.contrast.tokens)
+            other = (own + 1 + rows(self.seed, "unet other", step, count - 1, batch).to(own.device)) % count
+            both = torch.cat([ids, self.contrast.swap(ids, own, other)])
+            errors = self._error(torch.cat([noisy] * 2), torch.cat([timestep] * 2), both, torch.cat([noise] * 2))
+            right, wrong = errors.chunk(2)
+            counts = said.to(self.device) & (timestep > CONTRAST_FROM)
+            error = margin(right, wrong, self.contrast.weight * counts)
+        return (snr_weight(alpha_bar, self.gamma, self.power) * error).mean()
+
+    def _error(self, noisy: Tensor, timestep: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of every picture (B,)."""
+        with torch.no_grad():
+            states = self.fast("states", self._states)(ids)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = self.fast("predict", self._predict)(noisy, timestep, states)
-        error = ((predicted.float() - noise).square() * self.middle).mean((1, 2, 3))
-        return (snr_weight(alpha_bar, self.gamma) * error).mean()
+        return ((predicted.float() - noise).square() * self.middle).mean((1, 2, 3))
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Step, then move the mean; here because a checkpoint is written before the batch's own hook is called."""
@@ -175,6 +247,15 @@ def held_out_loss(module: UnetModule, vae: Any, pictures: Pictures, tokenizer: A
     return total / count
 
 
+def kinds_apart(weight: float, sets: Sequence[Pictures], tokenizer: Any, device: torch.device) -> Contrast:
+    """The contrast of kinds; every kind's word is one token (`tokenizer.words` and the kinds themselves)."""
+    kinds = torch.cat([pictures.labels["kind"] for pictures in sets]).to(device)
+    ids = torch.from_numpy(words.encode(tokenizer, list(KINDS))).long()
+    if not bool((ids[:, 2] == tokenizer.eos_token_id).all()):
+        raise UserError("unet.contrast: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
+    return Contrast(weight, kinds, ids[:, 1].to(device))
+
+
 def work(
     shop: Workshop,
     *,
@@ -184,19 +265,28 @@ def work(
     groups: int,
     dropout: float,
     min_snr_gamma: float | None,
+    high_noise: float,
     ema: float,
     centred: bool,
+    calm: float,
+    contrast: float,
     start: str | None,
     check_pictures: int,
 ) -> dict[str, Any]:
     """The stage.
 
     Raises:
-        UserError: `start` names no U-Net of these sizes.
+        UserError: `start` names no U-Net of these sizes; calm pictures are asked for and there are none; a share
+            or weight out of its range.
     """
+    if not 0 <= contrast < 1:
+        raise UserError(f"unet.contrast={contrast}: expected a weight of at least 0 and less than 1.")
+    if not 0 <= calm < 1:
+        raise UserError(f"unet.calm={calm}: expected a share of the pictures, at least 0 and less than 1.")
     tokenizer = words.load(shop.weights("tokenizer"))
     text = clip.load_text(shop)
-    main = Pictures(shop.folder("data") / "main", shop.device)
+    names = ("main", "calm") if calm else ("main",)
+    sets = [Pictures(shop.folder("data") / name, shop.device) for name in names]
     torch.manual_seed(shop.seed + 2)
     unet = build(shop.size // 8, text.config.hidden_size, channels, heads, groups)
     if start is not None:
@@ -206,13 +296,17 @@ def work(
         shop.seed,
         unet=unet,
         text=text,
-        moments=latents.load(shop),
-        ids=main.tokens(tokenizer),
+        moments=torch.cat([latents.load(shop, name) for name in names]),
+        ids=torch.cat([pictures.tokens(tokenizer) for pictures in sets]),
+        calm=len(sets[1]) if calm else 0,
+        calm_share=calm,
         empty=torch.from_numpy(words.encode(tokenizer, [""]))[0],
         dropout=dropout,
         gamma=min_snr_gamma,
+        power=high_noise,
         decay=ema,
         centred=centred,
+        contrast=kinds_apart(contrast, sets, tokenizer, shop.device) if contrast else None,
     )
     outcome = train(shop, "unet", module)
     module.float().to(shop.device)
