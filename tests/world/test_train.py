@@ -395,12 +395,22 @@ def test_the_margin_pulls_a_prediction_away_from_other_kinds_by_what_it_says():
     for _ in range(300):
         right = (guess - seen).square()
         wrong = torch.stack([(guess[[j for j in range(3) if j != i]] - seen[i]).square().mean() for i in range(3)])
-        loss = margin(right, wrong, weight).mean()
+        loss = margin(right + 1e3, wrong + 1e3, weight).mean()  # far from the gap, as noise keeps them
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     rest = torch.stack([seen[[j for j in range(3) if j != i]].mean() for i in range(3)])
     torch.testing.assert_close(guess.detach(), seen + (seen - rest) * 0.5 / (1 - 0.5), atol=1e-4, rtol=0)
+
+
+def test_a_wrong_error_counts_up_to_a_gap():
+    from hiperlab.world.train.unet import margin
+
+    right, wrong = torch.tensor([1.0, 1.0], requires_grad=True), torch.tensor([1.2, 1.4], requires_grad=True)
+    loss = margin(right, wrong, torch.tensor(0.5), gap=0.3)
+    assert loss.tolist() == pytest.approx([1 - 0.6, 1 - 0.65])
+    loss.sum().backward()
+    assert right.grad.tolist() == [1, 1] and wrong.grad.tolist() == [-0.5, 0]
 
 
 def test_whitening_changes_no_reconstruction():

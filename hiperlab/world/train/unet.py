@@ -73,7 +73,8 @@ def begin_with(unet: Any, folder: str) -> None:
         raise UserError(f"unet.start={folder} holds no U-Net of these sizes ({first_line(error)}).") from error
 
 
-CONTRAST_FROM = 150  # timestep; below it a noisy latent shows its kind, and words are not needed to see it
+CONTRAST_FROM = 300  # timestep; below it a noisy latent shows its kind, and words are not needed to see it
+CONTRAST_GAP = 0.3  # by how much of the right error a wrong one is driven apart
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,22 @@ class Contrast:
         return torch.where(ids == self.tokens[own][:, None], self.tokens[other][:, None], ids)
 
 
-def margin(right: Tensor, wrong: Tensor, weight: Tensor) -> Tensor:
+def margin(right: Tensor, wrong: Tensor, weight: Tensor, gap: float = CONTRAST_GAP) -> Tensor:
     """The error less a part of the error of wrongly captioned predictions: (B,) each -> (B,).
 
     Both errors contain what no caption can know, and their difference does not: what a kind looks like is learnt from
     far fewer pictures (contrastive flow matching, Stoica et al. 2025, with the hardest negatives: the same noisy
-    picture, one word changed). The best prediction moves away from the other kinds' mean by weight / (1 - weight) of
-    the distance, as guidance does.
+    picture, one word changed). The best prediction moves away from the other kinds' mean by up to weight / (1 - weight)
+    of the distance, as guidance does.
+
+    Args:
+        right: error with the picture's own caption.
+        wrong: error with another kind's.
+        weight: of the wrong error.
+        gap: a wrong error beyond (1 + gap) * right counts no further. Without it, what a caption predicts for latents
+            that show another kind has no lower bound, and training diverges (seen after 150 steps).
     """
-    return right - weight * wrong
+    return right - weight * torch.minimum(wrong, (1 + gap) * right.detach())
 
 
 class UnetModule(StageModule):
