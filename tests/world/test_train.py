@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -411,6 +412,43 @@ def test_a_wrong_error_counts_up_to_a_gap():
     assert loss.tolist() == pytest.approx([1 - 0.6, 1 - 0.65])
     loss.sum().backward()
     assert right.grad.tolist() == [1, 1] and wrong.grad.tolist() == [-0.5, 0]
+
+
+def test_the_encoder_learns_beside_the_decoder_only_where_its_latents_are_anchored():
+    from hiperlab.world.train import vae
+    from hiperlab.world.train.decoder import DecoderModule
+    from hiperlab.world.train.module import Fit, freeze
+
+    class Some:
+        def batch(self, rows):
+            return torch.rand(10, 3, 64, 64, generator=torch.Generator().manual_seed(3))[rows] * 2 - 1
+
+    torch.manual_seed(0)
+    first: Any = freeze(vae.build(64, [8, 16, 16, 16], 1, 4))
+    with torch.no_grad():
+        moments = first.encode(Some().batch(torch.arange(10))).latent_dist.parameters
+        moments = torch.cat(
+            [m * k + d for m, k, d in zip(moments.chunk(2, 1), (0.18215, 1), (0, 2 * np.log(0.18215)))], 1
+        )
+    fit = Fit(steps=1, minutes=None, batch=4, lr=1e-3, warmup=1, weight_decay=0, clip=1, checkpoint_every=1, muon=None)
+
+    def module(anchor: float | None, where: torch.Tensor) -> tuple[float, list[bool]]:
+        network: Any = copy.deepcopy(first)
+        it = DecoderModule(
+            fit, 1, vae=network, pictures=Some(), moments=where, eye=torch.nn.Identity(), perceptual=0, decibels=0.5,
+            anchor=anchor,
+        )  # fmt: skip
+        loss = it.loss(0)
+        loss.backward()
+        return loss.item(), [part.conv_in.weight.grad is not None for part in (network.encoder, network.decoder)]
+
+    assert first.config.scaling_factor == 0.18215
+    fixed, learnt = module(None, moments)
+    assert learnt == [False, True]
+    free, learnt = module(2.0, moments)
+    assert learnt == [True, True] and free == pytest.approx(fixed, abs=1e-4)  # nothing has drifted yet
+    moved, _ = module(2.0, moments + torch.tensor([0.1] * 4 + [0.0] * 4)[:, None, None])
+    assert moved - free == pytest.approx(2.0 * 0.01, abs=1e-4)
 
 
 def test_whitening_changes_no_reconstruction():

@@ -35,6 +35,8 @@ class DecoderModule(StageModule):
         eye: transformers' CLIP picture tower.
         perceptual: weight of what it sees.
         decibels: weight of `log_squares`.
+        anchor: weight of the squared distance of the latents from where they were, while the encoder learns too; None =
+            the encoder is fixed.
     """
 
     def __init__(
@@ -48,11 +50,16 @@ class DecoderModule(StageModule):
         eye: Any,
         perceptual: float,
         decibels: float,
+        anchor: float | None = None,
     ) -> None:
         super().__init__(fit, seed)
         self.eye, self.perceptual, self.decibels = freeze(eye), perceptual, decibels
         self.decoder = vae.decoder.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.post_quant_conv = vae.post_quant_conv.train().requires_grad_(True)
+        self.anchor = anchor
+        if anchor is not None:
+            self.encoder = vae.encoder.train().requires_grad_(True).to(memory_format=torch.channels_last)
+            self.quant_conv = vae.quant_conv.train().requires_grad_(True)
         self.scale = vae.config.scaling_factor
         self.pictures, self.moments = pictures, moments
 
@@ -68,22 +75,32 @@ class DecoderModule(StageModule):
         network: Any = self.eye
         return list(network(pixel_values=picture, output_hidden_states=True).hidden_states[1:])
 
+    def _encode(self, picture: Tensor) -> Tensor:
+        """Mean and log-variance of the latents (B, 8, h, w), unscaled."""
+        mean, log_variance = self.quant_conv(self.encoder(picture)).chunk(2, dim=1)
+        return torch.cat([mean, log_variance.clamp(-30, 20)], dim=1)  # diffusers' own bounds
+
     def loss(self, step: int) -> Tensor:
         """Reconstruction of the step's pictures from sampled latents."""
         chosen = rows(self.seed, "decoder", step, len(self.moments), self.fit_settings.batch)
         moments = self.moments[chosen.to(self.moments.device)].float()
         shape = (len(chosen), 4, *moments.shape[2:])
-        latent = sample_posterior(moments, normals(self.seed, "decoder noise", step, shape, self.device)) / self.scale
-        picture = self.fast("pass", self._pass)(latent.contiguous(memory_format=torch.channels_last))
         target = self.pictures.batch(chosen)
-        with torch.no_grad():
-            wanted = self._seen(target)
-        seen = layer_distance(self._seen(picture), wanted)
-        return (
-            stage_vae.pyramid_loss(picture.float(), target)
-            + self.decibels * log_squares(picture.float(), target)
-            + self.perceptual * seen
-        )
+        noise = normals(self.seed, "decoder noise", step, shape, self.device)
+        drift = torch.zeros((), device=self.device)
+        if self.anchor is None:
+            latent = sample_posterior(moments, noise) / self.scale
+        else:
+            now = self.fast("encode", self._encode)(target).float()
+            latent = sample_posterior(now, noise)
+            drift = self.anchor * (now[:, :4] * self.scale - moments[:, :4]).square().mean()
+        picture = self.fast("pass", self._pass)(latent.contiguous(memory_format=torch.channels_last))
+        loss = stage_vae.pyramid_loss(picture.float(), target) + self.decibels * log_squares(picture.float(), target)
+        if self.perceptual:
+            with torch.no_grad():
+                wanted = self._seen(target)
+            loss = loss + self.perceptual * layer_distance(self._seen(picture), wanted)
+        return loss + drift
 
 
 def log_squares(picture: Tensor, target: Tensor) -> Tensor:
@@ -101,7 +118,13 @@ def layer_distance(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
 
 
 def work(
-    shop: Workshop, *, fit: dict[str, Any], perceptual: float, decibels: float, check_pictures: int
+    shop: Workshop,
+    *,
+    fit: dict[str, Any],
+    perceptual: float,
+    decibels: float,
+    anchor: float | None,
+    check_pictures: int,
 ) -> dict[str, Any]:
     """The stage; leaves the whole autoencoder."""
     vae = stage_vae.load(shop)
@@ -111,7 +134,7 @@ def work(
     )
     module = DecoderModule(
         Fit(**fit), shop.seed, vae=vae, pictures=main, moments=latents.load(shop), eye=eye.to(shop.device),
-        perceptual=perceptual, decibels=decibels,
+        perceptual=perceptual, decibels=decibels, anchor=anchor,
     )  # fmt: skip
     outcome = train(shop, "decoder", module)
     freeze(module.float().to(shop.device))
