@@ -55,7 +55,8 @@ def text(known: Mapping[str, Any]) -> str:
         f"model.path=folder model.size={known['size']}`. It knows that world and nothing else.",
         "",
         f"- Data: drawn by `hiperlab.world` with seed {known['seed']} ({counts} pictures). `main` trains the "
-        "miniature, `judge` (other subjects) its judges; `held` and `pairs` show subjects that nothing was trained on.",
+        "miniature, `calm` (if there: one camera) its U-Net too, `judge` (other subjects) its judges; "
+        "`held` and `pairs` show subjects that nothing was trained on.",
         f"- Code: commit {commit}, torch {known['environment']['packages']['torch']}, "
         f"on {known['environment']['device']}.",
         "- Judges: `judges/clip` (open_clip's form), `judges/identity`, `judges/attributes`; "
