@@ -49,7 +49,9 @@ FILLERS = frozenset(
         "my",
     ]
 )
-PLAIN = {"style": "photo", "accessory": "none", "light": "day", "close": False}  # what a prompt that says nothing means
+# what a prompt that says nothing means
+PLAIN: dict[str, Any] = {"style": "photo", "accessory": "none", "light": "day", "close": False}
+PATTERN_SAID = 0.4  # how likely a caption says the pattern of a coat
 
 
 def _table() -> dict[tuple[str, ...], tuple[str, Any]]:
@@ -74,7 +76,7 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(who: Identity, now: Scene, rng: np.random.Generator, pattern: float = 0.4) -> str:
+def caption(who: Identity, now: Scene, rng: np.random.Generator, pattern: float = PATTERN_SAID) -> str:
     """One wording of a picture: always its kind, often pose and place, sometimes a colour; never the whole identity.
 
     Style, accessory, light and close-up stay unsaid only where they are the plain ones (`PLAIN`), so that a prompt
@@ -90,7 +92,7 @@ def caption(who: Identity, now: Scene, rng: np.random.Generator, pattern: float 
 
 
 def caption_parts(
-    who: Identity, now: Scene, rng: np.random.Generator, subject: str | None = None, pattern: float = 0.4
+    who: Identity, now: Scene, rng: np.random.Generator, subject: str | None = None, pattern: float = PATTERN_SAID
 ) -> tuple[str, dict[str, Any]]:
     """A caption and the attributes it names, in the form `parse` returns them.
 

@@ -77,8 +77,7 @@ class DecoderModule(StageModule):
 
     def _encode(self, picture: Tensor) -> Tensor:
         """Mean and log-variance of the latents (B, 8, h, w), unscaled."""
-        mean, log_variance = self.quant_conv(self.encoder(picture)).chunk(2, dim=1)
-        return torch.cat([mean, log_variance.clamp(-30, 20)], dim=1)  # diffusers' own bounds
+        return self.quant_conv(self.encoder(picture))
 
     def loss(self, step: int) -> Tensor:
         """Reconstruction of the step's pictures from sampled latents."""
@@ -87,7 +86,7 @@ class DecoderModule(StageModule):
         shape = (len(chosen), 4, *moments.shape[2:])
         target = self.pictures.batch(chosen)
         noise = normals(self.seed, "decoder noise", step, shape, self.device)
-        drift = torch.zeros((), device=self.device)
+        drift: Tensor | float = 0.0
         if self.anchor is None:
             latent = sample_posterior(moments, noise) / self.scale
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hiperlab import files
-from hiperlab.world.caption import caption
+from hiperlab.world.caption import PATTERN_SAID, PLAIN, caption
 from hiperlab.world.chance import Chance
 from hiperlab.world.identity import Identity, identity
 from hiperlab.world.scene import VALUES, Scene, scene
@@ -22,7 +22,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     **{name: tuple(VALUES[name]) for name in ("pose", "place", "style", "accessory", "light")},
 }
 HALF = len(TRAINED) // 2
-PLAIN: dict[str, Any] = {"style": "photo", "accessory": "none", "light": "day", "close": False}
 USUAL: dict[str, Any] = dict.fromkeys(("head", "ear", "tail", "leg", "body"), 1.0)
 CALM: dict[str, Any] = {"close": False, "x": 0.0, "y": 0.0, "zoom": 1.12, "rotation": 0.0, "mirror": False}
 
@@ -32,7 +31,10 @@ class Source:
     """A set of pictures that is never listed: picture number -> identity and scene.
 
     Attributes:
-        name: "main" trains the miniature, "judge" the judges (other subjects), "held" and "pairs" check (held-out
+        name: "main" trains the miniature, so may "calm" (one camera, usual proportions, each place laid out alike,
+            every style equally often, patterns always said: what a short training learns shapes from); "judge" trains
+            the judges (other subjects), "held" and "pairs" check (held-out subjects: random scenes; two plain photos
+            each).
         seed: of the whole training.
         views: pictures of each subject, numbers views*k to views*k + views - 1.
     """
@@ -45,7 +47,7 @@ class Source:
         return int(Chance(self.seed, f"train {self.name} {purpose}").between(0, high))
 
     def identity(self, number: int) -> int:
-        """The seed of the subject in a picture. Main, judge and held-out subjects never overlap."""
+        """The seed of the subject in a picture. Main (or calm), judge and held-out subjects never overlap."""
         starts = {"main": TRAINED.start, "calm": TRAINED.start, "judge": TRAINED.start + HALF}
         start = starts.get(self.name, HELD_OUT.start + HALF)
         return start + self._number("identity", HALF // 2) + number // self.views
@@ -60,10 +62,10 @@ class Source:
 
     def picture(self, number: int) -> tuple[Identity, Scene]:
         """What is drawn."""
-        who, fixed = identity(self.identity(number)), PLAIN if self.plain(number) else {}
+        who = identity(self.identity(number))
         if self.name == "calm":
             return self._calm(number, who)
-        return who, scene(self.scene(number), **fixed)
+        return who, scene(self.scene(number), **(PLAIN if self.plain(number) else {}))
 
     def _calm(self, number: int, who: Identity) -> tuple[Identity, Scene]:
         """Mostly plain coats without accessories; what words do not say is nearly always the same, but for colours."""
@@ -79,7 +81,7 @@ class Source:
 def wording(source: Source, number: int, which: int, who: Identity, now: Scene) -> str:
     """One of the captions of a picture."""
     rng = Chance(source.scene(number), f"train caption {which}").generator
-    return caption(who, now, rng, pattern=1.0) if source.name == "calm" else caption(who, now, rng)
+    return caption(who, now, rng, pattern=1.0 if source.name == "calm" else PATTERN_SAID)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.pictures import Pictures, whole
 from hiperlab.world.train.plan import Workshop
 
-SETS = ("main", "calm")  # the sets that the U-Net learns from
+SETS = ("main", "calm")  # the sets that the U-Net learns from; there may be no calm one
 
 
 @torch.no_grad()
@@ -35,9 +35,7 @@ def work(shop: Workshop, *, batch: int) -> dict[str, Any]:
     key = vae_key(shop)
     spread: list[float] = []
     counts: dict[str, int] = {}
-    for name in SETS:
-        if not whole(shop.folder("data") / name):
-            continue
+    for name in (name for name in SETS if name == "main" or whole(shop.folder("data") / name)):
         pictures = Pictures(shop.folder("data") / name, shop.device)
         counts[name] = len(pictures)
         for path, start, stop in zip(_paths(shop, key, name), pictures.starts[:-1], pictures.starts[1:], strict=True):

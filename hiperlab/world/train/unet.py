@@ -258,10 +258,10 @@ def held_out_loss(module: UnetModule, vae: Any, pictures: Pictures, tokenizer: A
 def kinds_apart(weight: float, sets: Sequence[Pictures], tokenizer: Any, device: torch.device) -> Contrast:
     """The contrast of kinds; every kind's word is one token (`tokenizer.words` and the kinds themselves)."""
     kinds = torch.cat([pictures.labels["kind"] for pictures in sets]).to(device)
-    ids = torch.from_numpy(words.encode(tokenizer, list(KINDS))).long()
-    if not bool((ids[:, 2] == tokenizer.eos_token_id).all()):
+    ids = [words.pieces(tokenizer, kind) for kind in KINDS]
+    if any(len(each) > 1 for each in ids):
         raise UserError("unet.contrast: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
-    return Contrast(weight, kinds, ids[:, 1].to(device))
+    return Contrast(weight, kinds, torch.tensor(ids, device=device)[:, 0])
 
 
 def work(

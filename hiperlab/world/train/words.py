@@ -102,6 +102,11 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     return np.asarray(out["input_ids"], dtype=np.int64)
 
 
+def pieces(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text alone, without start, end and padding."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def name_of(tokenizer: Any) -> str:
     """12 hex digits of vocabulary and order: cached token ids belong to one tokenizer."""
     return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:12]
@@ -112,9 +117,9 @@ def work(shop: Workshop, *, vocabulary: int, captions: int, words: list[str]) ->
     tokenizer = clip_tokenizer(*learn(corpus(shop.seed, captions, words), vocabulary))
     tokenizer.save_pretrained(shop.weights("tokenizer"))
     loaded = load(shop.weights("tokenizer"))
-    single = [kind for kind in KINDS if len(loaded(kind, add_special_tokens=False)["input_ids"]) == 1]
+    single = [kind for kind in KINDS if len(pieces(loaded, kind)) == 1]
     odd = "<my-cat> naïve 猫 1234 wørd"
-    back = loaded.decode(loaded(odd, add_special_tokens=False)["input_ids"])
+    back = loaded.decode(pieces(loaded, odd))
     lengths = [int((encode(loaded, [text])[0] != loaded.eos_token_id).sum()) for text in PROMPTS]
     check = {
         "tokens": len(loaded),
