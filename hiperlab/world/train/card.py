@@ -22,9 +22,10 @@ def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]
     """
     keep = ("status", "adopted", "steps", "samples", "seconds", "device", "settings", "check")
     stages = {name: {key: found[key] for key in keep if key in found} for name, found in records.items()}
-    start = stages.get("unet", {}).get("settings", {}).get("start")
-    if start:  # a card travels, folders do not
-        stages["unet"]["settings"] = {**stages["unet"]["settings"], "start": Path(start).name}
+    for found in stages.values():
+        start = found.get("settings", {}).get("start")
+        if start:  # a card travels, folders do not
+            found["settings"] = {**found["settings"], "start": Path(start).name}
     known = {
         "name": "mini",
         "size": shop.size,

@@ -21,7 +21,19 @@ MODULES = {  # stage -> module with its `work`
     "data": "pictures",
     **{
         name: name
-        for name in ("vae", "latents", "clip", "decoder", "unet", "identity", "reader", "scorer", "export", "report")
+        for name in (
+            "vae",
+            "latents",
+            "clip",
+            "decoder",
+            "critic",
+            "unet",
+            "identity",
+            "reader",
+            "scorer",
+            "export",
+            "report",
+        )
     },
 }
 USAGE = """\
@@ -32,7 +44,8 @@ usage: python -m hiperlab.world.train [preset=gpu|cpu|smoke] [stages=[…]] [bud
   python -m hiperlab.world.train preset=gpu out=outputs/world/gpu          every stage, one folder out
   python -m hiperlab.world.train preset=cpu stages=[tokenizer,data,vae]    some of them
   python -m hiperlab.world.train stages=[report] report.folder=<folder>    measure an exported miniature
-  python -m hiperlab.world.train stages=[data,latents,unet,export] parts_from=hiperlab:weights/mini unet.start=<folder>
+  python -m hiperlab.world.train stages=[data,latents,critic,unet,export] parts_from=hiperlab:weights/mini \\
+                                 unet.start=<folder>
                                                                            train one part on, keep the shipped others
   python -m hiperlab.world.train --cfg job                                 show the config
 

@@ -24,6 +24,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "latents": ("data", "vae"),
     "clip": ("tokenizer", "data"),
     "decoder": ("data", "vae", "latents", "clip"),
+    "critic": ("data", "vae", "latents"),
     "unet": ("tokenizer", "data", "vae", "latents", "clip"),
     "identity": ("data",),
     "reader": ("data",),

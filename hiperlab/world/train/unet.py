@@ -14,7 +14,7 @@ from torch import Tensor
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line
 from hiperlab.model.noise import SCHEDULE, add_noise, sample_posterior
-from hiperlab.world.train import clip, latents, words
+from hiperlab.world.train import clip, critic, latents, words
 from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.fit import train
 from hiperlab.world.train.keys import normals, rows, stream
@@ -73,21 +73,25 @@ def begin_with(unet: Any, folder: str) -> None:
         raise UserError(f"unet.start={folder} holds no U-Net of these sizes ({first_line(error)}).") from error
 
 
-CONTRAST_FROM = 300  # timestep; below it a noisy latent shows its kind, and words are not needed to see it
-CONTRAST_GAP = 0.3  # by how much of the right error a wrong one is driven apart
+CONTRAST_UNTIL = 850  # timestep; beyond it the critic has next to nothing to say
+WHITENED = 512  # captions that the whitening of text states looks at
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How captions with another kind are made, and how much what they predict should be worse.
+    """What another kind's word should change in the predicted noise, as the critic knows it.
 
     Attributes:
-        weight: of their error, in [0, 1).
+        weight: of the squared distance from it, at least 0.
+        gain: by how much the change should be larger than it is in the world; 1 = as in the world.
+        critic: reads kinds from noisy latents (`critic.Critic`), frozen.
         kinds: of the pictures (N,), row numbers of `tokens`.
         tokens: the kinds' token ids (K,), one each.
     """
 
     weight: float
+    gain: float
+    critic: Any
     kinds: Tensor
     tokens: Tensor
 
@@ -95,23 +99,49 @@ class Contrast:
         """Token ids (B, 77) with the words of other kinds (B,) in place of their own (B,)."""
         return torch.where(ids == self.tokens[own][:, None], self.tokens[other][:, None], ids)
 
+    def change(self, noisy: Tensor, alpha_bar: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """Noise predicted for the own kind less that for another: (B, 4, h, w), (B,), (B,), (B,) -> (B, 4, h, w).
 
-def margin(right: Tensor, wrong: Tensor, weight: Tensor, gap: float = CONTRAST_GAP) -> Tensor:
-    """The error less a part of the error of wrongly captioned predictions: (B,) each -> (B,).
+        The noise predicted for a caption is the score times -sqrt(1 - alpha_bar), and by Bayes the scores of two
+        captions differ by a classifier's gradient (Dhariwal & Nichol 2021, eq. 11 to 14). So the difference has a
+        target without what no caption can know, in which the error of either prediction drowns it.
+        """
+        slope = critic.log_ratio_slope(self.critic, noisy, alpha_bar, own, other)
+        return -self.gain * (1 - alpha_bar).sqrt()[:, None, None, None] * slope
 
-    Both errors contain what no caption can know, and their difference does not: what a kind looks like is learnt from
-    far fewer pictures (contrastive flow matching, Stoica et al. 2025, with the hardest negatives: the same noisy
-    picture, one word changed). The best prediction moves away from the other kinds' mean by up to weight / (1 - weight)
-    of the distance, as guidance does.
+
+def whitening(deviations: Tensor, most: float) -> Tensor:
+    """A symmetric matrix (D, D) that makes the directions of text states equally wide, as far as `most` allows.
+
+    How fast a network learns to tell two words apart goes with the square of the distance of their states, and a CLIP
+    trained for minutes leaves some words close together. The states are therefore multiplied by this matrix while the
+    U-Net trains, and its keys and values by the inverse; `fold` undoes both, so the U-Net that ships takes the states
+    as they are. What can be learnt stays the same, only the order in which it is learnt changes (preconditioning).
 
     Args:
-        right: error with the picture's own caption.
-        wrong: error with another kind's.
-        weight: of the wrong error.
-        gap: a wrong error beyond (1 + gap) * right counts no further. Without it, what a caption predicts for latents
-            that show another kind has no lower bound, and training diverges (seen after 150 steps).
+        deviations: states less their mean (N, D).
+        most: largest gain; the widest direction keeps its width.
     """
-    return right - weight * torch.minimum(wrong, (1 + gap) * right.detach())
+    spread, directions = torch.linalg.eigh(deviations.T.double() @ deviations.double() / len(deviations))
+    width = spread.clamp(min=0).sqrt()
+    gain = (width.max() / width.clamp(min=1e-6)).clamp(max=most)
+    return (directions * gain @ directions.T).float()
+
+
+@torch.no_grad()
+def deviations(text: Any, ids: Tensor) -> Tensor:
+    """What the states (N, D) of captions (pictures, wordings, 77) say beyond their position, on the CPU."""
+    some = ids[:: max(1, len(ids) // WHITENED), 0].long()
+    states = torch.cat([text.to(ids.device)(input_ids=part).last_hidden_state for part in some.split(64)]).float().cpu()
+    return (states - states.mean(0)).flatten(0, 1)
+
+
+@torch.no_grad()
+def fold(unet: Any, matrix: Tensor) -> None:
+    """Multiply what every cross-attention does with the text states by a matrix (D, D), from the right."""
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.weight.copy_((module.weight.double() @ matrix.to(module.weight.device).double()).float())
 
 
 class UnetModule(StageModule):
@@ -131,11 +161,13 @@ class UnetModule(StageModule):
         decay: of the running mean.
         centred: whether the error counts more in the middle, where subjects stand; the best prediction stays the same,
             but a short training spends itself on subjects rather than on skies.
-        contrast: with captions of other kinds, or None. A step then costs twice as much.
+        contrast: with captions of other kinds, or None. A step then costs up to twice as much.
+        white: of `whitening`, or None. Until `unwhiten`, the U-Net and its mean take whitened states.
     """
 
     alpha_bar: Tensor
     middle: Tensor
+    white: Tensor | None
 
     def __init__(
         self,
@@ -155,8 +187,12 @@ class UnetModule(StageModule):
         decay: float,
         centred: bool,
         contrast: Contrast | None = None,
+        white: Tensor | None = None,
     ) -> None:
         super().__init__(fit, seed)
+        if white is not None:
+            fold(unet, torch.linalg.inv(white.double()))
+        self.register_buffer("white", white, persistent=False)
         self.unet = unet.to(memory_format=torch.channels_last)
         self.ema: Any = freeze(copy.deepcopy(unet))
         self.text = text
@@ -174,7 +210,15 @@ class UnetModule(StageModule):
         return ("text",)
 
     def _states(self, ids: Tensor) -> Tensor:
-        return self.text(input_ids=ids).last_hidden_state
+        states = self.text(input_ids=ids).last_hidden_state
+        return states if self.white is None else states @ self.white
+
+    def unwhiten(self) -> None:
+        """From here on the U-Net and its mean take the text tower's states as they are."""
+        if self.white is not None:
+            fold(self.unet, self.white)
+            fold(self.ema, self.white)
+            self.white = None
 
     def _predict(self, noisy: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         return self.unet(noisy, timestep, encoder_hidden_states=states).sample
@@ -197,7 +241,7 @@ class UnetModule(StageModule):
         return torch.where(dropped, self.empty.to(ids.device), ids), ~dropped[:, 0]
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14), or its `margin`."""
+        """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14), and what the critic teaches."""
         batch = self.fit_settings.batch
         chosen = self.choose(step)
         moments = self.moments[chosen.to(self.moments.device)]
@@ -209,25 +253,31 @@ class UnetModule(StageModule):
         noisy = add_noise(z0, noise, alpha_bar)
         ids, said = self.captions(chosen, step)
         if self.contrast is None:
-            error = self._error(noisy, timestep, ids, noise)
+            error = self._error(self._denoise(noisy, timestep, ids), noise)
         else:
-            own = self.contrast.kinds[chosen.to(self.contrast.kinds.device)]
+            known = round(self.calm_share * batch) or batch  # rows, the first ones, of pictures like the critic's
+            own = self.contrast.kinds[chosen[:known].to(self.contrast.kinds.device)]
             count = len(self.contrast.tokens)
-            other = (own + 1 + rows(self.seed, "unet other", step, count - 1, batch).to(own.device)) % count
-            both = torch.cat([ids, self.contrast.swap(ids, own, other)])
-            errors = self._error(torch.cat([noisy] * 2), torch.cat([timestep] * 2), both, torch.cat([noise] * 2))
-            right, wrong = errors.chunk(2)
-            counts = said.to(self.device) & (timestep > CONTRAST_FROM)
-            error = margin(right, wrong, self.contrast.weight * counts)
+            other = (own + 1 + rows(self.seed, "unet other", step, count - 1, known).to(own.device)) % count
+            both = torch.cat([ids, self.contrast.swap(ids[:known], own, other)])
+            predicted = self._denoise(torch.cat([noisy, noisy[:known]]), torch.cat([timestep, timestep[:known]]), both)
+            change = self.contrast.change(noisy[:known], alpha_bar[:known], own, other)
+            apart = (predicted[:known] - predicted[batch:] - change).square().mean((1, 2, 3))
+            counts = said[:known].to(self.device) & (timestep[:known] < CONTRAST_UNTIL)
+            error = self._error(predicted[:batch], noise)
+            error = torch.cat([error[:known] + self.contrast.weight * counts * apart, error[known:]])
         return (snr_weight(alpha_bar, self.gamma, self.power) * error).mean()
 
-    def _error(self, noisy: Tensor, timestep: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of every picture (B,)."""
+    def _denoise(self, noisy: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        """The predicted noise (B, 4, h, w)."""
         with torch.no_grad():
             states = self.fast("states", self._states)(ids)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = self.fast("predict", self._predict)(noisy, timestep, states)
-        return ((predicted.float() - noise).square() * self.middle).mean((1, 2, 3))
+        return self.fast("predict", self._predict)(noisy, timestep, states).float()
+
+    def _error(self, predicted: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of every picture (B,)."""
+        return ((predicted - noise).square() * self.middle).mean((1, 2, 3))
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Step, then move the mean; here because a checkpoint is written before the batch's own hook is called."""
@@ -255,13 +305,19 @@ def held_out_loss(module: UnetModule, vae: Any, pictures: Pictures, tokenizer: A
     return total / count
 
 
-def kinds_apart(weight: float, sets: Sequence[Pictures], tokenizer: Any, device: torch.device) -> Contrast:
+def kinds_apart(
+    shop: Workshop, weight: float, gain: float, sets: Sequence[Pictures], tokenizer: Any
+) -> Contrast | None:
     """The contrast of kinds; every kind's word is one token (`tokenizer.words` and the kinds themselves)."""
-    kinds = torch.cat([pictures.labels["kind"] for pictures in sets]).to(device)
+    if weight < 0 or gain <= 0:
+        raise UserError(f"unet.contrast={weight}, contrast_gain={gain}: expected at least 0, and a positive number.")
+    if not weight:
+        return None
+    kinds = torch.cat([pictures.labels["kind"] for pictures in sets]).to(shop.device)
     ids = [words.pieces(tokenizer, kind) for kind in KINDS]
     if any(len(each) > 1 for each in ids):
         raise UserError("unet.contrast: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
-    return Contrast(weight, kinds, torch.tensor(ids, device=device)[:, 0])
+    return Contrast(weight, gain, critic.load(shop), kinds, torch.tensor(ids, device=shop.device)[:, 0])
 
 
 def work(
@@ -278,6 +334,8 @@ def work(
     centred: bool,
     calm: float,
     contrast: float,
+    contrast_gain: float,
+    whiten: float | None,
     start: str | None,
     check_pictures: int,
 ) -> dict[str, Any]:
@@ -287,8 +345,8 @@ def work(
         UserError: `start` names no U-Net of these sizes; calm pictures are asked for and there are none; a share
             or weight out of its range.
     """
-    if not 0 <= contrast < 1:
-        raise UserError(f"unet.contrast={contrast}: expected a weight of at least 0 and less than 1.")
+    if whiten is not None and whiten < 1:
+        raise UserError(f"unet.whiten={whiten}: expected at least 1, the largest gain, or null.")
     if not 0 <= calm < 1:
         raise UserError(f"unet.calm={calm}: expected a share of the pictures, at least 0 and less than 1.")
     tokenizer = words.load(shop.weights("tokenizer"))
@@ -299,13 +357,14 @@ def work(
     unet = build(shop.size // 8, text.config.hidden_size, channels, heads, groups)
     if start is not None:
         begin_with(unet, start)
+    ids = torch.cat([pictures.tokens(tokenizer) for pictures in sets])
     module = UnetModule(
         Fit(**fit),
         shop.seed,
         unet=unet,
         text=text,
         moments=torch.cat([latents.load(shop, name) for name in names]),
-        ids=torch.cat([pictures.tokens(tokenizer) for pictures in sets]),
+        ids=ids,
         calm=len(sets[1]) if calm else 0,
         calm_share=calm,
         empty=torch.from_numpy(words.encode(tokenizer, [""]))[0],
@@ -314,10 +373,12 @@ def work(
         power=high_noise,
         decay=ema,
         centred=centred,
-        contrast=kinds_apart(contrast, sets, tokenizer, shop.device) if contrast else None,
+        contrast=kinds_apart(shop, contrast, contrast_gain, sets, tokenizer),
+        white=None if whiten is None else whitening(deviations(text, ids), whiten),
     )
     outcome = train(shop, "unet", module)
     module.float().to(shop.device)
+    module.unwhiten()
     module.ema.save_pretrained(shop.weights("unet"))
     held = Pictures(shop.folder("data") / "held", shop.device)
     loss = held_out_loss(module, stage_vae.load(shop), held, tokenizer, check_pictures)
