@@ -120,7 +120,7 @@ def test_a_batch_takes_its_share_of_calm_pictures():
     ("words", "said"),
     [
         ("unet.calm=1.0", "unet.calm=1.0: expected a share"),
-        ("unet.contrast=-1", "unet.contrast=-1, contrast_gain=1.5: expected at least 0"),
+        ("unet.contrast=-1", "unet.contrast=-1, contrast_gain=1: expected at least 0"),
         ("unet.contrast_gain=0", "unet.contrast=3, contrast_gain=0: expected at least 0"),
         ("unet.whiten=0.5", "unet.whiten=0.5: expected at least 1"),
         ("unet.contrast=1", "unet.contrast needs stage critic"),
