@@ -23,7 +23,7 @@ def test_it_is_light_and_has_a_card() -> None:
     assert not [path.name for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")], "safetensors only"
     card = json.loads((MINI / "card.json").read_text())
     assert card["size"] == 64 and card["commit"] and not card["missing_judges"]
-    assert {"vae", "clip", "unet", "identity", "reader", "scorer"} <= card["stages"].keys()
+    assert {"vae", "clip", "critic", "unet", "identity", "reader", "scorer"} <= card["stages"].keys()
     assert "| what | measured |" in (MINI / "report.md").read_text()
     assert all(row["value"] is not None for row in json.loads((MINI / "report.json").read_text()))
 
@@ -63,7 +63,7 @@ def test_its_samples_show_what_prompts_say() -> None:
     texts = report.prompts(24)
     images = report.sample(report.load_pipeline(MINI, torch.device("cpu")), texts, 20, 5.0, 24)
     found = report.measure_samples(MINI, images, texts)
-    assert found["sample_kind"] >= 20, found
+    assert found["sample_kind"] >= 50, found
     assert found["sample_place"] >= 80 and found["sample_style"] >= 60, found
 
 
