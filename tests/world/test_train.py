@@ -124,6 +124,7 @@ def test_a_batch_takes_its_share_of_calm_pictures():
         ("unet.contrast_gain=0", "unet.contrast=3, contrast_gain=0: expected at least 0"),
         ("unet.whiten=0.5", "unet.whiten=0.5: expected at least 1"),
         ("unet.contrast=1", "unet.contrast needs stage critic"),
+        ("unet.calm=0.01", "unet.calm=0.01: no picture of a batch of 8 is calm"),
     ],
 )
 def test_shares_and_weights_have_ranges(words, said, out, tmp_path, capsys):
@@ -491,11 +492,17 @@ def test_whitened_states_change_the_order_of_learning_and_nothing_else(out):
         torch.testing.assert_close(each(noisy, 500, encoder_hidden_states=text).sample, before, atol=1e-4, rtol=1e-4)
 
 
+def test_a_critic_of_other_pictures_is_refused(out, tmp_path, capsys):
+    folder = linked(out, tmp_path / "again", ("tokenizer", "data", "vae", "latents", "clip", "critic"))
+    assert call(f"out={folder}", "stages=[unet]", "unet.calm=0") == 2
+    assert "the critic has read the set calm" in capsys.readouterr().err
+
+
 def test_the_critic_reads_what_it_was_written_as(out):
     from hiperlab.world.train import critic
 
     shop = Workshop(out, 0, 64, torch.device("cpu"))
-    read = critic.load(shop)
+    read, name = critic.load(shop)
     logits = read(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.1]))
     assert {name: tuple(each.shape) for name, each in logits.items()} == {
         "kind": (2, 11),
@@ -504,7 +511,7 @@ def test_the_critic_reads_what_it_was_written_as(out):
     }
     assert not read.training and not any(p.requires_grad for p in read.parameters())
     check = record.read(out / "critic")["check"]
-    assert check["set"] == "calm" and set(check["kinds"]) == {str(level) for level in critic.LEVELS}
+    assert check["set"] == name == "calm" and set(check["kinds"]) == {str(level) for level in critic.LEVELS}
 
 
 def test_the_encoder_learns_beside_the_decoder_only_where_its_latents_are_anchored():

@@ -166,13 +166,14 @@ def work(shop: Workshop, *, fit: dict[str, Any], width: int, check_pictures: int
     return outcome | {"check": {"set": name, "kinds": found, "pictures": held}}
 
 
-def load(shop: Workshop) -> Any:
-    """The trained critic, frozen, on the device.
+def load(shop: Workshop) -> tuple[Any, str]:
+    """The trained critic, frozen, on the device, and the set that it has read.
 
     Raises:
         UserError: it has not been trained.
     """
-    if (record.read(shop.folder("critic")) or {}).get("status") not in ("finished", "budget"):
+    known = record.read(shop.folder("critic")) or {}
+    if known.get("status") not in ("finished", "budget"):
         raise UserError(f"unet.contrast needs stage critic, which is not finished in {shop.out}: add it to stages.")
     tensors = load_file(shop.weights("critic") / WEIGHTS)
     heads = {
@@ -182,4 +183,4 @@ def load(shop: Workshop) -> Any:
     _, width, side, _ = tensors["place"].shape
     critic = Critic(side, width, heads, blocks, len(tensors["level.0.bias"]))
     critic.load_state_dict(tensors)
-    return freeze(critic.to(shop.device))
+    return freeze(critic.to(shop.device)), known["check"]["set"]

@@ -255,7 +255,7 @@ class UnetModule(StageModule):
         if self.contrast is None:
             error = self._error(self._denoise(noisy, timestep, ids), noise)
         else:
-            known = round(self.calm_share * batch) or batch  # rows, the first ones, of pictures like the critic's
+            known = round(self.calm_share * batch) if self.calm else batch  # the first rows are like the critic's
             own = self.contrast.kinds[chosen[:known].to(self.contrast.kinds.device)]
             count = len(self.contrast.tokens)
             other = (own + 1 + rows(self.seed, "unet other", step, count - 1, known).to(own.device)) % count
@@ -308,7 +308,12 @@ def held_out_loss(module: UnetModule, vae: Any, pictures: Pictures, tokenizer: A
 def kinds_apart(
     shop: Workshop, weight: float, gain: float, sets: Sequence[Pictures], tokenizer: Any
 ) -> Contrast | None:
-    """The contrast of kinds; every kind's word is one token (`tokenizer.words` and the kinds themselves)."""
+    """The contrast of kinds; every kind's word is one token (`tokenizer.words` and the kinds themselves).
+
+    Raises:
+        UserError: a number out of its range; a kind's word in pieces; no critic, or one of pictures that the U-Net does
+            not learn from.
+    """
     if weight < 0 or gain <= 0:
         raise UserError(f"unet.contrast={weight}, contrast_gain={gain}: expected at least 0, and a positive number.")
     if not weight:
@@ -317,7 +322,10 @@ def kinds_apart(
     ids = [words.pieces(tokenizer, kind) for kind in KINDS]
     if any(len(each) > 1 for each in ids):
         raise UserError("unet.contrast: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
-    return Contrast(weight, gain, critic.load(shop), kinds, torch.tensor(ids, device=shop.device)[:, 0])
+    judge, read = critic.load(shop)
+    if read != sets[-1].folder.name:
+        raise UserError(f"unet.contrast: the critic has read the set {read}; give unet.calm a share, or draw none.")
+    return Contrast(weight, gain, judge, kinds, torch.tensor(ids, device=shop.device)[:, 0])
 
 
 def work(
@@ -347,6 +355,8 @@ def work(
     """
     if whiten is not None and whiten < 1:
         raise UserError(f"unet.whiten={whiten}: expected at least 1, the largest gain, or null.")
+    if contrast and calm and not round(calm * fit["batch"]):
+        raise UserError(f"unet.calm={calm}: no picture of a batch of {fit['batch']} is calm, so contrast has none.")
     if not 0 <= calm < 1:
         raise UserError(f"unet.calm={calm}: expected a share of the pictures, at least 0 and less than 1.")
     tokenizer = words.load(shop.weights("tokenizer"))
