@@ -23,6 +23,13 @@ SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
 
 
+def alphas_cumprod() -> Tensor:
+    """Share of signal variance left at every timestep of `SCHEDULE` (1000,), alpha-bar in Ho et al. 2020."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.float()
+
+
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     """Draw from the VAE's posterior (Kingma & Welling 2014, eq. 10), unscaled.
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.model.noise import SCHEDULE, add_noise
+from hiperlab.model.noise import add_noise, alphas_cumprod
 from hiperlab.world.train import latents, record
 from hiperlab.world.train.draw_shard import HEADS
 from hiperlab.world.train.fit import train
@@ -112,7 +111,7 @@ class CriticModule(StageModule):
         super().__init__(fit, seed)
         self.critic: Any = critic.to(memory_format=torch.channels_last)
         self.means, self.labels = means, labels
-        self.register_buffer("alpha_bar", DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.float(), persistent=False)
+        self.register_buffer("alpha_bar", alphas_cumprod(), persistent=False)
 
     def loss(self, step: int) -> Tensor:
         """Cross-entropy of the kind, and a little of the others."""
@@ -148,14 +147,18 @@ def learns_from(shop: Workshop) -> str:
     return "calm" if whole(shop.folder("data") / "calm") else "main"
 
 
+def build(shop: Workshop, width: int) -> Critic:
+    """A critic of the training's latents."""
+    return Critic(shop.size // 8, width, {head: len(HEADS[head]) for head in ("kind", *HELPERS)})
+
+
 def work(shop: Workshop, *, fit: dict[str, Any], width: int, check_pictures: int) -> dict[str, Any]:
     """The stage; its check is how many kinds it reads at several noise levels, on pictures that were held back."""
     name = learns_from(shop)
     means, pictures = latents.load(shop, name)[:, :4], Pictures(shop.folder("data") / name, shop.device)
-    heads = ("kind", *HELPERS)
-    labels = {head: pictures.labels[head].to(shop.device) for head in heads}
+    labels = {head: pictures.labels[head].to(shop.device) for head in ("kind", *HELPERS)}
     torch.manual_seed(shop.seed + 7)
-    critic = Critic(means.shape[-1], width, {head: len(HEADS[head]) for head in heads})
+    critic = build(shop, width)
     held = min(check_pictures, len(means) // 2)
     module = CriticModule(Fit(**fit), shop.seed, critic, means[:-held], labels)
     outcome = train(shop, "critic", module)
@@ -172,15 +175,9 @@ def load(shop: Workshop) -> tuple[Any, str]:
     Raises:
         UserError: it has not been trained.
     """
-    known = record.read(shop.folder("critic")) or {}
-    if known.get("status") not in ("finished", "budget"):
+    if not record.done(shop.folder("critic")):
         raise UserError(f"unet.contrast needs stage critic, which is not finished in {shop.out}: add it to stages.")
-    tensors = load_file(shop.weights("critic") / WEIGHTS)
-    heads = {
-        key.split(".")[1]: len(value) for key, value in tensors.items() if key.startswith("heads.") and value.ndim == 1
-    }
-    blocks = len({key.split(".")[1] for key in tensors if key.startswith("fine.")})
-    _, width, side, _ = tensors["place"].shape
-    critic = Critic(side, width, heads, blocks, len(tensors["level.0.bias"]))
-    critic.load_state_dict(tensors)
+    known: Any = record.read(shop.folder("critic"))
+    critic = build(shop, known["settings"]["width"])
+    critic.load_state_dict(load_file(shop.weights("critic") / WEIGHTS))
     return freeze(critic.to(shop.device)), known["check"]["set"]

@@ -19,22 +19,8 @@ from hiperlab.errors import UserError
 MODULES = {  # stage -> module with its `work`
     "tokenizer": "words",
     "data": "pictures",
-    **{
-        name: name
-        for name in (
-            "vae",
-            "latents",
-            "clip",
-            "decoder",
-            "critic",
-            "unet",
-            "identity",
-            "reader",
-            "scorer",
-            "export",
-            "report",
-        )
-    },
+    **{name: name for name in ("vae", "latents", "clip", "decoder", "critic", "unet")},
+    **{name: name for name in ("identity", "reader", "scorer", "export", "report")},
 }
 USAGE = """\
 Train the miniature Stable Diffusion on the procedural world.

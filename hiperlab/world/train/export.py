@@ -9,10 +9,10 @@ from typing import Any
 
 from hiperlab import files
 from hiperlab.errors import UserError
+from hiperlab.model.noise import SCHEDULE
 from hiperlab.world.train import card, clip, record, words
 from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.plan import ORDER, PRODUCTS, Workshop
-from hiperlab.world.train.unet import SCHEDULE
 
 JUDGES = {"scorer": "clip", "identity": "identity", "reader": "attributes"}  # stage -> folder in judges/
 
@@ -22,18 +22,13 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def done(shop: Workshop, stage: str) -> bool:
-    """Whether a stage has left its weights."""
-    return (record.read(shop.folder(stage)) or {}).get("status") in ("finished", "budget")
-
-
 def pipeline(shop: Workshop) -> Any:
     """The trained parts as diffusers' pipeline, float16."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     unet: Any = UNet2DConditionModel.from_pretrained(str(shop.weights("unet")), local_files_only=True)
     return StableDiffusionPipeline(
-        vae=stage_vae.load(shop, "decoder" if done(shop, "decoder") else "vae").cpu().half(),
+        vae=stage_vae.load_last(shop).cpu().half(),
         text_encoder=clip.load_text(shop).cpu().half(),
         tokenizer=words.load(shop.weights("tokenizer")),
         unet=unet.half(),
@@ -66,7 +61,7 @@ def work(shop: Workshop, *, limit_mb: float) -> dict[str, Any]:
     records = {stage: found for stage in ORDER if (found := record.read(shop.folder(stage))) and stage not in PRODUCTS}
     missing = []
     for stage, name in JUDGES.items():
-        if done(shop, stage):
+        if record.done(shop.folder(stage)):
             shutil.copytree(shop.weights(stage), draft / "judges" / name)
         else:
             missing.append(name)

@@ -143,7 +143,7 @@ def run_stage(shop: Workshop, name: str, settings: dict[str, Any], work: Callabl
         UserError: an earlier stage is missing, or this one was begun with other settings.
     """
     for need in NEEDS[name]:
-        if (record.read(shop.folder(need)) or {}).get("status") not in ("finished", "budget"):
+        if not record.done(shop.folder(need)):
             raise UserError(f"stage {name} needs stage {need}, which is not finished in {shop.out}: add it to stages.")
     _check_names(name, settings, work)
     inputs = {need: record.made(shop.folder(need)) for need in NEEDS[name]}

@@ -87,18 +87,6 @@ def accuracy(judge: truth_judge.Judge, pictures: Pictures, most: int) -> dict[st
     return {name: round(found / count, 4) for name, found in right.items()}
 
 
-def autoencoder(shop: Workshop) -> Any:
-    """The autoencoder with its last decoder.
-
-    Raises:
-        UserError: there is none yet.
-    """
-    for stage in ("decoder", "vae"):
-        if (record.read(shop.folder(stage)) or {}).get("status") in ("finished", "budget"):
-            return stage_vae.load(shop, stage)
-    raise UserError(f"reader.recoded needs an autoencoder, and {shop.out} has none: stages=[vae,decoder] first, or 0.")
-
-
 def work(
     shop: Workshop,
     *,
@@ -116,7 +104,11 @@ def work(
     """
     if not 0 <= recoded <= 1:
         raise UserError(f"reader.recoded={recoded}: expected a share of the pictures, from 0 to 1.")
-    coder = autoencoder(shop) if recoded else None
+    if recoded and not any(record.done(shop.folder(stage)) for stage in ("decoder", "vae")):
+        raise UserError(
+            f"reader.recoded needs an autoencoder, and {shop.out} has none: stages=[vae,decoder] first, or 0."
+        )
+    coder = stage_vae.load_last(shop) if recoded else None
     pictures = Pictures(shop.folder("data") / "judge", shop.device, shop.cache_pictures)
     torch.manual_seed(shop.seed + 4)
     labels = {name: HEADS[name] for name in attributes}

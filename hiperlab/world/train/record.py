@@ -44,6 +44,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is no JSON ({error}): delete the stage's folder and train it again.") from None
 
 
+def done(folder: Path) -> bool:
+    """Whether a stage has left its weights: its steps or its minutes are used up."""
+    return (read(folder) or {}).get("status") in ("finished", "budget")
+
+
 def made(folder: Path) -> str:
     """12 hex digits naming what a stage has produced: its weights' bytes, or without weights its settings."""
     files_ = sorted(path for path in (folder / "weights").rglob("*") if path.is_file())

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line
-from hiperlab.model.noise import SCHEDULE, add_noise, sample_posterior
+from hiperlab.model.noise import add_noise, alphas_cumprod, sample_posterior
 from hiperlab.world.train import clip, critic, latents, words
 from hiperlab.world.train import vae as stage_vae
 from hiperlab.world.train.fit import train
@@ -197,10 +197,10 @@ class UnetModule(StageModule):
         self.ema: Any = freeze(copy.deepcopy(unet))
         self.text = text
         self.moments, self.ids, self.empty = moments, ids, empty
-        self.calm, self.calm_share = calm, calm_share
+        self.calm, self.calm_rows = calm, round(calm_share * fit.batch)  # a step's first rows are calm
         self.contrast = contrast
         self.dropout, self.gamma, self.power, self.decay = dropout, gamma, power, decay
-        self.register_buffer("alpha_bar", DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.float(), persistent=False)
+        self.register_buffer("alpha_bar", alphas_cumprod(), persistent=False)
 
         middle = stage_vae.centre(*moments.shape[2:]) if centred else torch.ones(*moments.shape[2:])
         self.register_buffer("middle", middle, persistent=False)
@@ -226,7 +226,7 @@ class UnetModule(StageModule):
     def choose(self, step: int) -> Tensor:
         """The step's rows (B,): the calm ones first."""
         batch = self.fit_settings.batch
-        calm, others = round(self.calm_share * batch), len(self.moments) - self.calm
+        calm, others = self.calm_rows, len(self.moments) - self.calm
         chosen = rows(self.seed, "unet", step, others, batch - calm)
         if calm:
             chosen = torch.cat([others + rows(self.seed, "unet calm", step, self.calm, calm), chosen])
@@ -255,7 +255,7 @@ class UnetModule(StageModule):
         if self.contrast is None:
             error = self._error(self._denoise(noisy, timestep, ids), noise)
         else:
-            known = round(self.calm_share * batch) if self.calm else batch  # the first rows are like the critic's
+            known = self.calm_rows if self.calm else batch  # the first rows are like the critic's
             own = self.contrast.kinds[chosen[:known].to(self.contrast.kinds.device)]
             count = len(self.contrast.tokens)
             other = (own + 1 + rows(self.seed, "unet other", step, count - 1, known).to(own.device)) % count

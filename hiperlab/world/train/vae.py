@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from hiperlab.world.train import record
 from hiperlab.world.train.fit import train
 from hiperlab.world.train.keys import normals, rows
 from hiperlab.world.train.module import Fit, StageModule, freeze
@@ -170,3 +171,8 @@ def load(shop: Workshop, stage: str = "vae") -> Any:
     """The trained autoencoder, frozen, on the device; stage "decoder" has the same encoder."""
     vae = AutoencoderKL.from_pretrained(str(shop.weights(stage)), local_files_only=True)
     return freeze(vae.to(shop.device))
+
+
+def load_last(shop: Workshop) -> Any:
+    """The autoencoder with its last decoder: stage "decoder" if it is done, else "vae"."""
+    return load(shop, "decoder" if record.done(shop.folder("decoder")) else "vae")
