@@ -34,7 +34,7 @@ notebook:  ## execute the notebooks in place
 	$(RUN) jupyter-execute --inplace notebooks/*.ipynb
 
 miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<export>
-	$(RUN) python -m hiperlab.world.train stages=[report] report.folder=$(FOLDER) out=outputs/world/report
+	$(RUN) python -m hiperlab.miniature stages=[report] report.folder=$(FOLDER) out=outputs/world/report
 
 clean:  ## remove caches (never outputs)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -116,6 +116,26 @@ def load(folder: Path) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def begin_with(judge: Judge, folder: Path, said: str) -> None:
+    """Copy the weights of another judge of the same widths; heads that it lacks, or that differ, stay as they are.
+
+    Args:
+        judge: changed in place.
+        folder: of the other one.
+        said: how the setting is written, for the error.
+
+    Raises:
+        UserError: it has other widths.
+    """
+    earlier = load(folder)
+    if earlier.shape.channels != judge.shape.channels:
+        raise UserError(f"{said} holds a judge of widths {earlier.shape.channels}, not {judge.shape.channels}.")
+    own = judge.state_dict()
+    judge.load_state_dict(
+        {k: v for k, v in earlier.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False
+    )
+
+
 def split(shape: Shape, values: Sequence[str]) -> dict[str, slice]:
     """Where the outputs of each named head lie when all heads stand side by side in the shape's order."""
     places, start = {}, 0

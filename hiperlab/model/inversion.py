@@ -60,16 +60,26 @@ def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int,
     return move(latents, noise, below, here)
 
 
-def predict_noise(stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
+def predict_noise(
+    stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
+) -> Tensor:
     """The noise (B, C, H, W) that the U-Net sees in z at `timestep`; a predicted velocity is converted.
 
     With v = sqrt(a) eps - sqrt(1 - a) z_0 (Salimans & Ho 2022), eps = sqrt(a) v + sqrt(1 - a) z.
+
+    Args:
+        stack: the frozen model.
+        latents: z (B, C, H, W).
+        timestep: what the U-Net is told.
+        conditioning: of B rows.
+        level: alpha_bar that z is at, 0-d, where that is not the timestep's: DDIM inversion asks about z at the level
+            below, and converts with that level as diffusers' DDIMInverseScheduler.step does.
     """
     when = torch.full((len(latents),), timestep, device=latents.device)
     found = stack.predict(latents, when, conditioning)
     if stack.prediction_type != "v_prediction":
         return found
-    here = stack.alpha_bar[timestep]
+    here = stack.alpha_bar[timestep] if level is None else level
     return here.sqrt() * found + (1 - here).sqrt() * latents
 
 
@@ -109,7 +119,8 @@ def invert(
     pivot, kept = [latents], []
     for timestep in timesteps(steps, stack.num_timesteps):
         record = Record(wanted) if wanted else None
-        noise = predict_noise(stack, pivot[-1], timestep, conditioning.controlled(record))
+        _, below = levels(stack, timestep, steps)
+        noise = predict_noise(stack, pivot[-1], timestep, conditioning.controlled(record), below)
         pivot.append(following(stack, pivot[-1], noise, timestep, steps))
         kept.append(record.maps if record else {})
     return Inversion(torch.stack(pivot), {layer: torch.stack([maps[layer] for maps in kept]) for layer in kept[0]})

@@ -6,6 +6,9 @@ schedule's ends (methods/hiper.md, section 2).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +26,11 @@ SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
 
 
-def alphas_cumprod() -> Tensor:
-    """Share of signal variance left at every timestep of `SCHEDULE` (1000,), alpha-bar in Ho et al. 2020."""
+def alphas_cumprod(schedule: Mapping[str, Any] = SCHEDULE) -> Tensor:
+    """Share of signal variance left at every timestep of a schedule (1000,), alpha-bar in Ho et al. 2020."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(SCHEDULE).alphas_cumprod.float()
+    return DDPMScheduler.from_config(dict(schedule)).alphas_cumprod.float()
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:

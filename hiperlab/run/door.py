@@ -162,7 +162,9 @@ def _main(argv: list[str]) -> int:
     allowed = values(args.overrides).get("allowed_targets") or []
     if not isinstance(allowed, list):
         raise UserError(f"allowed_targets={allowed}: expected a list of modules, allowed_targets=[mymethods].")
-    lines = with_earlier([re.sub(r"^\+(experiment=)", r"\1", line) for line in args.overrides])  # with or without the +
+    spelt = [re.sub(r"^\+(experiment=)", r"\1", line) for line in args.overrides]  # with or without the +
+    # Hydra keeps the name `defaults` for itself.
+    lines = with_earlier([re.sub(r"^defaults=", "defaults_from=", line) for line in spelt])
     request = Request(conf, extra, name, lines, [str(module) for module in allowed])
     try:
         hydra = open_hydra(request)
@@ -197,9 +199,12 @@ def _run(hydra: Any, request: Any, cfg: Any) -> int:
 
     from hiperlab.run.door_check import check_config
     from hiperlab.run.door_earlier import HANDED, choose_run_dir
+    from hiperlab.run.door_tuned import line
 
     cfg.hydra.mode = RunMode.RUN
     check_config(cfg, request, hydra, request.overrides)
+    if said := line(cfg, str(cfg.hydra.runtime.choices.get("model"))):
+        print(f"hiperlab: {said}", flush=True)
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
     os.environ[HANDED] = str(folder)
     cfg.run_dir = str(folder)

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hiperlab.errors import UserError, near
 from hiperlab.run.door_overrides import choices, parse
 from hiperlab.run.door_targets import check_targets
+from hiperlab.run.door_tuned import apply as apply_tuned
 from hiperlab.run.door_types import check_types, group_lines
 
 STAGES = ("fit", "sample", "score", "summary")
@@ -75,9 +76,11 @@ def compose(hydra: Hydra, request: Request, overrides: Sequence[str], mode: RunM
         UserError: anything Hydra refuses, in one line.
     """
     try:
-        return hydra.compose_config(request.config_name, list(overrides), run_mode=mode, with_log_configuration=False)
+        cfg = hydra.compose_config(request.config_name, list(overrides), run_mode=mode, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, hydra, request, overrides) from None
+    apply_tuned(cfg, overrides)
+    return cfg
 
 
 def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequence[str]) -> None:

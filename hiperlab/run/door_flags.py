@@ -41,7 +41,8 @@ def show(hydra: Any, request: Any, args: argparse.Namespace) -> int:
     elif args.info:
         hydra.show_info(args.info, config_name=request.config_name, overrides=request.overrides)
     elif args.cfg:
-        compose(hydra, request, request.overrides)
+        composed = compose(hydra, request, request.overrides)
+        hydra.compose_config = lambda **_: composed  # what it shows has the model's settings in it
         hydra.show_cfg(request.config_name, request.overrides, args.cfg, args.package, args.resolve)
     else:
         raise UserError("--resolve and --package go with --cfg job.")

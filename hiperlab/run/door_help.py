@@ -23,7 +23,7 @@ usage: python -m hiperlab.run [flags] [group=member] [key=value] [+new_key=value
 flags: -m sweep | --cfg job [--resolve] [--package method] show the config | --config-dir DIR add your own groups
        --config-name NAME | --info [searchpath, defaults-tree, …] | --hydra-help | --version | -sc install=bash
 """
-NO_GROUPS = ("wandb_sweep", "world")  # files for other programs that live under conf/
+NO_GROUPS = ("wandb_sweep", "miniature")  # files for other programs that live under conf/
 
 
 def first_comment(path: Path) -> str:

@@ -15,7 +15,7 @@ from hiperlab.errors import UserError
 from hiperlab.run.door_overrides import parse
 
 LEAST = {  # the door's own numbers with a smallest value
-    "fit.steps": 0, "fit.laptop_steps": 0, "fit.batch_size": 1, "fit.micro_batch_size": 1, "fit.checkpoint_every": 0,
+    "fit.steps": 0, "fit.batch_size": 1, "fit.micro_batch_size": 1, "fit.checkpoint_every": 0,
     "fit.sample_every": 0, "fit.sample_prompts": 0, "sample.prompts": 1, "sample.batch_size": 1, "sampler.steps": 1,
     "model.size": 8,
 }  # fmt: skip

@@ -51,7 +51,7 @@ FILLERS = frozenset(
 )
 # what a prompt that says nothing means
 PLAIN: dict[str, Any] = {"style": "photo", "accessory": "none", "light": "day", "close": False}
-PATTERN_SAID = 0.4  # how likely a caption says the pattern of a coat
+PATTERN_SAID = 0.6  # how likely a caption says the pattern of a coat
 
 
 def _table() -> dict[tuple[str, ...], tuple[str, Any]]:
@@ -89,6 +89,35 @@ def caption(who: Identity, now: Scene, rng: np.random.Generator, pattern: float 
         pattern: how likely a coat's pattern is said, in [0, 1]; where it is always said, silence means a plain coat.
     """
     return caption_parts(who, now, rng, pattern=pattern)[0]
+
+
+def caption_two(
+    left: Identity,
+    right: Identity,
+    now: Scene,
+    rng: np.random.Generator,
+    subject: str | None = None,
+    pattern: float = PATTERN_SAID,
+) -> str:
+    """One wording of a picture of two subjects, the left one first; style, place and light as in `caption`.
+
+    Args:
+        left: the subject that is named first.
+        right: the other one.
+        now: the scene of both.
+        rng: decides the wording.
+        subject: what to write instead of kind, colour and pattern of the left one, its article included.
+        pattern: as in `caption`.
+    """
+    unused: dict[str, Any] = {}
+    nouns = [article(_noun(who, rng, unused, pattern)) for who in (left, right)]
+    if subject is not None:
+        nouns[0] = subject
+    text = _head(now, rng, unused) + (" and " if rng.random() < 0.6 else " next to ").join(nouns)
+    tail = [_say("place", now.place, PLACES[now.place], rng, unused)] if rng.random() < 0.88 else []
+    if now.light != "day" or rng.random() < 0.12:
+        tail.append(_say("light", now.light, LIGHTS[now.light], rng, unused))
+    return " ".join([text, *tail])
 
 
 def caption_parts(

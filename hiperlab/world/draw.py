@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,31 +42,36 @@ class Camera(NamedTuple):
     mirror: bool
 
 
-def render(who: Identity, now: Scene, size: int) -> Picture:
+def render(who: Identity, now: Scene, size: int, beside: tuple[Identity, Scene] | None = None) -> Picture:
     """Draw a subject in a scene.
 
     Args:
         who: the subject.
         now: the scene.
         size: side in pixels; 64 to 768 is what the world is made for. A large picture is the small one in more detail.
+        beside: a second subject with the scene that says its pose, accessory and camera; the rest is the first one's.
 
     Raises:
         UserError: the size is out of bounds.
     """
     if not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"size={size} cannot be drawn: choose {SIZES[0]} to {SIZES[1]} pixels, best 64 to 768.")
-    camera = aim(who, now)
+    subjects = [(who, now), *([] if beside is None else [(beside[0], replace(beside[1], style=now.style))])]
+    cameras = [aim(*subject) for subject in subjects]
     front = np.zeros((size, size, 4), np.uint8)
-    _subject(front, who, now, camera)
+    for (whom, moment), camera in zip(subjects, cameras):
+        _subject(front, whom, moment, camera)
     back = np.zeros((size, size, 4), np.uint8)
     detail = 0.3 if now.style in MANNERS or now.style == "pixel art" else 1.0
     art = Backdrop(canvas_on(back), Chance(now.seed, "place"), now.light, size, detail)
     PLACES[now.place](art)
-    _ground_marks(art, now, camera)
+    for (_, moment), camera in zip(subjects, cameras):
+        _ground_marks(art, replace(moment, place=now.place, light=now.light), camera)
     image = skia.Image.fromarray(front, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType, copy=False)
     art.canvas.drawImageRect(image, skia.Rect(0, 0, 1, 1), skia.SamplingOptions())
-    if now.pose == "sleeping":
-        _dreams(art, who, now, camera)
+    for (_, moment), camera in zip(subjects, cameras):
+        if moment.pose == "sleeping":
+            _dreams(art, camera)
     if now.place == "snow":
         flakes(art)
     _light(art, now)
@@ -130,7 +136,7 @@ def _ground_marks(art: Backdrop, now: Scene, camera: Camera) -> None:
     art.canvas.restore()
 
 
-def _dreams(art: Backdrop, who: Identity, now: Scene, camera: Camera) -> None:
+def _dreams(art: Backdrop, camera: Camera) -> None:
     """Two letters Z that rise from a sleeper, upright and unmirrored."""
     side = -1 if camera.mirror else 1
     for dx, dy, r in ((0.44, -0.62, 0.05), (0.56, -0.82, 0.075)):

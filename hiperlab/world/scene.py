@@ -68,12 +68,12 @@ def scene(seed: int, **fixed: object) -> Scene:
         accessory=chance.pick(VALUES["accessory"], (0.46, *[0.09] * 6)),
         accessory_colour=chance.pick(VALUES["accessory_colour"]),
         light=chance.pick(VALUES["light"], (0.72, 0.14, 0.14)),
-        close=chance.happens(0.1),
-        x=chance.between(-0.1, 0.1),
-        y=chance.between(-0.025, 0.035),
-        zoom=chance.between(0.86, 1.12),
-        rotation=chance.between(-3.5, 3.5),
-        mirror=chance.happens(0.5),
+        close=chance.happens(0.06),
+        x=chance.between(-0.05, 0.05),
+        y=chance.between(-0.015, 0.02),
+        zoom=chance.between(1.0, 1.16),
+        rotation=chance.between(-2.0, 2.0),
+        mirror=chance.happens(0.2),
     )
     unknown = sorted(set(fixed) - set(drawn.__dataclass_fields__) | (set(fixed) & {"seed"}))
     if unknown:

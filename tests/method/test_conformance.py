@@ -24,7 +24,7 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[name for name in METHODS if config(name).fit.laptop_steps])
+@pytest.fixture(params=[name for name in METHODS if config(name).fit.steps])
 def trainee(request) -> str:
     """A method that has something to train."""
     return request.param
@@ -98,7 +98,7 @@ def test_artifact_round_trip(name, stack, tmp_path) -> None:
     subjects = SUBJECTS[:2] if method_class(name).stacks_concepts else SUBJECTS[1:2]
     place = len(subjects) - 1
     method = build(name, stack, subjects)
-    if config(name).fit.laptop_steps:
+    if config(name).fit.steps:
         train(method, 2)
     path = tmp_path / "concept.safetensors"
     artifact.write(path, method, place, {"_target_": config(name).method._target_}, steps=2)

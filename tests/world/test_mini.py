@@ -10,8 +10,8 @@ import torch
 from hiperlab import artifact
 from hiperlab.files import expand
 from hiperlab.metric.truth_encoder import FolderIdentity, FolderReader
+from hiperlab.miniature import report
 from hiperlab.model.load import pretrained
-from hiperlab.world.train import report
 from tests.composed import SUBJECTS, build
 
 MINI = expand("hiperlab:weights/mini")

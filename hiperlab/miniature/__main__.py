@@ -1,0 +1,8 @@
+"""`python -m hiperlab.miniature`."""
+
+import sys
+
+from hiperlab.miniature.door import main
+
+if __name__ == "__main__":
+    sys.exit(main())

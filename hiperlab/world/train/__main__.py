@@ -1,8 +1,0 @@
-"""`python -m hiperlab.world.train`."""
-
-import sys
-
-from hiperlab.world.train.door import main
-
-if __name__ == "__main__":
-    sys.exit(main())
