@@ -12,8 +12,10 @@ from hydra.utils import get_class
 from hiperlab import artifact
 from hiperlab.contract import Method, Step
 from hiperlab.errors import UserError
+from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
+from hiperlab.trajectory import EditingMethod
 from tests.composed import METHODS, SUBJECTS, batch, build, config, train
 
 CATS = SUBJECTS[:1]
@@ -215,6 +217,26 @@ def test_image_does_not_depend_on_its_batch(name) -> None:
     torch.testing.assert_close(both[1:2], alone, atol=1e-8, rtol=0)
     split = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how, batch_size=1)
     torch.testing.assert_close(both, split, atol=1e-8, rtol=0)
+
+
+def test_a_model_of_velocities_draws_the_same_pictures(name) -> None:
+    """The same denoiser, asked for velocities (Salimans & Ho 2022): v = (eps - sqrt(1 - a) z) / sqrt(a)."""
+    if issubclass(method_class(name), EditingMethod):
+        pytest.skip("follows an inversion, whose levels differ: tests/model/test_inversion.py")
+    noise, velocity = (tiny(seed=0, size=64, prediction_type=kind).double() for kind in ("epsilon", "v_prediction"))
+    ask = velocity.predict
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        a = velocity.alpha_bar[timestep][:, None, None, None]
+        eps = ask(latents, timestep, conditioning)
+        return (eps - (1 - a).sqrt() * latents) / a.sqrt()
+
+    velocity.predict = predict  # type: ignore[method-assign]
+    drawn = [
+        build(name, each, SUBJECTS[:1]).double().sample(["a photo of a <my-cat>"], [3], steps=3, guidance=2.0)
+        for each in (noise, velocity)
+    ]
+    torch.testing.assert_close(*drawn, atol=1e-6, rtol=0)  # schedulers hold their levels in float32
 
 
 def test_prompt_without_placeholder_is_the_plain_text(name, stack) -> None:
