@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from hiperlab.contract import Method, Subject
+from hiperlab.base.method import Method, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.draws import normal
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hydra.utils import get_class
 
-from hiperlab.composition import Composition
-from hiperlab.contract import Method, Subject
+from hiperlab.base.composition import Composition
+from hiperlab.base.method import Method, Subject
 from hiperlab.errors import UserError
-from hiperlab.model.multiplied import Done, Multiplied, Summed, add_up
 from hiperlab.model.offsets import Added, LowRank, Offsets
 from hiperlab.model.tiny import tiny
+from hiperlab.model.weight_changes import Done, Multiplied, Summed, add_up
 from tests.composed import METHODS, SUBJECTS, build, config
 
 CAT, DOG = SUBJECTS[:2]

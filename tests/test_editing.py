@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hiperlab.data.concept import Advice
-from hiperlab.editing import PromptToPrompt, edit
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit
+from hiperlab.edit.token_alignment import bounds, replacement, word_indices, word_tokens
 from hiperlab.errors import UserError
-from hiperlab.layer.words import bounds, replacement, word_indices, word_tokens
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.tiny import clip_tokenizer, tiny
 

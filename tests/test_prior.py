@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hiperlab.base.prior_preservation import Prior, preserved
 from hiperlab.errors import UserError
 from hiperlab.model.tiny import tiny
-from hiperlab.prior import Prior, preserved
 from tests.composed import SUBJECTS, batch
 
 CAT = SUBJECTS[0]

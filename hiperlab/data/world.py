@@ -74,7 +74,7 @@ def load_held_out(
 
     Args:
         identity_seed: one or several of 0 to 2**31 - 1.
-        kind: one of `hiperlab.world.words.KINDS`, or None to let each seed choose.
+        kind: one of `hiperlab.world.vocabulary.KINDS`, or None to let each seed choose.
         placeholder: the new word (None: "<world-17>" or "<world-17-cat>"; the truth scores know the subject by it).
         word: as in `load_named`.
         property: as in `load_named`.
@@ -147,7 +147,7 @@ def load_domain(
     Their seeds are of the half that networks may be trained on, so none of them is a subject of the other loaders.
 
     Args:
-        kind: one of `hiperlab.world.words.KINDS`.
+        kind: one of `hiperlab.world.vocabulary.KINDS`.
         subjects: how many identities.
         first: the first one's seed, 0 to 2**31 - 1 like the last one's.
         views_each: pictures of each, in different scenes.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hiperlab.errors import UserError
 from hiperlab.layer import fourier
-from hiperlab.layer.nested import keep_first
-from hiperlab.layer.stacked import StackedLayerNorm, StackedLinear
+from hiperlab.layer.nested_dropout import keep_first
+from hiperlab.layer.per_concept import StackedLayerNorm, StackedLinear
 
 HIDDEN = 128  # the authors' constants, models/neti_mapper.py
 NUM_W = 1024

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hiperlab.errors import UserError
-from hiperlab.layer.stacked import uniform_init
+from hiperlab.layer.per_concept import uniform_init
 
 VALUE_FORMS = ("affine", "direct")
 

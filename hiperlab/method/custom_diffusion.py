@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import ChangedWeights, Method, Step, Subject
+from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.prior_preservation import Prior
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
+from hiperlab.data.crop_augmentation import Placement, drawn, latent_mask, placed, still
 from hiperlab.errors import UserError
 from hiperlab.formats import custom_diffusion as files
-from hiperlab.layer.decay import decay_whole_weights
-from hiperlab.layer.placement import Placement, drawn, latent_mask, placed, still
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Offsets, added, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
-from hiperlab.prior import Prior
+from hiperlab.optim.weight_decay import decay_whole_weights
 
 WEIGHTS = {"kv": (".to_k.", ".to_v."), "cross": ("",)}
 

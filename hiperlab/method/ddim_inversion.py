@@ -6,7 +6,7 @@ target is drawn from the inverted noise as it is.
 
 from __future__ import annotations
 
-from hiperlab.trajectory import EditingMethod
+from hiperlab.base.editing_method import EditingMethod
 
 
 class DDIMInversion(EditingMethod):

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import ChangedWeights, Method, Step, Subject
+from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.prior_preservation import Prior
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
 from hiperlab.errors import UserError
 from hiperlab.formats import weights as files
-from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import added, parameter_names, say_cost, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import TextCache
-from hiperlab.prior import Prior
+from hiperlab.optim.weight_decay import decay_whole_weights
 
 log = logging.getLogger(__name__)
 

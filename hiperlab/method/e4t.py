@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab import artifact, draws, files
-from hiperlab.contract import ChangedWeights, Method, Step, Subject
+from hiperlab import draws, files
+from hiperlab.base import artifact
+from hiperlab.base.method import ChangedWeights, Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.images import ImageProblem, read_image, to_pixels
 from hiperlab.errors import UserError, near
 from hiperlab.formats import e4t as formats
-from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.layer.image_encoder import LayerHead, PatchHead, pool
 from hiperlab.layer.weight_offset import WeightOffset
-from hiperlab.model import tower as towers
+from hiperlab.model import vision_loader as towers
 from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.first_half import first_half, map_channels
-from hiperlab.model.multiplied import InTurn, Multiplied, work_out
 from hiperlab.model.offsets import Added, Change, Offsets, parameter_names, say_cost, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
-from hiperlab.model.vision import Seen, SeenCache, VisionTower
+from hiperlab.model.unet_encoder import first_half, map_channels
+from hiperlab.model.vision_tower import Seen, SeenCache, VisionTower
+from hiperlab.model.weight_changes import InTurn, Multiplied, work_out
+from hiperlab.optim.weight_decay import decay_whole_weights
 
 log = logging.getLogger(__name__)
 CHOICES = {

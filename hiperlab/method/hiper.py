@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
-from hiperlab.layer.posterior import check_latent, posterior_noise
 from hiperlab.model.conditioning import Conditioning, Part
+from hiperlab.model.posterior import check_latent, posterior_noise
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -50,7 +50,7 @@ class HiPer(Method):
         seed: of the draws.
         n_hiper: N, 1 to T - 1.
         init: where h starts: "source_tail" (the authors), "target_tail", or a saved `hiper_embeddings_step*.pt`.
-        latent: how often the picture's latents are drawn, see `hiperlab.layer.posterior`.
+        latent: how often the picture's latents are drawn, see `hiperlab.model.posterior`.
         scale_source: factor of h behind the source text.
         scale_edit: factor behind any other text; several draw one picture for each, the first is the plain one.
         export_every: optimizer steps between the authors' files; 0 writes the last one only.

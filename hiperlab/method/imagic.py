@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
-from hiperlab.layer.posterior import check_latent, posterior_noise
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import Offsets, added, parameter_names, say_cost, zeros
+from hiperlab.model.posterior import check_latent, posterior_noise
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -51,7 +51,7 @@ class Imagic(Method):
         embedding_share: phase A's share of the steps, 0 to 1.
         model_lr: phase B's learning rate.
         weights: which U-Net weights phase B fits: "cross" (cross-attention), "attention", or "all" as published.
-        latent: how often the picture's latents are drawn, see `hiperlab.layer.posterior`.
+        latent: how often the picture's latents are drawn, see `hiperlab.model.posterior`.
         eta: weight of the target text; several draw one picture for each, the first is the plain one.
     """
 

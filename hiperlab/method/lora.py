@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.contract import ChangedWeights, Method, Step, Subject
+from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.prior_preservation import Prior
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import fill
 from hiperlab.errors import UserError
@@ -25,7 +26,6 @@ from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import TextCache
-from hiperlab.prior import Prior
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import neti as files
 from hiperlab.layer.mapper import HIDDEN, Mapper
-from hiperlab.layer.nested import draw_keep
+from hiperlab.layer.nested_dropout import draw_keep
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Subject
-from hiperlab.editing import PromptToPrompt
+from hiperlab.base.editing_method import Conditions
+from hiperlab.base.method import Subject
+from hiperlab.base.trajectory_method import TrajectoryMethod
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt
 from hiperlab.errors import UserError, near
 from hiperlab.formats import null_text as files
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import predict_noise, previous
 from hiperlab.model.stack import FrozenStack
-from hiperlab.trajectory import Conditions, TrajectoryMethod
 
 FILES = {None: "null_text_embeddings.pt", "text": "text_embeddings.pt", "negative_prompt": "null_text_embeddings.pt"}
 

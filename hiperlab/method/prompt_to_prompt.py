@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab import editing
-from hiperlab.contract import Subject
+from hiperlab.base.editing_method import EditingMethod
+from hiperlab.base.method import Subject
+from hiperlab.edit import prompt_to_prompt as editing
 from hiperlab.model.sampler import initial_noise
 from hiperlab.model.stack import FrozenStack
-from hiperlab.trajectory import EditingMethod
 
 
 class PromptToPrompt(EditingMethod):

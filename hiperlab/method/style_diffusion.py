@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.contract import Subject
-from hiperlab.editing import PromptToPrompt
+from hiperlab.base.editing_method import Conditions
+from hiperlab.base.method import Subject
+from hiperlab.base.trajectory_method import TrajectoryMethod
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt
 from hiperlab.errors import UserError, near
 from hiperlab.formats import stylediffusion as files
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
-from hiperlab.model import tower as towers
+from hiperlab.model import vision_loader as towers
+from hiperlab.model.attention_control import Record, cross_maps
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import Record, cross_maps
 from hiperlab.model.inversion import predict_noise, previous
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.vision import VisionTower
-from hiperlab.trajectory import Conditions, TrajectoryMethod
+from hiperlab.model.vision_tower import VisionTower
 
 ATTENTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "none": None}
 FILE = "mapping_networks.pth"

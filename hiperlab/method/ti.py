@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from hiperlab.model.conditioning import Conditioning, Part

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from hiperlab.contract import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from hiperlab.model.conditioning import Conditioning, Part

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
+from hiperlab.metric.preprocess import Preprocess
 from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
 
 if TYPE_CHECKING:
@@ -22,36 +23,6 @@ if TYPE_CHECKING:
 
 _CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
-_INTERPOLATIONS = ("bicubic", "bilinear")
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """From an RGB picture to a network's input.
-
-    Attributes:
-        resize: pixels of the shorter side after resizing.
-        crop: side of the centre square that is kept.
-        interpolation: "bicubic" or "bilinear", PIL's (antialiased).
-        mean: per channel, subtracted from [0, 1].
-        std: per channel, divided by.
-    """
-
-    resize: int
-    crop: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # yaml gives lists
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
-        if self.interpolation not in _INTERPOLATIONS:
-            raise UserError(
-                f"interpolation={self.interpolation} is unknown.{near(self.interpolation, _INTERPOLATIONS)}"
-            )
-        if not 0 < self.crop <= self.resize or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"{self}: needs 0 < crop <= resize, three means and three positive stds.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +70,8 @@ class HubClip(Encoder):
         """Build both towers in float32."""
         import open_clip
 
-        from hiperlab.metric.features import ClipFeatures, make_transform
+        from hiperlab.metric.features import ClipFeatures
+        from hiperlab.metric.preprocess import make_transform
 
         file = self._file(key)
         try:
@@ -214,7 +186,8 @@ class HubVision(Encoder):
         """Build it in float32, its input size set to the crop; the output is the pooled feature before any head."""
         import timm
 
-        from hiperlab.metric.features import VisionFeatures, make_transform
+        from hiperlab.metric.features import VisionFeatures
+        from hiperlab.metric.preprocess import make_transform
 
         file = self._file(key)
         tensors = read_tensors(file, self.model)

@@ -15,7 +15,7 @@ from hiperlab.errors import UserError
 from hiperlab.metric.compare import unit
 
 if TYPE_CHECKING:
-    from hiperlab.metric.encoder import Preprocess
+    pass
 
 
 class Features(nn.Module):
@@ -107,20 +107,6 @@ class ClipFeatures(VisionFeatures):
     def _encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), any length."""
         return self.network.encode_image(pixels)  # type: ignore[operator]
-
-
-def make_transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
-    """Resize the shorter side, crop the centre, normalise: on PIL, as the published evaluators do."""
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-
-    return Compose(
-        [
-            Resize(preprocess.resize, interpolation=InterpolationMode(preprocess.interpolation)),
-            CenterCrop(preprocess.crop),
-            ToTensor(),
-            Normalize(preprocess.mean, preprocess.std),
-        ]
-    )
 
 
 def content(network: nn.Module, extra: str = "") -> str:

@@ -17,13 +17,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hiperlab.errors import UserError, near
-from hiperlab.metric.edit_member import EditScore
+from hiperlab.metric.edit.scores import EditScore
 from hiperlab.metric.encoder import Encoder
 from hiperlab.metric.weights import MissingWeightsError
 
 if TYPE_CHECKING:
     from hiperlab.metric.features import Features
-    from hiperlab.metric.member import ImageSimilarity, Similarity
+    from hiperlab.metric.torchmetric import ImageSimilarity, Similarity
 
 REVISION = 1  # of the arithmetic in this room; raise it with every change that moves a number
 
@@ -80,7 +80,7 @@ class TextScore:
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.member import ClipText
+        from hiperlab.metric.torchmetric import ClipText
 
         return ClipText(features, scale=self.scale)
 
@@ -102,7 +102,7 @@ class ImageScore:
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.member import ClipImage
+        from hiperlab.metric.torchmetric import ClipImage
 
         return ClipImage(features, scale=self.scale, pairing=self.pairing)
 
@@ -119,7 +119,7 @@ class IdentityScore(ImageScore):
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.member import Identity
+        from hiperlab.metric.torchmetric import Identity
 
         return Identity(features, scale=self.scale, pairing=self.pairing, missing=self.missing)
 

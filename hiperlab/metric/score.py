@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from hiperlab.errors import UserError, near
-from hiperlab.metric.edit_member import EditScore
+from hiperlab.metric.edit.scores import EditScore
 from hiperlab.metric.picture import as_pictures, open_picture
 from hiperlab.metric.protocol import ImageScore, Protocol, TextScore, clean
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hiperlab.metric.edit import EditReference
+    from hiperlab.metric.edit.distance import EditReference
     from hiperlab.metric.encoder import Encoder
     from hiperlab.metric.features import Features
 

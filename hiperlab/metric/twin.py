@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hiperlab.metric.encoder import Encoder, Preprocess
+from hiperlab.metric.encoder import Encoder
+from hiperlab.metric.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +27,8 @@ class TwinClip(Encoder):
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         import open_clip
 
-        from hiperlab.metric.features import ClipFeatures, make_transform
+        from hiperlab.metric.features import ClipFeatures
+        from hiperlab.metric.preprocess import make_transform
 
         network = _seeded(
             self.seed,
@@ -52,7 +54,8 @@ class TwinVision(Encoder):
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         from timm.models.vision_transformer import VisionTransformer
 
-        from hiperlab.metric.features import VisionFeatures, make_transform
+        from hiperlab.metric.features import VisionFeatures
+        from hiperlab.metric.preprocess import make_transform
 
         crop = self.preprocess.crop
         network = _seeded(
@@ -70,7 +73,7 @@ class TwinKeys(TwinVision):
 
     def load(self, key: str) -> Features:
         """Build it."""
-        from hiperlab.metric.edit_features import KeyFeatures
+        from hiperlab.metric.edit.extractor import KeyFeatures
         from hiperlab.metric.features import VisionFeatures
 
         loaded = super().load(key)
@@ -88,7 +91,7 @@ class TwinLpips(Encoder):
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-        from hiperlab.metric.edit_features import LpipsFeatures
+        from hiperlab.metric.edit.extractor import LpipsFeatures
 
         return LpipsFeatures(_seeded(self.seed, lambda: _NoTrainLpips(net="alex", pnet_rand=True)))
 

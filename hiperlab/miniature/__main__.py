@@ -2,7 +2,7 @@
 
 import sys
 
-from hiperlab.miniature.door import main
+from hiperlab.miniature.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hiperlab import files
-from hiperlab.miniature import words
+from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.keys import rows
 from hiperlab.miniature.module import Fit, StageModule, freeze

@@ -15,7 +15,7 @@ from hiperlab.world.chance import Chance
 from hiperlab.world.identity import Identity, identity
 from hiperlab.world.scene import VALUES, Scene, scene
 from hiperlab.world.subjects import HELD_OUT, TRAINED
-from hiperlab.world.words import COLOURS, KINDS, PATTERNS
+from hiperlab.world.vocabulary import COLOURS, KINDS, PATTERNS
 
 HEADS: dict[str, tuple[str, ...]] = {
     "kind": KINDS,

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.miniature import card, clip, record, unet, words
+from hiperlab.miniature import card, clip, record, unet
+from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature import vae as stage_vae
 from hiperlab.miniature.plan import ORDER, PRODUCTS, Workshop
 

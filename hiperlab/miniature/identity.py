@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hiperlab.metric import truth_judge
+from hiperlab.metric.world import network as truth_judge
 from hiperlab.miniature.clip import top1
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.keys import stream

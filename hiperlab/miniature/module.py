@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from hiperlab.miniature import muon
+from hiperlab.optim import muon
 
 
 @dataclass(frozen=True)

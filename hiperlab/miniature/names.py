@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hiperlab.world.identity import Identity
-from hiperlab.world.words import KINDS, PATTERNS
+from hiperlab.world.vocabulary import KINDS, PATTERNS
 
 COLLARS, MARKS = ("none", "band", "tag"), ("none", "blaze", "patch", "star")
 PROPORTIONS = ("head", "ear", "tail", "leg", "body")

@@ -17,14 +17,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from hiperlab.contract import Subject
+from hiperlab.base.method import Subject
 from hiperlab.data.concept import fill
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.module import ConceptData
 from hiperlab.data.world import WORLD, load_held_out
 from hiperlab.method.ti import TextualInversion
 from hiperlab.metric.compare import image_similarity
-from hiperlab.metric.truth_encoder import FolderIdentity
+from hiperlab.metric.world.recipe import FolderIdentity
 from hiperlab.model.load import pretrained
 from hiperlab.report.grid import to_pil
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.miniature import words
+from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature.draw_shard import HEADS, Shard, Source, draw
 from hiperlab.miniature.plan import Workshop
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hiperlab.metric import truth_judge
+from hiperlab.metric.world import network as truth_judge
 from hiperlab.miniature.draw_shard import HEADS, JUDGING
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.keys import rows, stream

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.metric import truth_judge
-from hiperlab.metric.truth import read_attributes
+from hiperlab.metric.world import network as truth_judge
+from hiperlab.metric.world.attributes import read_attributes
 from hiperlab.miniature import bars, clip, identity, vae
 from hiperlab.miniature.draw_shard import HEADS, Source, truth, wording
 from hiperlab.miniature.pictures import reduced
@@ -30,7 +30,7 @@ from hiperlab.miniature.plan import Workshop
 from hiperlab.report.environment import environment
 from hiperlab.world.caption import article, parse, true_picture
 from hiperlab.world.subjects import PROMPTS, SEEDS, subject, views
-from hiperlab.world.words import ACCESSORIES, COLOURS, KINDS, PATTERNS, PLACES, POSES, STYLES
+from hiperlab.world.vocabulary import ACCESSORIES, COLOURS, KINDS, PATTERNS, PLACES, POSES, STYLES
 
 CODED = ("coded_psnr", "coded_identity", "coded_identity_worst", "coded_retrieval")
 # measured from samples

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hiperlab import files
-from hiperlab.miniature import words
+from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature.clip import Captioned, check, contrastive
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.module import Fit, StageModule, freeze

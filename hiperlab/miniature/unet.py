@@ -20,7 +20,8 @@ from transformers import CLIPTextModel
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line
-from hiperlab.miniature import clip, latents, words
+from hiperlab.miniature import clip, latents
+from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature import vae as stage_vae
 from hiperlab.miniature.draw_shard import Source
 from hiperlab.miniature.fit import train
@@ -31,7 +32,7 @@ from hiperlab.miniature.pictures import Pictures
 from hiperlab.miniature.plan import Workshop
 from hiperlab.model.noise import add_noise, alphas_cumprod, sample_posterior, target
 from hiperlab.model.text import embed, final_norm, transform
-from hiperlab.world.words import KINDS
+from hiperlab.world.vocabulary import KINDS
 
 PREDICTION = "v_prediction"
 SCHEDULE: dict[str, Any] = {  # of the miniature, as a diffusers scheduler config

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from hiperlab.model.attention_control import Control, Layer, layer_of
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import Control, Layer, layer_of
 
 
 class CrossAttention:

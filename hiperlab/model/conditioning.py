@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hiperlab.model.control import Control
+from hiperlab.model.attention_control import Control
 from hiperlab.model.offsets import Offsets
 
 
@@ -65,7 +65,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Part:
-    """What one concept gives to the text of a picture that shows several; `hiperlab.composition` joins the parts.
+    """What one concept gives to the text of a picture that shows several; `hiperlab.base.composition` joins the parts.
 
     R texts; L and R may be 1 where a part is the same for all layers or texts.
 

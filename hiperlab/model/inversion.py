@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hiperlab.errors import UserError
+from hiperlab.model.attention_control import Layer, Record
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import Layer, Record
 from hiperlab.model.stack import FrozenStack
 
 

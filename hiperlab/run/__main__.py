@@ -2,7 +2,7 @@
 
 import sys
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

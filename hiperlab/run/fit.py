@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-from hiperlab import artifact, files
+from hiperlab import files
+from hiperlab.base import artifact
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData
@@ -21,8 +22,8 @@ from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
 from hiperlab.report.exports import CadencedExports
 from hiperlab.report.finish import EndWhenFinished
-from hiperlab.report.guard import FiniteGuard
 from hiperlab.report.loggers import JsonlLogger, RewindLogs
+from hiperlab.report.nan_guard import FiniteGuard
 from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.samples import TrainingSamples
@@ -33,7 +34,7 @@ from hiperlab.run.session import Session
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hiperlab.contract import Method, Subject
+    from hiperlab.base.method import Method, Subject
     from hiperlab.data.dataset import DataSet
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
 
 if TYPE_CHECKING:
-    from hiperlab.artifact import Artifact
-    from hiperlab.contract import Method, Subject
+    from hiperlab.base.artifact import Artifact
+    from hiperlab.base.method import Method, Subject
     from hiperlab.data.dataset import DataSet
     from hiperlab.metric.protocol import Protocol
     from hiperlab.model.stack import FrozenStack
@@ -110,7 +110,7 @@ class Session:
     @cached_property
     def subjects(self) -> list[Subject]:
         """What methods may know of the concepts."""
-        from hiperlab.contract import Subject
+        from hiperlab.base.method import Subject
 
         return [
             Subject(
@@ -134,7 +134,7 @@ class Session:
     @cached_property
     def kept(self) -> list[Artifact]:
         """The concepts named by `artifacts=`, which are drawn together; empty in an ordinary run."""
-        from hiperlab import artifact
+        from hiperlab.base import artifact
 
         return [artifact.read(Path(path)) for path in self.cfg.artifacts or []]
 

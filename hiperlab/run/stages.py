@@ -8,9 +8,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hiperlab import files
+from hiperlab.cli.hydra_job import resume_command, task_overrides
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.report.environment import command
-from hiperlab.run.door import resume_command, task_overrides
 from hiperlab.run.session import Session, configure_logging, open_session, write_settings
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def check_artifacts(session: Session) -> None:
     Raises:
         UserError: they do not, or the stages include fit.
     """
-    from hiperlab.run.together import check_artifacts_together
+    from hiperlab.run.sample_composed import check_artifacts_together
 
     for path in session.given_artifacts:
         if not path.is_file():
@@ -105,7 +105,10 @@ def _check(session: Session) -> None:
 def _run(session: Session) -> None:
     stages = list(session.cfg.stages)
     from hiperlab.report.signals import StopSignals
-    from hiperlab.run import fit, pictures, scoring, together
+    from hiperlab.run import fit
+    from hiperlab.run import sample as pictures
+    from hiperlab.run import sample_composed as together
+    from hiperlab.run import score as scoring
 
     with StopSignals() as signals:
         session.update(model_note=session.stack.note)

@@ -13,7 +13,7 @@ from hiperlab.world.chance import Chance
 from hiperlab.world.draw import Picture, render
 from hiperlab.world.identity import Identity
 from hiperlab.world.scene import Scene, scene
-from hiperlab.world.words import (
+from hiperlab.world.vocabulary import (
     ACCESSORIES,
     CLOSE,
     COLOURED,

@@ -10,7 +10,7 @@ import skia
 from hiperlab.world.identity import RGB, Identity
 from hiperlab.world.pen import INK, PINK, WHITE, Coat, Pen, blob, box, limb, mix, oval, polygon
 from hiperlab.world.scene import Scene
-from hiperlab.world.words import COLOURS
+from hiperlab.world.vocabulary import COLOURS
 
 GOLD: RGB = (0.98, 0.78, 0.2)
 

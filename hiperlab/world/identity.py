@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hiperlab.errors import UserError, near
 from hiperlab.world.chance import Chance
-from hiperlab.world.words import COLOURS, KINDS, PATTERNS
+from hiperlab.world.vocabulary import COLOURS, KINDS, PATTERNS
 
 RGB = tuple[float, float, float]
 

@@ -7,7 +7,7 @@ import numpy as np
 from hiperlab.world.backdrop import Backdrop
 from hiperlab.world.identity import RGB
 from hiperlab.world.pen import INK, WHITE, box, mix, oval, polygon
-from hiperlab.world.words import COLOURS
+from hiperlab.world.vocabulary import COLOURS
 
 
 def floor(art: Backdrop) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import skia
 
 from hiperlab.world.identity import RGB, Identity
-from hiperlab.world.words import PATTERNS
+from hiperlab.world.vocabulary import PATTERNS
 
 Point = tuple[float, float]
 INK: RGB = (0.13, 0.1, 0.12)

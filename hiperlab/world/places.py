@@ -11,7 +11,7 @@ from hiperlab.world.backdrop import Backdrop
 from hiperlab.world.identity import RGB
 from hiperlab.world.indoors import floor, room, studio
 from hiperlab.world.pen import INK, WHITE, argb, blob, box, limb, mix, oval, polygon
-from hiperlab.world.words import COLOURS
+from hiperlab.world.vocabulary import COLOURS
 
 
 def meadow(art: Backdrop) -> None:

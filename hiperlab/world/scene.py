@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hiperlab.errors import UserError, near
 from hiperlab.world.chance import Chance
-from hiperlab.world.words import ACCESSORIES, COLOURS, LIGHTS, PLACES, POSES, STYLES
+from hiperlab.world.vocabulary import ACCESSORIES, COLOURS, LIGHTS, PLACES, POSES, STYLES
 
 VALUES: dict[str, Sequence[str]] = {
     "pose": tuple(POSES),

@@ -17,7 +17,7 @@ from hiperlab.world.chance import Chance
 from hiperlab.world.draw import render
 from hiperlab.world.identity import Identity, identity
 from hiperlab.world.scene import Scene, scene
-from hiperlab.world.words import PLACES, POSES
+from hiperlab.world.vocabulary import PLACES, POSES
 
 TRAINED = range(0, 2**31)
 HELD_OUT = range(2**31, 2**32)

@@ -8,7 +8,7 @@ from hiperlab.data.dataset import DataSet
 from hiperlab.data.templates import TEMPLATES as PUBLISHED
 from hiperlab.data.world import NOTE, load_domain, load_held_out, load_named
 from hiperlab.errors import UserError
-from hiperlab.metric.truth_features import known_subject
+from hiperlab.metric.world.extractor import known_subject
 from hiperlab.world.caption import parse
 from hiperlab.world.subjects import SEEDS, held_out, subject
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hydra.utils import get_class
 
-from hiperlab import artifact
-from hiperlab.contract import Method, Step
+from hiperlab.base import artifact
+from hiperlab.base.editing_method import EditingMethod
+from hiperlab.base.method import Method, Step
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
-from hiperlab.trajectory import EditingMethod
 from tests.composed import METHODS, SUBJECTS, batch, build, config, train
 
 CATS = SUBJECTS[:1]
@@ -273,7 +273,7 @@ def test_exports_load_back(trainee, stack, tmp_path) -> None:
 
 
 def test_placeholder_that_is_a_word_is_refused(name, stack) -> None:
-    from hiperlab.contract import Subject
+    from hiperlab.base.method import Subject
 
     with pytest.raises(UserError, match="already a word"):
         build(name, stack, [Subject("cat", "cat", "cat")])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
+from hiperlab.data.crop_augmentation import FAR, NEAR, Placement, drawn, latent_mask, placed, still
 from hiperlab.errors import UserError
 from hiperlab.formats.custom_diffusion import compressed
-from hiperlab.layer.placement import FAR, NEAR, Placement, drawn, latent_mask, placed, still
 from hiperlab.method.custom_diffusion import CustomDiffusion, masked_loss
 from hiperlab.model.conditioning import Conditioning, concatenate
 from tests.composed import SUBJECTS, batch, build, train

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from hiperlab import trajectory
-from hiperlab.contract import Subject
+from hiperlab.base import editing_method as trajectory
+from hiperlab.base.method import Subject
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import Sampler, ddim, denoise, initial_noise

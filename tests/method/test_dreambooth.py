@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from hiperlab.contract import Step
+from hiperlab.base.method import Step
 from hiperlab.errors import UserError
-from hiperlab.layer.decay import decay_whole_weights
 from hiperlab.method.dreambooth import DreamBooth
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import added
+from hiperlab.optim.weight_decay import decay_whole_weights
 from tests.composed import SUBJECTS, batch, build, train
 
 CAT = SUBJECTS[0]

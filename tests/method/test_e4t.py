@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hiperlab import artifact
-from hiperlab.contract import Step
+from hiperlab.base import artifact
+from hiperlab.base.method import Step
 from hiperlab.errors import UserError
 from hiperlab.formats import e4t as formats
 from hiperlab.method import e4t as module
 from hiperlab.method.e4t import E4T
-from hiperlab.model import tower as towers
-from hiperlab.model import vision
-from hiperlab.model.vision import Seen, SeenCache
+from hiperlab.model import vision_loader as towers
+from hiperlab.model import vision_tower as vision
+from hiperlab.model.vision_tower import Seen, SeenCache
 from tests.composed import SUBJECTS, batch, build, config, picture, train
 
 CAT = SUBJECTS[0]

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from hiperlab import draws
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
 from hiperlab.method.hiper import replace_tail

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.method.imagic import Imagic, interpolate
 from tests.composed import ROOT, SUBJECTS, batch, build, train

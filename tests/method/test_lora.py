@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hiperlab import artifact
-from hiperlab.contract import Step
+from hiperlab.base import artifact
+from hiperlab.base.method import Step
 from hiperlab.errors import UserError
 from hiperlab.method.lora import LoRA, modules_named, resized
 from hiperlab.model.conditioning import Conditioning, concatenate

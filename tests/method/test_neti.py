@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.errors import UserError
-from hiperlab.layer.nested import draw_keep
+from hiperlab.layer.nested_dropout import draw_keep
 from tests.composed import SUBJECTS, build, train
 
 CATS = SUBJECTS[:1]

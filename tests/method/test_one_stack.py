@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hiperlab.contract import Method
+from hiperlab.base.method import Method
 from tests.composed import SUBJECTS, batch, build, train
 
 PAIRS = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hiperlab.errors import UserError
 from hiperlab.formats import stylediffusion as files
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
-from hiperlab.model.tower import tiny_tower
+from hiperlab.model.vision_loader import tiny_tower
 from tests.composed import SUBJECTS, build
 from tests.run.test_run_edit_methods import run
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hiperlab.contract import Step
+from hiperlab.base.method import Step
 from hiperlab.errors import UserError
 from tests.composed import SUBJECTS, build
 

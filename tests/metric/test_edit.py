@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from hiperlab.errors import UserError
-from hiperlab.metric import edit
-from hiperlab.metric.edit import EditReference
-from hiperlab.metric.edit_encoder import Lpips, Pixels
-from hiperlab.metric.edit_features import KeyFeatures, PixelFeatures
-from hiperlab.metric.edit_member import (
+from hiperlab.metric.edit import distance as edit
+from hiperlab.metric.edit.distance import EditReference
+from hiperlab.metric.edit.extractor import KeyFeatures, PixelFeatures
+from hiperlab.metric.edit.recipe import Lpips, Pixels
+from hiperlab.metric.edit.scores import (
     BackgroundMse,
     BackgroundPsnr,
     BackgroundSsim,

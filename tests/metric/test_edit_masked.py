@@ -16,10 +16,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from hiperlab.errors import UserError
-from hiperlab.metric.edit import EditReference
-from hiperlab.metric.edit_encoder import Lpips, Pixels, TensorKeys
-from hiperlab.metric.edit_features import LpipsFeatures, PixelFeatures
-from hiperlab.metric.edit_member import (
+from hiperlab.metric.edit.distance import EditReference
+from hiperlab.metric.edit.extractor import LpipsFeatures, PixelFeatures
+from hiperlab.metric.edit.foreground import foreground, released_token
+from hiperlab.metric.edit.ns_lpips import NsLpips, NsLpipsFixed
+from hiperlab.metric.edit.recipe import Lpips, Pixels, TensorKeys
+from hiperlab.metric.edit.scores import (
     BackgroundMse,
     BackgroundPerceptual,
     BackgroundPsnr,
@@ -28,9 +30,7 @@ from hiperlab.metric.edit_member import (
     ReconstructionPsnr,
     StructureScore,
 )
-from hiperlab.metric.encoder import Preprocess
-from hiperlab.metric.foreground import foreground, released_token
-from hiperlab.metric.ns_lpips import NsLpips, NsLpipsFixed
+from hiperlab.metric.preprocess import Preprocess
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.score import score
 from hiperlab.metric.table import aggregate

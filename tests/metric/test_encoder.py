@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from hiperlab.errors import UserError
 from hiperlab.hub import hub_problem
 from hiperlab.metric import weights
-from hiperlab.metric.encoder import FolderClip, HubClip, HubVision, Preprocess
-from hiperlab.metric.features import content, make_transform
+from hiperlab.metric.encoder import FolderClip, HubClip, HubVision
+from hiperlab.metric.features import content
+from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.twin import TwinClip
 from hiperlab.metric.weights import MissingWeightsError, hub_file
 from tests.metric.conftest import load_protocol, noise

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from hiperlab.errors import UserError
-from hiperlab.metric.face import SIDE, TEMPLATE, FaceFeatures, Found, aligned, centred, largest, similarity
-from hiperlab.metric.face_encoder import OnnxFace
-from hiperlab.metric.member import Identity
+from hiperlab.metric.face.extractor import SIDE, TEMPLATE, FaceFeatures, Found, aligned, centred, largest, similarity
+from hiperlab.metric.face.recipe import OnnxFace
+from hiperlab.metric.torchmetric import Identity
 from hiperlab.metric.weights import MissingWeightsError
 from tests.metric.conftest import load_protocol, plain
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from hiperlab.errors import UserError
 from hiperlab.metric.compare import image_similarity, real_similarity, rescale, unit
 from hiperlab.metric.features import VisionFeatures
-from hiperlab.metric.member import ClipImage, ClipText, Identity
 from hiperlab.metric.picture import as_pictures
+from hiperlab.metric.torchmetric import ClipImage, ClipText, Identity
 from tests.metric.conftest import ColourFeatures, plain
 
 RED, GREEN, YELLOW, BLACK = plain((255, 0, 0)), plain((0, 255, 0)), plain((255, 255, 0)), plain((0, 0, 0))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from hiperlab.model.attention_control import Record, cross_maps, layer_of
 from hiperlab.model.conditioning import Conditioning, concatenate
-from hiperlab.model.control import Record, cross_maps, layer_of
 from hiperlab.model.tiny import tiny
 
 

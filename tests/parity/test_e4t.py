@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hiperlab import draws
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.formats import e4t as formats
 from hiperlab.formats.open_clip import to_open_clip, to_transformers
@@ -25,11 +25,11 @@ from hiperlab.layer.image_encoder import LayerHead, PatchHead, pool
 from hiperlab.layer.weight_offset import WeightOffset
 from hiperlab.method.e4t import E4T
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.first_half import FirstHalf
-from hiperlab.model.multiplied import Multiplied
 from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import ddim, denoise
-from hiperlab.model.vision import VisionTower, preprocess
+from hiperlab.model.unet_encoder import FirstHalf
+from hiperlab.model.vision_tower import VisionTower, preprocess
+from hiperlab.model.weight_changes import Multiplied
 from tests.composed import build as compose
 from tests.parity import golden
 

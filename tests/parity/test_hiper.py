@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hiperlab import draws
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.images import read_image, to_pixels
 from hiperlab.formats import hiper as files

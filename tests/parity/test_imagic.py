@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hiperlab import draws
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.images import read_image
 from hiperlab.method.imagic import Imagic

@@ -13,7 +13,8 @@ import torch
 from torch.func import functional_call
 
 from hiperlab import draws
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
+from hiperlab.base.prior_preservation import preserved
 from hiperlab.data.batch import Batch
 from hiperlab.method.custom_diffusion import CustomDiffusion, masked_loss
 from hiperlab.method.dreambooth import DreamBooth
@@ -21,7 +22,6 @@ from hiperlab.method.lora import LoRA
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import LowRank, added
 from hiperlab.model.sampler import ddim, denoise
-from hiperlab.prior import preserved
 from tests.composed import build as compose
 from tests.parity import golden
 

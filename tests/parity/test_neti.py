@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiperlab.contract import Step, Subject
+from hiperlab.base.method import Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.formats import neti as files
 from hiperlab.layer import fourier
-from hiperlab.layer.nested import keep_first
+from hiperlab.layer.nested_dropout import keep_first
 from hiperlab.loss.diffusion import denoising_loss
 from hiperlab.method.neti import NeTI, add_bypass, rescale
 from hiperlab.method.ti import TextualInversion
@@ -347,7 +347,8 @@ def test_t_special_cases(name, twin, cfg, subject, g) -> None:
 
 def test_h_training_loop(neti, root, cfg, g, monkeypatch) -> None:
     """The authors' real loop, replayed through our `training_step` with their recorded draws."""
-    from hiperlab import contract, draws
+    from hiperlab import draws
+    from hiperlab.base import method as contract
     from hiperlab.method import neti as module
 
     tokenizer, adam = neti.model.tokenizer, cfg["adam"]

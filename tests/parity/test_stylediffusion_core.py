@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from hiperlab.editing import AttentionEdits, Pair, PromptToPrompt, edit
-from hiperlab.layer.attention_edit import CrossEdit, blend_mask, square, tokens_mask
-from hiperlab.layer.words import encode, equalizer, refinement, replacement, time_table, word_indices
+from hiperlab.edit.attention_maps import CrossEdit, blend_mask, square, tokens_mask
+from hiperlab.edit.prompt_to_prompt import AttentionEdits, Pair, PromptToPrompt, edit
+from hiperlab.edit.token_alignment import encode, equalizer, refinement, replacement, time_table, word_indices
+from hiperlab.model.attention_control import Record, layer_of
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import Record, layer_of
 from hiperlab.model.inversion import invert, move, predict_noise, previous, timesteps
 from hiperlab.model.tiny import clip_tokenizer
 from tests.parity import golden

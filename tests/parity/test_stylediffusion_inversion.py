@@ -20,19 +20,19 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from hiperlab.contract import Subject
+from hiperlab.base.method import Subject
+from hiperlab.base.trajectory_method import TrajectoryMethod
 from hiperlab.data.images import to_pixels
-from hiperlab.editing import PromptToPrompt, edit
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit
 from hiperlab.formats.open_clip import to_transformers
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
 from hiperlab.method.style_diffusion import updates
 from hiperlab.model import inversion
+from hiperlab.model.attention_control import cross_maps
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.control import cross_maps
 from hiperlab.model.inversion import Inversion, invert, previous
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.vision import VisionTower, preprocess
-from hiperlab.trajectory import TrajectoryMethod
+from hiperlab.model.vision_tower import VisionTower, preprocess
 from tests.composed import build as compose
 from tests.composed import config
 from tests.parity import golden

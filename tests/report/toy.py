@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from hiperlab import files
 from hiperlab.data.batch import Batch
 from hiperlab.errors import StoppedError, UserError
-from hiperlab.report import checkpoint, guard, loggers, progress, signals
+from hiperlab.report import checkpoint, loggers, progress, signals
+from hiperlab.report import nan_guard as guard
 
 
 class Named(NamedTuple):

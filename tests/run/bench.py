@@ -75,8 +75,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 def job(cfg) -> float:
     """The light job: writes what a run writes, then behaves as `behave` says."""
+    from hiperlab.cli.hydra_job import task_overrides
     from hiperlab.errors import StoppedError, UserError
-    from hiperlab.run.door import task_overrides
 
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hiperlab.run import door
-from hiperlab.run.door_overrides import assign, merge, parse, values
-from hiperlab.run.door_targets import is_allowed, targets
+from hiperlab.cli.overrides import assign, merge, parse, values
+from hiperlab.cli.targets import is_allowed, targets
+from hiperlab.run import main as door
 from tests.run import bench
 
 
@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line(ask, name):
 @pytest.mark.parametrize("words", [["method=nety"], ["method.lrr=1"], ["data=folder"], ["--help"]], ids=str)
 def test_it_answers_in_seconds_and_without_torch(here, words):
     code = (
-        "import sys; from hiperlab.run.door import main;"
+        "import sys; from hiperlab.run.main import main;"
         f"code = main(['-cp', 'conf', *{words!r}]);"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
     )
@@ -258,8 +258,8 @@ def test_the_environment_is_left_as_it_was(ask):
         ("torch.hub.load", False),
         ("torch.os.system", False),
         ("torch.utils.cpp_extension.subprocess.Popen", False),
-        ("hiperlab.run.sweep_job.subprocess.Popen", False),
-        ("hiperlab.run.door.importlib.import_module", False),
+        ("hiperlab.sweep.job.subprocess.Popen", False),
+        ("hiperlab.run.main.importlib.import_module", False),
         ("torchx.Tensor", False),
         ("hiperlab", False),
         ("builtins.eval", False),
@@ -302,7 +302,7 @@ REAL = bench.ROOT / "conf"
 
 
 def test_every_real_group_has_a_description_and_allowed_targets():
-    from hiperlab.run.door_help import groups
+    from hiperlab.cli.help import groups
 
     found = groups([REAL])
     assert found

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 KILLS = int(os.environ.get("HIPERLAB_KILLS", "3"))
 STEPS = 12

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hiperlab import artifact
+from hiperlab.base import artifact
 from hiperlab.data.concept import Concept, Edit
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.edit import as_edits, at_most, edit_concept
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 from hiperlab.run.session import _warn_of_plain_prompts
 
 SMALL = [

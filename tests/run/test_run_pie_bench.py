@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 EDIT_SCORES = {
     "clip_text", "clip_edited", "structure", "background_psnr", "background_mse", "background_ssim",

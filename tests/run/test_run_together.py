@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 SMALL = [
     "model=tiny", "model.size=64", "data.resolution=64", "logger=csv", "trainer=cpu", "fit.steps=1", "fit.batch_size=1",

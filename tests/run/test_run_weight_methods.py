@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hiperlab.run.door import main
+from hiperlab.run.main import main
 
 METHODS = ("lora", "dreambooth", "custom_diffusion")
 SMALL = [

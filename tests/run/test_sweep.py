@@ -13,7 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hiperlab.errors import UserError
-from hiperlab.run import launcher, sweep, sweep_job
+from hiperlab.sweep import job as sweep_job
+from hiperlab.sweep import launcher
+from hiperlab.sweep import outcome as sweep
 from tests.run import bench
 
 posix = pytest.mark.skipif(os.name != "posix", reason="process groups and signals are POSIX")
@@ -297,7 +299,7 @@ def test_optuna_grid_is_complete(here):
 def test_optuna_space():
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    from hiperlab.run.sweep_optuna import grid, space
+    from hiperlab.sweep.optuna import grid, space
 
     swept, fixed = space(
         [
@@ -324,7 +326,7 @@ def test_optuna_space():
 
 
 def test_optuna_mistakes_are_named():
-    from hiperlab.run.sweep_optuna import Study
+    from hiperlab.sweep.optuna import Study
 
     good = {"n_trials": 1, "n_jobs": 1, "direction": "maximize", "sampler": "tpe", "seed": 0}
     for wrong, expected in [
@@ -348,7 +350,7 @@ def test_an_absent_extra_is_named(here):
         "import sys, importlib.util as u; find = u.find_spec;"
         "gone = ('optuna', 'hydra_plugins.hydra_joblib_launcher');"
         "u.find_spec = lambda name, *a: None if name in gone else find(name, *a);"
-        "from hiperlab.run.door import main; sys.exit(main(sys.argv[1:]))"
+        "from hiperlab.run.main import main; sys.exit(main(sys.argv[1:]))"
     )
     for words, extra in [("hydra/sweeper=optuna", "optuna"), ("hydra/launcher=joblib", "joblib")]:
         command = [sys.executable, "-c", code, "--config-path", "conf", "-m", "seed=1,2", words]

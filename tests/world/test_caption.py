@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiperlab.world import words
+from hiperlab.world import vocabulary as words
 from hiperlab.world.caption import caption, caption_parts, parse, true_identity, true_picture, true_scene
 from hiperlab.world.draw import render
 from hiperlab.world.identity import identity

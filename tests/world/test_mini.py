@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from hiperlab import artifact
+from hiperlab.base import artifact
 from hiperlab.files import expand
-from hiperlab.metric.truth_encoder import FolderIdentity, FolderReader
+from hiperlab.metric.world.recipe import FolderIdentity, FolderReader
 from hiperlab.miniature import report
 from hiperlab.model.load import pretrained
 from tests.composed import SUBJECTS, build

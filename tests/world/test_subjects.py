@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hiperlab.errors import UserError
-from hiperlab.world import words
+from hiperlab.world import vocabulary as words
 from hiperlab.world.caption import parse, true_scene
 from hiperlab.world.identity import identity
 from hiperlab.world.subjects import (

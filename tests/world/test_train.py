@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hiperlab.errors import UserError
 from hiperlab.miniature import bars, record
-from hiperlab.miniature.door import MODULES, main
+from hiperlab.miniature.main import MODULES, main
 from hiperlab.miniature.plan import ORDER, Workshop
 
 STAGES = [stage for stage in ORDER if stage != "report"]
@@ -81,7 +81,7 @@ def test_no_subject_is_in_two_sets_and_held_out_ones_are_held_out(out):
 def test_calm_pictures_share_one_camera_and_two_subjects_stand_side_by_side():
     from hiperlab.miniature.draw_shard import CALM, Source, truth, wording
     from hiperlab.world.caption import parse
-    from hiperlab.world.words import KINDS
+    from hiperlab.world.vocabulary import KINDS
 
     calm, two = Source("calm", 2026), Source("two", 2026)
     shots = [calm.picture(number) for number in range(800)]
@@ -101,11 +101,11 @@ def test_calm_pictures_share_one_camera_and_two_subjects_stand_side_by_side():
 
 
 def test_a_name_stands_where_the_kind_would_and_is_as_long(out):
-    from hiperlab.miniature import words
+    from hiperlab.miniature import tokenizer as words
     from hiperlab.miniature.names import FEATURES, Namer, features, put
     from hiperlab.miniature.pictures import Pictures
     from hiperlab.world.identity import identity
-    from hiperlab.world.words import KINDS
+    from hiperlab.world.vocabulary import KINDS
 
     tokenizer = words.load(out / "tokenizer" / "weights")
     pictures = Pictures(out / "data" / "two", torch.device("cpu"))
@@ -157,7 +157,7 @@ def test_a_stage_says_what_it_lacks(stage, words, said, out, tmp_path, capsys):
 
 
 def test_a_judge_reads_recoded_pictures_and_goes_on_from_another(out, tmp_path: Path) -> None:
-    from hiperlab.metric.truth_judge import load
+    from hiperlab.metric.world.network import load
     from hiperlab.miniature.recoded import Reading
 
     shop = workshop(out)
@@ -433,9 +433,9 @@ def test_a_preset_fits_its_limit_and_its_lease(preset):
     from omegaconf import OmegaConf
     from open_clip import CLIP
 
-    from hiperlab.metric.truth_judge import Judge, Shape
+    from hiperlab.cli.process import config_dir
+    from hiperlab.metric.world.network import Judge, Shape
     from hiperlab.miniature import clip, scorer, unet, vae
-    from hiperlab.run.door import config_dir
 
     class Tokens:
         bos_token_id, eos_token_id, pad_token_id = 2046, 2047, 2047
@@ -464,7 +464,7 @@ def test_a_preset_fits_its_limit_and_its_lease(preset):
 
 
 def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
-    from hiperlab.miniature.muon import Muon, orthogonal, split
+    from hiperlab.optim.muon import Muon, orthogonal, split
 
     torch.manual_seed(0)
     for shape in ((8, 72), (72, 8), (16, 16)):

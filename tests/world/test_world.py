@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from hiperlab.errors import UserError
-from hiperlab.world import words
+from hiperlab.world import vocabulary as words
 from hiperlab.world.draw import render
 from hiperlab.world.identity import identity
 from hiperlab.world.scene import VALUES, Scene, scene

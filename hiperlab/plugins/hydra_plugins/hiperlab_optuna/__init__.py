@@ -1,7 +1,7 @@
 """Makes `hydra/sweeper=optuna` known to Hydra, which takes plugins only from the top-level package hydra_plugins."""
 
-from hiperlab.run.sweep_optuna import Study
+from hiperlab.sweep.optuna import Study
 
 
 class OptunaSweeper(Study):
-    """See hiperlab.run.sweep_optuna."""
+    """See hiperlab.sweep.optuna."""

@@ -1,7 +1,7 @@
 """Makes `hydra/launcher=process` known to Hydra, which takes plugins only from the top-level package hydra_plugins."""
 
-from hiperlab.run.launcher import FreshProcesses
+from hiperlab.sweep.launcher import FreshProcesses
 
 
 class ProcessLauncher(FreshProcesses):
-    """See hiperlab.run.launcher."""
+    """See hiperlab.sweep.launcher."""

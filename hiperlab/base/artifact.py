@@ -1,0 +1,184 @@
+"""One file per learnt concept: safetensors with everything needed to use it again, and a card that says how.
+
+The file's metadata: format number, the method's class and settings, base model, concept. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hiperlab import files
+from hiperlab.base.method import Method, Subject
+from hiperlab.errors import UserError
+from hiperlab.model.stack import Base
+
+FORMAT = "hiperlab/1"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A learnt concept as read from its file.
+
+    Args:
+        tensors: the method's own, without the concept axis.
+        settings: the method's composed configuration, plain values, "_target_" included.
+        base: the model it was learnt on.
+        subject: name, placeholder and class noun.
+        steps: optimizer steps behind it.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    base: Base
+    subject: Subject
+    steps: int
+
+
+def write(
+    path: Path, method: Method, index: int, settings: Mapping[str, Any], steps: int, *, half: bool = False
+) -> None:
+    """Write concept `index` of a trained method, whole or not at all.
+
+    Args:
+        path: `<name>.safetensors`.
+        method: holds the concept.
+        index: which concept.
+        settings: the method's composed configuration (plain containers).
+        steps: optimizer steps taken.
+        half: floating numbers as float16, half the size, three digits; loading puts them into the method's type.
+
+    Raises:
+        UserError: a number is too large for float16.
+    """
+    subject = asdict(method.concepts[index])
+    del subject["advice"]  # of the data, not of what was learnt
+    metadata = {
+        "format": FORMAT,
+        "settings": json.dumps(settings),
+        "base": json.dumps(method.model.base.as_dict()),
+        "subject": json.dumps(subject),
+        "steps": str(steps),
+    }
+    tensors = {name: value.contiguous() for name, value in method.artifact(index).items()}
+    if half:
+        tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+            raise UserError(f"{bad[0]} does not fit into float16: set fit.half_artifacts=false.")
+    files.atomic_write(path, save(tensors, metadata))
+
+
+def read(path: Path) -> Artifact:
+    """Read and check a concept file.
+
+    Raises:
+        UserError: it is missing, torn, of another format, or holds numbers that are not finite.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"artifact {path} cannot be read ({error}). Give a .safetensors file of a hiperlab run."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is no hiperlab artifact (format {metadata.get('format')!r}, expected {FORMAT!r}). Files of other "
+            "tools load too, under their own names: learned_embeds.safetensors, *.bin, *.pt."
+        )
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(f"artifact {path} holds NaN or infinite numbers in {', '.join(bad)}: its training had failed.")
+    base, subject = json.loads(metadata["base"]), json.loads(metadata["subject"])
+    base["fingerprint"] = tuple(base["fingerprint"])
+    return Artifact(
+        tensors,
+        json.loads(metadata["settings"]),
+        Base(**base),
+        Subject(**{**subject, "targets": tuple(subject.get("targets", ()))}),
+        int(metadata["steps"]),
+    )
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file carries our format mark; anything else is another tool's."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "format" in (file.metadata() or {}) and str(file.metadata()["format"]).startswith("hiperlab/")
+    except safetensors.SafetensorError:
+        return False
+
+
+def load_into(method: Method, index: int, path: Path) -> None:
+    """Put a concept file, ours or another tool's, in place `index` of a method.
+
+    Raises:
+        UserError: wrong method, base, shapes or settings, or an unreadable file.
+    """
+    if not is_own(path):
+        if not path.is_file():
+            raise UserError(f"artifact={path} does not exist.")
+        method.load_foreign(index, path)
+        return
+    artifact = read(path)
+    mine = f"{type(method).__module__}.{type(method).__qualname__}"
+    theirs = artifact.settings.get("_target_", mine)
+    if theirs != mine:
+        raise UserError(f"{path} was learnt by {theirs}, this run uses {mine}. Choose that method: method=…")
+    method.model.base.check(artifact.base, str(path))
+    for name in method.must_agree:
+        learnt, here = artifact.settings.get(name, getattr(method, name)), getattr(method, name)
+        if learnt != here:
+            raise UserError(f"{path} was learnt with method.{name}={learnt}, this run has {here}: set it to the same.")
+    method.load_artifact(index, artifact.tensors)
+
+
+def card(method: str, base: Base, note: str, steps: int, run: str, written: Sequence[tuple[Subject, list[str]]]) -> str:
+    """Markdown that tells a stranger what the files beside it are and how to use them.
+
+    Args:
+        method: the method's name.
+        base: the model the concepts belong to.
+        note: what must be known of that model, "" for nothing.
+        steps: optimizer steps taken.
+        run: command that trained them.
+        written: each concept with the names of its files in other tools' formats.
+    """
+    lines = [
+        f"# {method} on {base.name}",
+        "",
+        f"Trained for {steps} steps with hiperlab: `{run}`",
+        *([f"\n**Note:** {note}"] if note else []),
+        "",
+        "| concept | placeholder | class noun | file | for other tools |",
+        "|---|---|---|---|---|",
+    ]
+    for subject, names in written:
+        others = ", ".join(f"`{name}`" for name in names) or "none"
+        lines.append(
+            f"| {subject.name} | `{subject.placeholder}` | {subject.word} | `{subject.name}.safetensors` | {others} |"
+        )
+    lines += [
+        "",
+        "Sample it again, with your own prompts:",
+        "",
+        "```",
+        'python -m hiperlab.run run_dir=<this run> stages=[sample,score,summary] data.prompts=["{} on a boat"]',
+        "```",
+        "",
+        f"It belongs to a base model of text width {base.width}, {base.layers} cross-attention layers, "
+        f"{base.prediction_type} prediction. Other bases are refused.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""Methods that edit one picture from its inverted noise.
+
+Specification: methods/stylediffusion.md, sections 3, 5, 6, 9. Symbols there: T (steps), i (sampling step, 0 is the
+noisiest), t_i (its timestep), N_i (updates at it).
+Axes: C latent channels, H, W latent sides, N tokens, D text width. There is one concept: K is 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab import files
+from hiperlab.base.method import Method, Step, Subject, WordMaps
+from hiperlab.data.edit import described
+from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit
+from hiperlab.edit.token_alignment import word_tokens, words
+from hiperlab.errors import UserError
+from hiperlab.model.attention_control import Layer, cross_maps, layer_of
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.inversion import Inversion, invert, timesteps
+from hiperlab.model.sampler import Sampler
+from hiperlab.model.stack import FrozenStack, weights_digest
+from hiperlab.model.text_cache import TextCache
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+Conditions = Callable[[int], Conditioning]  # sampling step i -> conditioning of the rows
+
+
+class EditingMethod(Method):
+    """Edits one picture by drawing its source text and its targets together from its inverted noise.
+
+    The inversion is made when it is first needed, once per picture, and kept on disk by content. The source text
+    itself gives the reconstruction; all targets of a call share its row.
+
+    Args:
+        model: the frozen stack.
+        concepts: one picture with its source text and, where known, its targets.
+        optimizer: parameters -> optimizer; unused by methods that train nothing.
+        seed: of draws.
+        steps: T, of the inversion and of every drawing.
+        p2p: how attention maps are taken over.
+        inject_source_latents: put the recorded path in the source row's place after each step, so that it is exact.
+        cache: folder of kept inversions; None keeps them in memory.
+    """
+
+    stacks_concepts = False
+    edits = True
+    seeded = False
+    one_picture = True
+
+    noise: Tensor
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        p2p: PromptToPrompt,
+        inject_source_latents: bool,
+        cache: str | None,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        self.steps, self.inject_source_latents = steps, inject_source_latents
+        self.timesteps = timesteps(steps, model.num_timesteps)[::-1]  # t_0 .. t_{T-1}, the noisiest first
+        self.cache = files.expand(cache) if cache else None
+        self.source = concepts[0].source or described(concepts[0].word)
+        self.p2p = p2p.following(concepts[0].advice)
+        self.p2p.check(model.tokenizer, self.source, [text for text in concepts[0].targets if text != self.source])
+        self.encode = TextCache(model)
+        self.register_buffer("noise", torch.zeros(model.latent_shape))  # the pivot's end, all that editing needs
+        self._picture: Tensor | None = None
+        self._inversion: Inversion | None = None
+
+    # ---- what a method of this kind may write ------------------------------------------------------------------------
+
+    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+        """Conditional and unconditional conditioning of the rows at each sampling step.
+
+        Args:
+            texts: B plain texts, the source first.
+            negative: text of the unconditional branch.
+        """
+        states = Conditioning(self.encode(texts)[None])
+        empty = Conditioning(self.encode([negative]).expand(len(texts), -1, -1)[None])
+        return (lambda step: states), (lambda step: empty)
+
+    def map_pixels(self) -> int | None:
+        """Image positions of the cross-attention maps that the inversion keeps (`cross_maps`), None for no maps."""
+        return None
+
+    def start(self, seed: int) -> Tensor:
+        """Where drawing starts, (1, C, H, W): the picture's inverted noise, the same for every seed."""
+        if not self.noise.any():
+            self.prepare()
+        return self.noise[None]
+
+    # ---- the inversion -----------------------------------------------------------------------------------------------
+
+    def meet(self, index: int, picture: Tensor) -> None:
+        """Take the picture (3, H, W) in [-1, 1]; it is inverted when first needed, on the device of that moment."""
+        self._picture, self._inversion = picture.detach().cpu().float(), None
+        self.noise.zero_()
+
+    def prepare(self) -> None:
+        """Invert the picture unless that is done."""
+        if self._inversion is None:
+            self._inversion = self._read() or self._write(self._invert())
+            self.noise.copy_(self.pivot[-1])
+
+    @property
+    def inversion(self) -> Inversion:
+        """The picture's path (T+1, 1, C, H, W) and maps, on the method's device."""
+        self.prepare()
+        assert self._inversion is not None
+        if self._inversion.latents.device != self.device or self._inversion.latents.dtype != self.noise.dtype:
+            self._inversion = Inversion(
+                self._inversion.latents.to(self.noise),
+                {layer: maps.to(self.noise) for layer, maps in self._inversion.maps.items()},
+            )
+        return self._inversion
+
+    @property
+    def pivot(self) -> Tensor:
+        """The path (T+1, C, H, W), from the picture to its noise."""
+        return self.inversion.latents[:, 0]
+
+    def _met(self) -> Tensor:
+        if self._picture is None:
+            raise UserError(f"{type(self).__name__} has met no picture: call meet(0, picture) or load an artifact.")
+        return self._picture
+
+    @torch.no_grad()
+    def _invert(self) -> Inversion:
+        mean = self.model.encode_moments(self._met()[None]).chunk(2, dim=1)[0]
+        latents = self.model.scale(mean).to(self.noise)
+        log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
+        pixels = self.map_pixels()
+        wanted = None if pixels is None else cross_maps(pixels)
+        return invert(self.model, latents, Conditioning(self.encode([self.source])[None]), self.steps, wanted)
+
+    def _place(self) -> Path | None:
+        """The file that keeps the inversion, named by all it depends on."""
+        if self.cache is None:
+            return None
+        model = self.model
+        picture = hashlib.sha256(self._met().numpy().tobytes()).hexdigest()
+        parts = (model.text, model.unet, model.vae.encoder)
+        kinds = [str(next(part.parameters()).dtype) for part in parts]
+        settings = [
+            picture, self.source, self.steps, model.size, model.scheduler_config, kinds, str(self.noise.dtype),
+            self.map_pixels(), weights_digest(parts),
+        ]  # fmt: skip
+        name = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:20]
+        return self.cache / f"{name}.safetensors"
+
+    def _read(self) -> Inversion | None:
+        path = self._place()
+        if path is None or not path.is_file():
+            return None
+        try:
+            kept = load_file(path)
+            maps = {layer_of(name): maps for name, maps in kept.items() if name != "latents"}
+            found = Inversion(kept["latents"], dict(sorted(maps.items(), key=lambda pair: _order(pair[0]))))
+            shape = (self.steps + 1, 1, *self.noise.shape)
+            if found.latents.shape != shape:
+                raise ValueError(f"latents {tuple(found.latents.shape)} instead of {shape}")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            log.warning("the kept inversion %s cannot be read (%s): it is made anew.", path, error)
+            return None
+        log.info("%s: its inversion is kept in %s", self.concepts[0].name, path)
+        return found
+
+    def _write(self, found: Inversion) -> Inversion:
+        path = self._place()
+        if path is not None:
+            tensors = {"latents": found.latents, **{layer.name: maps for layer, maps in found.maps.items()}}
+            content = save({name: value.cpu().contiguous() for name, value in tensors.items()})
+            try:
+                files.atomic_write(path, content)
+            except OSError as error:  # it only saves time
+                log.warning("the inversion could not be kept in %s (%s).", path, error)
+        return found
+
+    # ---- the contract ------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """There is nothing to train unless a subclass has parameters."""
+        return True
+
+    @property
+    def drawn_with(self) -> str:
+        """How maps are taken over: one inversion serves any settings."""
+        return json.dumps([vars(self.p2p), self.inject_source_latents], default=list, sort_keys=True)
+
+    def condition(self, step: Step) -> Conditioning:
+        """The plain texts: (1, R, N, D). What a step of the path adds is `edit_conditions`' to say."""
+        places = zip(step.prompts, step.concept.tolist(), strict=True)
+        return Conditioning(self.encode([self.concepts[place].plain(prompt) for prompt, place in places])[None])
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """With a leading concept axis of one; views, so that loading writes through."""
+        return {name: value[None] for name, value in super().own_tensors().items()}
+
+    def artifact(self, index: int) -> dict[str, Tensor]:
+        """The inverted noise and what was fitted along the path: enough to edit without the picture."""
+        if self._picture is not None:
+            self.start(self.seed)
+        return super().artifact(index)
+
+    # ---- drawing -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        concepts: Sequence[int] | None = None,
+        images: Tensor | None = None,
+        sampler: Sampler | None = None,
+        variant: str = "",
+        negative: str = "",
+        batch_size: int = 8,
+    ) -> Tensor:
+        """As every method's; the source text gives the reconstruction, any other text edits it.
+
+        Raises:
+            UserError: another sampler or number of steps than the path's.
+        """
+        self._check_sampler(steps, sampler)
+        texts = [self.concepts[0].plain(prompt) for prompt in prompts]
+        keys = [(text, seed if self.seeded else 0) for text, seed in zip(texts, seeds, strict=True)]
+        found: dict[tuple[str, int], Tensor] = {}
+        with self._evaluating():
+            for seed in dict.fromkeys(seed for _, seed in keys):
+                wanted = dict.fromkeys(text for text, of in keys if of == seed)
+                pictures = self._draw(list(wanted), seed, guidance, negative, batch_size)
+                found |= {(text, seed): picture for text, picture in pictures.items()}
+        return torch.stack([found[key] for key in keys])
+
+    @torch.no_grad()
+    def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
+        """Of the source and of each prompt's text, drawn together; targets show what editing made of their maps."""
+        texts = list(dict.fromkeys([self.source, *(self.concepts[0].plain(prompt) for prompt in prompts)]))
+        try:
+            places = [word_tokens(text, self.model.tokenizer) for text in texts]
+        except UserError as error:
+            log.warning("no attention pictures: %s", error)
+            return []
+        with self._evaluating():
+            pictures, edits = self._edit(texts, seed, guidance, "", keep=True)
+        maps = edits.maps().mean(1)  # (B, s, s, N)
+        return [
+            WordMaps(
+                text,
+                picture,
+                tuple(words(text)),
+                torch.stack([row[..., tokens].mean(-1) for tokens in place]).cpu(),
+            )
+            for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
+        ]
+
+    def _draw(
+        self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
+    ) -> dict[str, Tensor]:
+        """Pictures (3, H, W) in [0, 1] by text; the source is drawn beside every batch of targets."""
+        targets = [text for text in texts if text != self.source]
+        room = max(1, batch_size - 1)
+        found: dict[str, Tensor] = {}
+        for at in range(0, max(1, len(targets)), room):
+            rows = [self.source, *targets[at : at + room]]
+            pictures, _ = self._edit(rows, seed, guidance, negative)
+            found = {**dict(zip(rows, pictures, strict=True)), **found}
+        return found
+
+    def _edit(
+        self, rows: Sequence[str], seed: int, guidance: float, negative: str, keep: bool = False
+    ) -> tuple[Tensor, AttentionEdits]:
+        """Pictures (B, 3, H, W) in [0, 1] of B texts, the source first, and the controls that saw their maps."""
+        conditional, unconditional = self.edit_conditions(rows, negative)
+        start = self.start(seed)
+        edits = self.p2p.edits(
+            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guidance > 1, keep
+        )
+        latents = edit(
+            self.model,
+            start.expand(len(rows), -1, -1, -1),
+            self.steps,
+            conditional,
+            unconditional,
+            guidance,
+            edits,
+            self._recorded(),
+        )
+        return self._decode(latents), edits
+
+    def _recorded(self) -> Tensor | None:
+        """The path that the source row is held to, None for none."""
+        if not self.inject_source_latents:
+            return None
+        if not torch.allclose(self.pivot[-1], self.noise, atol=1e-2):
+            raise UserError("the artifact is of another picture: use method.inject_source_latents=false.")
+        return self.pivot
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """One picture at a time: how many share a call is a matter of the U-Net."""
+        pictures = [self.model.decode(row[None]) for row in latents]
+        return torch.cat(pictures).div(2).add(0.5).clamp(0, 1).cpu()
+
+    def _check_sampler(self, steps: int, sampler: Sampler | None) -> None:
+        name = type(self).__name__
+        if sampler is not None and (sampler.scheduler != "DDIMScheduler" or sampler.options):
+            raise UserError(
+                f"{name} follows DDIM's own path: use sampler=ddim with its options, not {sampler.scheduler}."
+            )
+        if steps != self.steps:
+            raise UserError(f"{name} follows a path of {self.steps} steps, {steps} were asked: set sampler.steps.")
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+
+def _order(layer: Layer) -> tuple[int, str]:
+    """Down, middle, up; inside a block the names are in the order of execution."""
+    return ("down", "mid", "up").index(layer.place), layer.name

@@ -1,0 +1,209 @@
+"""Methods that follow one picture's path to its noise and fit something at each of its steps.
+
+Symbols: T (steps), i (sampling step, 0 is the noisiest), t_i (its timestep), N_i (updates at it).
+Axes: C latent channels, H, W latent sides, N tokens, D text width. There is one concept: K is 1.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab.base.editing_method import EditingMethod
+from hiperlab.base.method import Subject
+from hiperlab.data.batch import Batch
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt
+from hiperlab.errors import UserError
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.stack import FrozenStack
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+
+class TrajectoryMethod(EditingMethod):
+    """Fits something at every step of the path so that guided denoising stays on it.
+
+    One optimizer step is one inner update. A sampling step i is left at the START of the training step after its last
+    update, so that a checkpoint, written after an optimizer step, always holds a consistent state, also half-way.
+
+    Args:
+        model, concepts, optimizer, seed, steps, p2p, inject_source_latents, cache: as in `EditingMethod`.
+        guidance: w that the path is followed with.
+    """
+
+    place: Tensor  # i, the sampling step that is being fitted
+    made: Tensor  # updates made at it
+    last_loss: Tensor  # of its last update, before that update
+    latents: Tensor  # z at i (C, H, W)
+    progress: ClassVar[tuple[str, ...]] = ("made", "last_loss", "latents")  # of checkpoints, not of artifacts
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        steps: int,
+        guidance: float,
+        p2p: PromptToPrompt,
+        inject_source_latents: bool,
+        cache: str | None,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents, cache)
+        self.guidance = float(guidance)
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+        self.register_buffer("made", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last_loss", torch.full((), torch.inf))
+        self.register_buffer("latents", torch.zeros(model.latent_shape))
+        self._running: Optimizer | None = None
+        self._rates: list[float] = []
+        self._memory: dict[Hashable, Any] = {}
+        self._above = 0
+
+    # ---- what a method of this kind writes ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+        """What an update at sampling step i lowers: the sum of these 0-d terms, logged as loss/<name>.
+
+        Args:
+            step: i.
+            latents: z (1, C, H, W) at t_i.
+        """
+
+    @abstractmethod
+    def guided(self, step: int, latents: Tensor) -> Tensor:
+        """The guided noise (1, C, H, W) at step i with the parameters as they are."""
+
+    @abstractmethod
+    def inner_steps(self, step: int) -> int:
+        """N_i, the most updates at step i."""
+
+    def stop_below(self, step: int) -> float:
+        """The loss below which step i is done; the update that it was found in counts."""
+        return 1e-5 + 2e-5 * step
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate at step i."""
+        return 1 - step / 100
+
+    def begin(self, step: int) -> None:
+        """Before the first update of step i > 0: take over what the step before has found."""
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the path is done."""
+        return int(self.place) == self.steps - 1 and self._done()
+
+    def reached(self, step: int) -> int:
+        """The fitted step whose parameters serve step i: itself, or the last one that training came to."""
+        return min(step, int(self.place))
+
+    def prepare(self) -> None:
+        """Invert; training starts from the picture's noise."""
+        super().prepare()
+        if int(self.place) == 0 and int(self.made) == 0:
+            self.latents.copy_(self.noise)
+
+    def remembered(self, name: Hashable, make: Callable[[], Found]) -> Found:
+        """What `make` gives, worked out once per sampling step: the latents stay the same during its updates."""
+        if name not in self._memory:
+            self._memory[name] = make()
+        found: Found = self._memory[name]
+        return found
+
+    def on_fit_start(self) -> None:
+        """Refuse what would make an optimizer step something else than one update.
+
+        Raises:
+            UserError: several processes, or accumulated batches.
+        """
+        if self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                f"{type(self).__name__} makes one update per optimizer step: set trainer.devices=1 and "
+                "fit.batch_size=1."
+            )
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """One inner update's loss; the batch says nothing, everything follows from the picture's path."""
+        self.prepare()
+        assert not self.finished, "the path has ended"
+        if self._done():
+            self._advance()
+        step = int(self.place)
+        losses = self.inner_losses(step, self.latents[None])
+        total = torch.stack(list(losses.values())).sum()
+        self.made += 1
+        self.last_loss.copy_(total.detach())
+        self.last_timesteps = torch.tensor([self.timesteps[step]])
+        self._note_losses({"": total[None], **{name: value[None] for name, value in losses.items() if len(losses) > 1}})
+        return total
+
+    def _done(self) -> bool:
+        step = int(self.place)
+        return int(self.made) >= self.inner_steps(step) or float(self.last_loss) < self.stop_below(step)
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """One step of denoising with what was found; the next step starts there with a new optimizer."""
+        step = int(self.place)
+        if float(self.last_loss) >= self.stop_below(step):
+            self._above += 1
+        log.debug("step %d: %d updates, loss %.3g", step, int(self.made), float(self.last_loss))
+        noise = self.guided(step, self.latents[None])
+        self.latents.copy_(previous(self.model, self.latents[None], noise, self.timesteps[step], self.steps)[0])
+        self._memory.clear()
+        self.place += 1
+        self.made.zero_()
+        self.last_loss.fill_(torch.inf)
+        self.begin(step + 1)
+        if self._running is not None:
+            self._running.state.clear()
+            self._set_rates()
+
+    def configure_optimizers(self) -> Optimizer:
+        """The configured optimizer with step i's learning rate; its state is dropped at every step of the path."""
+        self._running = super().configure_optimizers()
+        self._rates = [group["lr"] for group in self._running.param_groups]
+        self._set_rates()
+        return self._running
+
+    def _set_rates(self) -> None:
+        assert self._running is not None
+        for group, rate in zip(self._running.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.rate(int(self.place))
+
+    def on_fit_end(self) -> None:
+        """Say how far and how well the path was followed."""
+        if int(self.place) < self.steps - 1:
+            log.warning(
+                "training ended at step %d of the path's %d: those behind take what it found. fit.steps=%d would do.",
+                int(self.place), self.steps, sum(self.inner_steps(step) for step in range(self.steps)),
+            )  # fmt: skip
+        if self._above:
+            log.warning(
+                "%d of %d steps of the path ended above the loss at which they count as followed: the reconstruction "
+                "may differ from the picture.", self._above, self.steps,
+            )  # fmt: skip
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Without what only a training that goes on needs."""
+        return {name: value for name, value in super().own_tensors().items() if name not in self.progress}
+
+    def plain_noise(self, text: str, step: int, latents: Tensor) -> Tensor:
+        """The frozen model's noise (1, C, H, W) for a plain text at step i; nothing of it is differentiated."""
+        with torch.no_grad():
+            states = Conditioning(self.encode([text])[None])
+            return predict_noise(self.model, latents, self.timesteps[step], states)

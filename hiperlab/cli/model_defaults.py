@@ -1,0 +1,67 @@
+"""Settings that a model brings for each method, in place of the published ones, unless the command says otherwise.
+
+Published settings were made for Stable Diffusion; a model of another size needs other rates and steps. Its yaml holds
+one table, `tuned`: method -> setting -> value, and under "default" what holds for every method that does not say
+otherwise. After composing, `tuned` holds only what was put in, and what stood there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hiperlab.cli.overrides import parse
+from hiperlab.errors import UserError
+
+SOURCES = ("model", "published")
+GROUPS = ("method", "model", "sampler")  # choosing a member of these says nothing about its settings
+
+
+def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
+    """Put the model's settings for the chosen method into a composed config, in place.
+
+    Args:
+        cfg: composed; `hydra.runtime.choices` names method, model and experiment.
+        lines: the overrides it was composed from; a setting named there is left as it is. An experiment brings its own
+            settings, so with one nothing is put in.
+
+    Raises:
+        UserError: `defaults_from` names no source; the table names a setting that the method does not have.
+    """
+    if "tuned" not in cfg:
+        return
+    source = cfg.get("defaults_from")
+    if source not in SOURCES:
+        raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
+    chosen = cfg.hydra.runtime.choices
+    table: Any = OmegaConf.to_container(cfg.tuned, resolve=False)
+    wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
+    if source == "published" or str(chosen.get("experiment")) != "None":
+        wanted = {}
+    said = [override.key_or_group for override in parse(lines) if override.key_or_group not in GROUPS]
+    put: dict[str, Any] = {}
+    for key, value in wanted.items():
+        if any(key == each or key.startswith(f"{each}.") for each in said):
+            continue
+        before = OmegaConf.select(cfg, key, default=_MISSING)
+        if before is _MISSING:
+            raise UserError(f"tuned.{chosen.get('method')}: {key} is no setting of method={chosen.get('method')}.")
+        if before != value:
+            put[key] = {"used": value, "published": before}
+            OmegaConf.update(cfg, key, value)
+    with open_dict(cfg):
+        cfg.tuned = put
+
+
+_MISSING = object()
+
+
+def line(cfg: Mapping[str, Any], model: str) -> str:
+    """What was put in, for people: `mini: method.optimizer.lr 0.005 instead of the published 0.0001; …`; may be ""."""
+    put = cfg.get("tuned") or {}
+    if not put:
+        return ""
+    names = [f"{key} {each['used']} (published {each['published']})" for key, each in put.items()]
+    return f"{model}: {', '.join(names)}; defaults=published for those"

@@ -1,0 +1,87 @@
+"""What every program of hiperlab does around its own work: find the conf folder, turn what is raised into an exit code.
+
+Exit codes: 0 done, 1 a failure (traceback), 2 a mistake in what was asked (one line), 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hiperlab.errors import StoppedError, UserError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+PLUGINS = PACKAGE / "plugins"
+
+
+def config_dir() -> Path:
+    """The conf folder: inside the package when installed, beside it in a checkout.
+
+    Raises:
+        UserError: neither is there (a broken installation).
+    """
+    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"hiperlab's conf folder is neither in {PACKAGE} nor beside it. Install hiperlab again.")
+
+
+def guarded(program: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a program's own `main` in the door's environment and turn whatever it raises into an exit code."""
+    with _own_environment():
+        try:
+            return program(argv)
+        except KeyboardInterrupt:
+            print("hiperlab: interrupted", file=sys.stderr)
+            return 130
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException as error:
+            return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Print what went wrong; a user's mistake, however deep, is one message without a traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            print(f"hiperlab: {cause}", file=sys.stderr)
+            return 2
+        if isinstance(cause, StoppedError):
+            print(f"hiperlab: {cause}", file=sys.stderr)
+            return cause.code
+        cause = cause.__cause__
+    traceback.print_exception(error)
+    return 1
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Put the plugins within reach, here and in workers; afterwards leave no ranks or folders behind in os.environ."""
+    from_outside = (
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PYTHONPATH",
+        "HIPERLAB_RUN_DIR",
+        "HIPERLAB_SWEEP_INVOCATION",
+    )
+    before = {key: os.environ.get(key) for key in from_outside}
+    if str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))
+    paths = [path for path in (before["PYTHONPATH"] or "").split(os.pathsep) if path and path != str(PLUGINS)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, str(PLUGINS)])
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

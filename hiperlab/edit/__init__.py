@@ -1,0 +1,1 @@
+"""Editing by attention: Prompt-to-Prompt, aligned tokens, edited attention maps."""

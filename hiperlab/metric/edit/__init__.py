@@ -1,0 +1,1 @@
+"""Scores of edits: distances to the source, directions, masked parts."""

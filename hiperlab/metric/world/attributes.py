@@ -1,0 +1,116 @@
+"""Ground-truth scores of the world: attributes read from a picture against those its prompt names.
+
+Identity similarity is `metric.member.Identity` over `truth_encoder.FolderIdentity`; distances to the rendered truth
+are in truth_distance.py. Pictures and prompts go in; no stack, no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from hiperlab.metric.compare import rescale
+from hiperlab.metric.picture import as_pictures
+from hiperlab.metric.torchmetric import Pictures, Similarity
+from hiperlab.metric.world.network import Judge
+from hiperlab.world.caption import PLAIN, parse
+
+
+def said_attributes(prompt: str, placeholder: str | None = None, kind: str | None = None) -> dict[str, str]:
+    """What a picture of a prompt must show.
+
+    Kind, pose and place only where they are named; silence about style, accessory and light means the plain ones, as
+    in the world's captions.
+
+    Args:
+        prompt: in the world's grammar; unknown words are passed over.
+        placeholder: what stands for the subject ("<cats>"), if anything does.
+        kind: the subject's kind, for prompts with a placeholder.
+    """
+    said = parse(prompt, placeholder, kind)
+    plain = {name: value for name, value in PLAIN.items() if name != "close"}
+    wanted = plain | {name: said[name] for name in ("kind", "pose", "place", *plain) if name in said}
+    return {name: str(value) for name, value in wanted.items()}
+
+
+@torch.no_grad()
+def read_attributes(judge: Judge, pixels: Tensor) -> list[dict[str, str]]:
+    """What the reader sees in pictures (B, 3, size, size) in [-1, 1]: per picture attribute -> value."""
+    chosen = {name: output.argmax(1).tolist() for name, output in judge(pixels).items()}
+    labels = judge.shape.labels
+    return [{name: labels[name][column[i]] for name, column in chosen.items()} for i in range(len(pixels))]
+
+
+class AttributeAccuracy(Metric):
+    """Share of pictures whose attributes are read as their prompts name them, one number per attribute.
+
+    Args:
+        features: from `truth_encoder.FolderReader`; metrics may share one.
+        attributes: which ones; None for all the reader knows.
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    right: Tensor
+    asked: Tensor
+
+    def __init__(self, features: Any, attributes: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.features = features
+        self.attributes = tuple(attributes or features.labels)
+        for name in ("right", "asked"):
+            self.add_state(name, torch.zeros(len(self.attributes), dtype=torch.float64), dist_reduce_fx="sum")
+        self.values: dict[str, Tensor] = {}  # of the last update, attribute -> (B,)
+
+    def update(self, images: Pictures, prompts: Sequence[str]) -> None:
+        """Add B pictures, (B, 3, H, W) in [0, 1] or PIL, with their prompts (the class noun in the subject's place)."""
+        seen, said = self.features.images(as_pictures(images)), self.features.texts(prompts)
+        self.values = {name: matches(seen, said, self.features.places[name]) for name in self.attributes}
+        for i, values in enumerate(self.values.values()):
+            named = ~values.isnan()
+            self.right[i] += values[named].double().sum()
+            self.asked[i] += named.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Attribute -> accuracy in [0, 1] over the pictures whose prompt names it; NaN if none does."""
+        return dict(zip(self.attributes, self.right / self.asked))
+
+    def forward(self, images: Pictures, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Add B pictures and return attribute -> (B,): 1 right, 0 wrong, NaN not named."""
+        self.update(images, prompts)
+        return self.values
+
+
+def matches(seen: Tensor, said: Tensor, place: slice) -> Tensor:
+    """1 where what is seen is what is said, 0 where not, NaN where nothing is said: (B, D), (B, D) one-hot -> (B,)."""
+    said = said[:, place]
+    hit = (seen[:, place] * said).sum(1)
+    return torch.where(said.sum(1) > 0, hit, torch.full_like(hit, torch.nan))
+
+
+class AttributeMatch(Similarity):
+    """One attribute as a protocol's score: 1 where it is read as prompted.
+
+    Args:
+        features: from `truth_encoder.FolderReader`.
+        scale: "cosine" leaves 0 and 1, "percent" multiplies by 100.
+        attribute: which one.
+    """
+
+    def __init__(self, features: Any, scale: str, attribute: str) -> None:
+        super().__init__(features, scale)
+        self.attribute = attribute
+
+    def measure(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+        """(B, D), (B, D) one-hot -> (B,)."""
+        places: Any = self.features.places
+        return rescale(matches(embeddings, targets, places[self.attribute]), self.scale)
+
+    def embed(self, targets: Sequence[str]) -> Tensor:
+        """B prompts -> (B, D) one-hot."""
+        return self.features.texts(targets)

@@ -1,0 +1,102 @@
+"""Members of a protocol for the ground-truth scores: one class per attribute and per part of the distance.
+
+Which attribute is said by the class, not by a setting, because a protocol checks and hashes every setting of a member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from hiperlab.metric.protocol import TextScore
+
+if TYPE_CHECKING:
+    from hiperlab.metric.features import Features
+    from hiperlab.metric.torchmetric import Similarity
+
+
+@dataclass(frozen=True)
+class AttributeScore(TextScore):
+    """Is the attribute read as prompted? With cleaning "noun" the prompt names the subject's kind."""
+
+    attribute: ClassVar[str]
+
+    def build(self, features: Features) -> Similarity:
+        """The torchmetrics metric with these settings."""
+        from hiperlab.metric.world.attributes import AttributeMatch
+
+        return AttributeMatch(features, self.scale, self.attribute)
+
+
+class KindScore(AttributeScore):
+    """The subject's class."""
+
+    attribute = "kind"
+
+
+class PoseScore(AttributeScore):
+    """What the subject does."""
+
+    attribute = "pose"
+
+
+class PlaceScore(AttributeScore):
+    """Where it is."""
+
+    attribute = "place"
+
+
+class StyleScore(AttributeScore):
+    """Photo, oil painting and so on."""
+
+    attribute = "style"
+
+
+class AccessoryScore(AttributeScore):
+    """What it wears."""
+
+    attribute = "accessory"
+
+
+class LightScore(AttributeScore):
+    """Day, sunset or night."""
+
+    attribute = "light"
+
+
+@dataclass(frozen=True)
+class TruthScore(TextScore):
+    """Distance to the rendered truth, smaller is better; needs cleaning "keep", the placeholder names the subject."""
+
+    part: ClassVar[str] = "total"
+    lower: ClassVar[bool] = True
+
+    def build(self, features: Features) -> Similarity:
+        """The torchmetrics metric with these settings."""
+        from hiperlab.metric.world.distance import TruthPart
+
+        return TruthPart(features, self.scale, self.part)
+
+
+class TruthPixel(TruthScore):
+    """Of values."""
+
+    part = "pixel"
+
+
+class TruthSubject(TruthScore):
+    """Of values inside the subject."""
+
+    part = "subject"
+
+
+class TruthStructure(TruthScore):
+    """Of edges."""
+
+    part = "structure"
+
+
+class TruthMask(TruthScore):
+    """Of the subject's outline."""
+
+    part = "mask"

@@ -1,0 +1,268 @@
+"""The sample stage: every concept, prompt, variant and seed becomes one PNG; pictures already there are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hiperlab import files
+from hiperlab.base.method import Method
+from hiperlab.data.concept import Concept, fill
+from hiperlab.data.images import to_pixels
+from hiperlab.metric.table import SOURCE
+from hiperlab.report.attention import attention_grid
+from hiperlab.report.grid import grid, save_png, to_pil
+from hiperlab.run.fit import load_artifacts
+from hiperlab.run.session import Session
+
+log = logging.getLogger(__name__)
+MANIFEST = "samples.jsonl"
+SECONDS_BETWEEN_LINES = 5.0
+MOST_MAPPED = 3  # targets whose attention is shown
+
+
+def sample(session: Session) -> None:
+    """Draw what is missing, write samples/samples.jsonl and one grid per concept."""
+    with session.stage("sample") as found:
+        records = [record for group in session.groups for record in _sample_group(session, group, found)]
+        if files.is_rank_zero():
+            files.write_jsonl(session.folder / "samples" / MANIFEST, records)
+            write_grids(session, records)
+        found["pictures"] = len(records)
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The records of samples/samples.jsonl; empty when nothing was sampled."""
+    return files.read_jsonl(folder / "samples" / MANIFEST)
+
+
+def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:
+    method = load_artifacts(session, group).to(session.device)
+    records = [
+        record
+        for place, index in enumerate(group)
+        for record in _plan(session, index, method, digest_of(method.artifact(place)))
+    ]
+
+    def paint(batch: list[dict[str, Any]]) -> torch.Tensor:
+        return method.sample(
+            [record["text"] for record in batch],
+            [record["seed"] for record in batch],
+            steps=session.sampler.steps,
+            guidance=session.sampler.guidance,
+            concepts=[group.index(record["concept_index"]) for record in batch],
+            sampler=session.sampler,
+            variant=batch[0]["variant"],
+            negative=session.cfg.sample.negative,
+            batch_size=len(batch),
+        )
+
+    draw_missing(session, records, paint, found)
+    if files.is_rank_zero():
+        for index in group:
+            _attention(session, method, index, anew="seconds_per_picture" in found)
+    return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+
+def _attention(session: Session, method: Method, index: int, anew: bool) -> None:
+    """grids/<concept>_attention.png of methods that edit by attention: source and first targets, first seed."""
+    concept = session.data.concepts[index]
+    path = session.folder / "grids" / f"{concept.name}_attention.png"
+    if path.is_file() and not anew:
+        return
+    prompts = [fill(prompt, concept.placeholder) for prompt in concept.prompts[:MOST_MAPPED]]
+    seed = int(session.cfg.sample.seeds[0])
+    found = method.word_maps(prompts, seed, guidance=session.sampler.guidance)
+    if found:
+        image = attention_grid(found, f"{concept.name}: where each word looks, mean over layers, heads and steps")
+        save_png(image, path)
+
+
+def draw_missing(
+    session: Session,
+    records: list[dict[str, Any]],
+    paint: Callable[[list[dict[str, Any]]], torch.Tensor],
+    found: dict[str, Any],
+) -> None:
+    """Draw and write the pictures that are not there yet, every process its share.
+
+    Args:
+        session: the run.
+        records: with path, key, text, seed, concept and variant.
+        paint: pictures (B, 3, H, W) in [0, 1] of B records of one variant.
+        found: takes the seconds a picture took.
+    """
+    missing = [record for record in records if not _is_there(session.folder, record)]
+    if len(missing) < len(records):
+        log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
+    start = time.monotonic()
+    rank, world = _rank()
+    mine = missing[rank::world]
+    progress = _Progress(len(mine))
+    for variant in dict.fromkeys(record["variant"] for record in mine):
+        chosen = [record for record in mine if record["variant"] == variant]
+        for at in range(0, len(chosen), session.cfg.sample.batch_size):
+            batch = chosen[at : at + session.cfg.sample.batch_size]
+            for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
+                _write(session.folder, record, picture)
+            progress.add(len(batch))
+    if missing:
+        found["seconds_per_picture"] = round((time.monotonic() - start) / max(1, len(mine)), 3)
+    if world > 1:
+        torch.distributed.barrier()
+
+
+class _Progress:
+    """Pictures drawn, speed and time left; a line every few seconds at most."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Note `count` more pictures."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < SECONDS_BETWEEN_LINES and self.done < self.total:
+            return
+        self.shown = now
+        rate = (now - self.start) / self.done
+        left = rate * (self.total - self.done)
+        log.info("drew %d of %d, %.1f s a picture, %.0f s left", self.done, self.total, rate, left)
+
+
+def _rank() -> tuple[int, int]:
+    """This process's share of the pictures."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Names a concept by its numbers; the file's bytes also depend on the order of its metadata."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plan(session: Session, index: int, method: Method, concept_digest: str) -> list[dict[str, Any]]:
+    """One record per picture of a concept, with a key that names everything its pixels depend on."""
+    cfg, concept = session.cfg, session.data.concepts[index]
+    prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
+    # An edit also draws its own source text: what an edit keeps can be judged only beside what was learnt.
+    asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
+    asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
+    seeds = cfg.sample.seeds if method.seeded else cfg.sample.seeds[:1]
+    digests = [concept_digest, *filter(None, [method.drawn_with])]
+    records = []
+    for number, (prompt, role) in enumerate(asked):
+        for variant in method.variants:
+            for seed in seeds:
+                text = fill(prompt, concept.placeholder)
+                ending = "_".join([f"{number:02d}", str(seed), *([variant.replace("=", "-")] if variant else [])])
+                records.append(
+                    {
+                        "concept": concept.name, "prompt": prompt, "text": text, "placeholder": concept.placeholder,
+                        "word": concept.word, "seed": int(seed), "variant": variant,
+                        "path": f"samples/{concept.name}/{ending}.png",
+                        "key": content_key(session, digests, text, seed, variant), "concept_index": index,
+                        **role,
+                    }
+                )  # fmt: skip
+    return records
+
+
+def content_key(session: Session, digests: list[str], text: str, seed: int, variant: str) -> str:
+    """16 hex digits that name everything a picture's pixels depend on."""
+    cfg = session.cfg
+    settings = [
+        *digests, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
+        session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
+    ]  # fmt: skip
+    content = json.dumps([*settings, text, seed, variant], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _is_there(folder: Path, record: dict[str, Any]) -> bool:
+    path = folder / record["path"]
+    if not path.is_file():
+        return False
+    with Image.open(path) as picture:
+        return getattr(picture, "text", {}).get("key") == record["key"]
+
+
+def _write(folder: Path, record: dict[str, Any], picture: Image.Image) -> None:
+    """A PNG that says what it shows: prompt, seed and key are in its text fields."""
+    info = PngInfo()
+    for name in ("text", "concept", "variant", "key"):
+        info.add_itxt("prompt" if name == "text" else name, record[name])
+    info.add_text("seed", str(record["seed"]))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    files.atomic_write(folder / record["path"], buffer.getvalue())
+
+
+def write_grids(session: Session, records: list[dict[str, Any]]) -> None:
+    """grids/<concept>.png: the reference pictures, then a row per prompt (and variant), a column per seed."""
+    for concept in session.data.concepts:
+        mine = [record for record in records if record["concept"] == concept.name]
+        rows: dict[str, list[Image.Image | None]] = {}
+        for record in mine:
+            with Image.open(session.folder / record["path"]) as picture:
+                label = " ".join(filter(None, [record["text"], f"[{record['variant']}]" if record["variant"] else ""]))
+                rows.setdefault(label, []).append(picture.convert("RGB"))
+        if not rows:
+            continue
+        if concept.edit:
+            save_png(_edit_strip(session, concept, mine), session.folder / "grids" / f"{concept.name}.png")
+            continue
+        size = session.stack.size
+        references = [view.resize((size, size), Image.Resampling.BICUBIC) for view in concept.views]
+        widest = max(len(row) for row in rows.values())
+        image = grid(
+            [references[: max(widest, 5)], *rows.values()],
+            rows=[f"{concept.name}: references", *rows],
+            title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+        )
+        save_png(image, session.folder / "grids" / f"{concept.name}.png")
+
+
+def _edit_strip(session: Session, concept: Concept, records: list[dict[str, Any]]) -> Image.Image:
+    """The source and, where known, the true results; then a row per seed (and variant): reconstruction, edits."""
+    edit = concept.edit
+    assert edit
+    size = session.stack.size
+    # A column per asked prompt, the source text first; by its number: concept data may ask for the source text twice.
+    columns: dict[str, str] = {}
+    rows: dict[str, list[Image.Image | None]] = {}
+    for record in records:
+        columns.setdefault(Path(record["path"]).name.split("_")[0], record["text"])
+        with Image.open(session.folder / record["path"]) as picture:
+            label = " ".join(filter(None, [f"seed {record['seed']}", record["variant"]]))
+            rows.setdefault(label, []).append(picture.convert("RGB"))
+    source = crop(concept.views[0], size)
+    truths = [truth and truth.resize((size, size), Image.Resampling.BICUBIC) for truth in edit.truths]
+    return grid(
+        [[source, *truths[: len(columns) - 1]], *rows.values()],
+        rows=["source" + (", truth" if truths else ""), *rows],
+        columns=[text.replace(concept.placeholder, f"<{concept.word}>") for text in columns.values()],
+        title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+    )
+
+
+def crop(picture: Image.Image, size: int) -> Image.Image:
+    """A picture as edit methods see it."""
+    pixels = to_pixels(picture, size, center_crop=False, flip=False, short_side=True)
+    return to_pil((pixels[None] + 1) / 2)[0]

@@ -1,0 +1,121 @@
+"""The score and summary stages: rows, tables, and a page to look at."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from PIL import Image
+
+from hiperlab import files
+from hiperlab.errors import UserError, near
+from hiperlab.metric.edit.distance import EditReference
+from hiperlab.metric.score import COPY
+from hiperlab.metric.score import score as score_pictures
+from hiperlab.metric.table import ALL, aggregate
+from hiperlab.report.environment import peak_memory
+from hiperlab.report.html import write_report
+from hiperlab.report.loggers import write_csv
+from hiperlab.run.sample import crop, read_manifest
+from hiperlab.run.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def score(session: Session) -> None:
+    """Score every sampled picture; scores whose weights are missing are named and left for later.
+
+    Raises:
+        UserError: nothing was sampled yet.
+    """
+    with session.stage("score") as found:
+        records = read_manifest(session.folder)
+        if not records:
+            raise UserError(f"{session.folder} holds no samples to score: run stages=[sample,score] first.")
+        references = {concept.name: concept.views for concept in session.data.concepts}
+        known = [record for record in records if record["concept"] in references]
+        scored = score_pictures(
+            known, references, session.protocol, root=session.folder, device=session.device, edits=edits(session)
+        )
+        for message in scored.messages:
+            log.warning("%s", message)
+        files.write_jsonl(session.folder / "scores.jsonl", scored.rows)
+        found |= {"rows": len(scored.rows), "protocol": session.protocol.name, "hash": session.protocol.hash}
+        session.update(score_messages=scored.messages, scores=summarise(scored.rows))
+
+
+def edits(session: Session) -> dict[str, EditReference]:
+    """What the edits among the concepts are judged against, cropped as methods see it."""
+    size = session.cfg.model.size
+    found = {}
+    for concept in session.data.concepts:
+        if concept.edit:
+            truths = {text: truth for text, truth in zip(concept.edit.targets, concept.edit.truths) if truth}
+            mask = concept.edit.mask and crop(concept.edit.mask.convert("RGB"), size)
+            found[concept.name] = EditReference(crop(concept.views[0], size), concept.edit.source, truths, mask)
+    return found
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table of means, one line per variant, metric and concept; the copy detector's rows stay in scores.jsonl."""
+    return aggregate([row for row in rows if not row["metric"].endswith(COPY)], by=("variant",))
+
+
+def objective(session: Session) -> float | None:
+    """What an optimiser maximises: the final loss negated, or a score's mean over all concepts.
+
+    Raises:
+        UserError: `objective` names a score that the protocol lacks.
+    """
+    wanted = session.cfg.objective
+    if wanted is None:
+        return None
+    if wanted == "loss":
+        loss = session.results.get("stages", {}).get("fit", {}).get("loss")
+        return None if loss is None else -float(loss)
+    if wanted not in session.protocol.members:
+        raise UserError(f"objective={wanted} is no score.{near(wanted, ['loss', *session.protocol.members])}")
+    table = session.results.get("scores", [])
+    means = {row["variant"]: row["mean"] for row in table if row["metric"] == wanted and row["concept"] == ALL}
+    return means.get("", next(iter(means.values()), None))  # the plain pictures count, if any were drawn
+
+
+def summary(session: Session) -> None:
+    """results.json, metrics.csv, report.html, and the same to W&B."""
+    with session.stage("summary"):
+        session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
+        for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
+            write_csv(metrics)
+        rows = files.read_jsonl(session.folder / "scores.jsonl")
+        # The page is the run's last act, so it may say how the run ends.
+        write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
+        _to_wandb(session, rows)
+
+
+def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
+    """Scores, the grids, and one table row per picture."""
+    table = session.results.get("scores", [])
+    means = {
+        "/".join(filter(None, ["score", row["metric"], row["concept"], row.get("variant")])): row["mean"]
+        for row in table
+    }
+    by_picture: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        by_picture.setdefault((row["concept"], row["picture"]), {})[row["metric"]] = row["value"]
+    names = sorted({row["metric"] for row in table})
+    records = read_manifest(session.folder)
+    session.wandb.summary({**means, "objective": session.results.get("objective")})
+    cells = []
+    for record in records:
+        with Image.open(session.folder / record["path"]) as picture:
+            values = [by_picture.get((record["concept"], record["path"]), {}).get(name) for name in names]
+            cells.append(
+                [record["concept"], record["text"], record["seed"], record["variant"], picture.copy(), *values]
+            )
+    if cells:
+        session.wandb.log_table("samples", ["concept", "prompt", "seed", "variant", "picture", *names], cells)
+    for grid in sorted((session.folder / "grids").glob("*.png")):
+        if not grid.name.startswith("train-"):
+            with Image.open(grid) as picture:
+                session.wandb.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
+    session.wandb.finish()
