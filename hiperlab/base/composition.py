@@ -5,7 +5,6 @@ Axes: L cross-attention layers, R rows (texts), N tokens, K places of learnt vec
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -20,8 +19,6 @@ from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import Sampler, ddim, generate
 from hiperlab.model.text import final_norm, with_weights
 from hiperlab.model.weight_changes import add_up, work_out
-
-log = logging.getLogger(__name__)
 
 
 class Composition:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +34,6 @@ from hiperlab.model.stack import FrozenStack, weights_digest
 from hiperlab.model.text_cache import TextCache
 
 log = logging.getLogger(__name__)
-Found = TypeVar("Found")
 Conditions = Callable[[int], Conditioning]  # sampling step i -> conditioning of the rows
 
 

@@ -89,11 +89,6 @@ def blend(latents: Tensor, mask: Tensor) -> Tensor:
     return latents[:1] + mask.to(latents) * (latents - latents[:1])
 
 
-def word_map(maps: Tensor, positions: list[int]) -> Tensor:
-    """The mean map of a word's tokens over all maps: (S,) from (G, S, N)."""
-    return maps[..., positions].sum(-1).mean(0)
-
-
 def square(maps: Tensor) -> Tensor:
     """(..., S, N) -> (..., s, s, N), of square latents."""
     side = round(maps.shape[-2] ** 0.5)

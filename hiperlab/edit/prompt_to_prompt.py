@@ -6,7 +6,6 @@ Axes: B rows (0 the source, 1 .. B-1 its targets), T steps, S image positions, N
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +31,6 @@ from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.inversion import predict_noise, previous, timesteps
 from hiperlab.model.stack import FrozenStack
 
-log = logging.getLogger(__name__)
 MODES = ("auto", "replace", "refine")
 LARGEST_SELF = 32**2  # positions: larger self-attention maps are never exchanged
 BLEND_START = 0.2  # share of the steps before local blending begins

@@ -16,8 +16,6 @@ from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.formats import pickles
 
-EVERY = 100  # train.py: iterations between the files
-
 
 def read(path: Path) -> Tensor:
     """The rows (N, D), float32, of a bare tensor [1, N, D] or [N, D].

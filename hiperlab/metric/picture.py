@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
@@ -14,7 +13,6 @@ from hiperlab.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SLACK = 0.01  # rounding of a half-precision decoder, not another range
 
@@ -54,67 +52,3 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} is not there: sample again, or leave its line out of the list to score.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for broken PNGs
         raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
-
-
-def pictures_from_folder(
-    folder: str | Path, concept: str | None = None, word: str = "", placeholder: str = ""
-) -> list[dict[str, Any]]:
-    """List anybody's samples for `score`, in CustomConcept101's layout.
-
-    The folder holds prompts.json {"stem": "prompt"} and the pictures, in samples/ or beside it.
-
-    Args:
-        folder: where prompts.json lies.
-        concept: name of the one concept shown; default: the folder's name.
-        word: its class noun, for protocols that put it in the placeholder's place.
-        placeholder: the word in the prompts that stands for the concept, if any.
-
-    Returns:
-        One record per picture, ordered by file name; "path" is relative to `folder`.
-
-    Raises:
-        UserError: no prompts.json, pictures without prompt, or prompts without picture.
-    """
-    root = Path(folder)
-    prompts = _read_prompts(root / "prompts.json")
-    place = root / "samples" if (root / "samples").is_dir() else root
-    found = [file for file in sorted(place.iterdir()) if file.suffix.lower() in SUFFIXES]
-    files = {file.stem: file for file in found}
-    if len(files) < len(found):
-        raise UserError(f"{place} has pictures of equal name but for the ending: prompts.json cannot tell them apart.")
-    for have, need, what in (
-        (files, prompts, "pictures without a prompt"),
-        (prompts, files, "prompts without a picture"),
-    ):
-        lone = sorted(set(have) - set(need))
-        if lone:
-            raise UserError(
-                f"{root} has {len(lone)} {what} ({', '.join(lone[:3])}{', …' if len(lone) > 3 else ''}): "
-                "prompts.json and the pictures must name the same stems."
-            )
-    name = concept or root.resolve().name
-    return [
-        {
-            "concept": name,
-            "prompt": prompts[stem].replace(placeholder, "{}") if placeholder else prompts[stem],
-            "text": prompts[stem],
-            "placeholder": placeholder,
-            "word": word,
-            "seed": None,
-            "path": str(file.relative_to(root)),
-        }
-        for stem, file in files.items()
-    ]
-
-
-def _read_prompts(file: Path) -> dict[str, str]:
-    """Read {"stem": "prompt"}."""
-    try:
-        prompts = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f'{file} is not there: write one, {{"picture name without ending": "its prompt"}}.') from error
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}).") from error
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise UserError(f'{file} must hold {{"picture name without ending": "its prompt"}}.')
-    return prompts

@@ -7,7 +7,7 @@ Door and plan: door.py (command line), plan.py (order, budgets, what all stages 
 keys.py (chance by number), module.py and fit.py (one Lightning training with a time budget).
 Stages, in order: words.py (tokenizer), pictures.py with draw_shard.py (data), vae.py, latents.py, clip.py, decoder.py,
 critic.py (kinds from noisy latents; it teaches the U-Net), unet.py, identity.py and reader.py (judges, network in
-hiperlab/metric/truth_judge.py), scorer.py (independent CLIP), export.py with card.py, report.py with bars.py.
+hiperlab/metric/world/network.py), scorer.py (independent CLIP), export.py with card.py, report.py with bars.py.
 
 This package is a program like hiperlab.run: it may import any room, and no room imports it.
 """

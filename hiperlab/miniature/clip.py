@@ -171,18 +171,3 @@ def load_text(shop: Workshop) -> Any:
     path = str(shop.weights("clip") / "text_encoder")
     text: Any = CLIPTextModel.from_pretrained(path, local_files_only=True)
     return freeze(text.to(shop.device))
-
-
-def load_towers(folder: Path) -> Any:
-    """From a folder with text_encoder/ and image_encoder/: the function `ClipModule.embed`, on the CPU, float32."""
-    from safetensors.torch import load_file
-
-    text: Any = freeze(CLIPTextModel.from_pretrained(str(folder / "text_encoder"), local_files_only=True).float())
-    tower = CLIPVisionModelWithProjection.from_pretrained(str(folder / "image_encoder"), local_files_only=True)
-    vision: Any = freeze(tower.float())
-    weight = load_file(folder / "image_encoder" / PROJECTION)["weight"].float()
-
-    def embed(pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return vision(pixel_values=pixels).image_embeds, text(input_ids=ids).pooler_output @ weight.T
-
-    return embed

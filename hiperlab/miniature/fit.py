@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -138,8 +137,3 @@ def train(shop: Workshop, name: str, module: StageModule) -> dict[str, Any]:
         "seconds": round(module.elapsed, 1),
         "curve": watch.curve,
     }
-
-
-def weights(folder: Path) -> Path:
-    """Where a stage keeps what later stages and the export load."""
-    return folder / "weights"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from math import cos, sin
 
-import torch
 from torch import Tensor, nn
 
 from hiperlab.world.identity import Identity
@@ -73,8 +72,3 @@ def put(ids: Tensor, kinds: Tensor) -> Tensor:
     0, the start of the text, where the word is not there: in an empty caption.
     """
     return (ids == kinds[:, None]).int().argmax(dim=1)
-
-
-def embeddings(text: nn.Module, ids: Tensor) -> Tensor:
-    """Token embeddings (B, N, D) of ids (B, N)."""
-    return torch.nn.functional.embedding(ids, text.get_input_embeddings().weight)  # type: ignore[operator]

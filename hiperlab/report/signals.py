@@ -7,7 +7,6 @@ SLURM re-queueing rests on the same handlers. During training ours replace them:
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -22,7 +21,6 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from hiperlab.errors import StoppedError
 from hiperlab.report.checkpoint import StepCheckpoints
 
-log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ECHO = 0.5  # seconds: a terminal and a wrapper both forward one Ctrl-C; only a later one is a second wish
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import newest_valid, resume_path, step_of
 from hiperlab.run.session import Session
 
-log = logging.getLogger(__name__)
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
 FREE = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from hiperlab.base.method import Method
-
-log = logging.getLogger(__name__)
-
 
 def check_artifacts_together(session: Session) -> None:
     """What can be wrong with `artifacts=` and `sample.texts=` before the model loads.

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from hiperlab.world.chance import Chance
 from hiperlab.world.draw import Picture, render
 from hiperlab.world.identity import Identity
 from hiperlab.world.scene import Scene, scene
@@ -283,8 +282,3 @@ def true_picture(who: Identity, prompt: str, seed: int, size: int, placeholder: 
         placeholder: "<cat>"; without one the prompt's own noun is the subject.
     """
     return render(true_identity(who, prompt, placeholder), true_scene(prompt, seed, placeholder), size)
-
-
-def random_caption(seed: int, who: Identity, now: Scene) -> str:
-    """`caption` as a pure function of a seed."""
-    return caption(who, now, Chance(seed, "caption").generator)

@@ -1,4 +1,4 @@
-"""PIE-Bench's scores and NS-LPIPS against their definitions computed another way; reconstructions; foreground masks."""
+"""PIE-Bench's scores and NS-LPIPS against their definitions computed another way; reconstructions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from hiperlab.errors import UserError
 from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.edit.extractor import LpipsFeatures, PixelFeatures
-from hiperlab.metric.edit.foreground import foreground, released_token
 from hiperlab.metric.edit.ns_lpips import NsLpips, NsLpipsFixed
 from hiperlab.metric.edit.recipe import Lpips, Pixels, TensorKeys
 from hiperlab.metric.edit.scores import (
@@ -182,35 +181,3 @@ def test_reconstructions_are_scored_by_themselves(tmp_path: Path) -> None:
     assert table["reconstruction_psnr"]["n"] == 1 and table["reconstruction_psnr"]["missed"] == 0
     assert table["background_mse"]["n"] == 1, "an edit's score passes over the reconstruction"
     assert [row["picture"] for row in rows if row["metric"] == "reconstruction_psnr"] == ["source.png"]
-
-
-def test_foreground_is_the_released_scripts() -> None:
-    """Two layers of four heads, 16 x 16: mean of the last two heads of both, cut to bytes, bicubic."""
-    torch.manual_seed(0)
-    maps = [torch.rand(4, 256, 77) for _ in range(2)]
-    token = released_token("a cat sitting", "cat")
-    assert token == 2
-    total = np.zeros((16, 16))
-    for layer in maps:
-        for head in (2, 3):
-            total += layer[head, :, token].double().numpy().reshape(16, 16) / 4
-    grey = np.repeat((255 * total / total.max()).astype(np.uint8)[..., None], 3, 2)
-    wanted = np.asarray(Image.fromarray(grey).resize((256, 256)), int)[..., 0]
-    made = foreground(maps, [token], released_heads=True)
-    assert made.size == (256, 256) and np.abs(np.asarray(made, int) - wanted).max() <= 1
-    whole = foreground(maps, [2, 3], released_heads=False)
-    average = torch.cat(maps).mean(0)[:, 2:4].mean(1).reshape(16, 16)
-    small = np.asarray(whole.resize((16, 16), Image.Resampling.BOX), int)
-    assert np.abs(small - (255 * average / average.max()).numpy()).max() < 25
-    assert np.abs(np.asarray(whole, int) - wanted).mean() > 5, "other heads, other mask"
-
-
-def test_mistakes_with_maps() -> None:
-    with pytest.raises(UserError, match="lacks the word 'dog'"):
-        released_token("a cat", "dog")
-    with pytest.raises(UserError, match="one square resolution"):
-        foreground([torch.rand(2, 256, 77), torch.rand(2, 64, 77)], [1], True)
-    with pytest.raises(UserError, match="one square resolution"):
-        foreground([], [1], True)
-    with pytest.raises(UserError, match="not among the 77"):
-        foreground([torch.rand(2, 256, 77)], [77], True)

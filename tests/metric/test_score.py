@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hiperlab.errors import UserError
-from hiperlab.metric.picture import open_picture, pictures_from_folder
+from hiperlab.metric.picture import open_picture
 from hiperlab.metric.protocol import IdentityScore, Protocol, TextScore
 from hiperlab.metric.score import COPY, REAL, score
 from hiperlab.metric.table import ALL, aggregate, interval
 from hiperlab.metric.weights import MissingWeightsError
-from tests.metric.conftest import ColourFeatures, load_protocol, noise, plain
+from tests.metric.conftest import ColourFeatures, load_protocol, plain
 
 
 def test_rows_of_the_twin(twin: Protocol, encoders: dict, samples, tmp_path: Path) -> None:
@@ -129,29 +129,6 @@ def test_mistakes_are_named_before_anything_loads(twin: Protocol, samples, tmp_p
 def test_nothing_to_score(twin: Protocol) -> None:
     assert score([], {}, twin) == ([], [])
     assert aggregate([]) == []
-
-
-@pytest.mark.parametrize("place", ["samples", "."])
-def test_an_outsiders_folder(twin: Protocol, encoders: dict, tmp_path: Path, place: str) -> None:
-    (tmp_path / place).mkdir(exist_ok=True)
-    for stem in ("0001", "0000"):
-        noise(int(stem)).save(tmp_path / place / f"{stem}.png")
-    prompts = {"0000": "photo of a <new1> cat", "0001": "a <new1> cat swimming"}
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    records = pictures_from_folder(tmp_path, concept="cat", word="cat", placeholder="<new1>")
-    assert [r["text"] for r in records] == list(prompts.values())
-    assert records[0]["prompt"] == "photo of a {} cat"
-    rows = score(records, {"cat": [noise(5), noise(6)]}, twin, root=tmp_path, loaded=encoders).rows
-    assert {row["metric"] for row in rows} >= {"clip_text", "clip_image", "dino"}
-    (tmp_path / "prompts.json").write_text(json.dumps({"0000": "x", "0002": "y"}))
-    with pytest.raises(UserError, match=r"1 pictures without a prompt \(0001\)"):
-        pictures_from_folder(tmp_path)
-    (tmp_path / "prompts.json").write_text("{")
-    with pytest.raises(UserError, match="no JSON"):
-        pictures_from_folder(tmp_path)
-    (tmp_path / "prompts.json").unlink()
-    with pytest.raises(UserError, match="write one"):
-        pictures_from_folder(tmp_path)
 
 
 def line(value: float | None, **changes) -> dict:

@@ -12,12 +12,12 @@ from hiperlab.metric.protocol import IdentityScore, Protocol
 from hiperlab.metric.score import score
 from hiperlab.metric.weights import MissingWeightsError
 from hiperlab.metric.world import network as truth_judge
-from hiperlab.metric.world.attributes import AttributeAccuracy, said_attributes
+from hiperlab.metric.world.attributes import said_attributes
 from hiperlab.metric.world.distance import PARTS, distances, nearest, overlap, pack, truths, unpack
 from hiperlab.metric.world.extractor import ReaderFeatures, TruthFeatures, known_subject, subject_in
 from hiperlab.metric.world.network import Judge, Shape
 from hiperlab.metric.world.recipe import FolderIdentity, FolderReader, WorldTruth
-from hiperlab.metric.world.scores import KindScore, PlaceScore, TruthMask, TruthScore
+from hiperlab.metric.world.scores import KindScore, PlaceScore, TruthScore
 from hiperlab.world.caption import true_picture
 from hiperlab.world.subjects import edit, held_out, subject
 
@@ -54,18 +54,6 @@ def test_silence_means_the_plain_style_but_no_place():
     }  # fmt: skip
     said = said_attributes("an oil painting of <x> wearing a crown at night", "<x>", "dog")
     assert said == {"kind": "dog", "style": "oil painting", "accessory": "crown", "light": "night"}
-
-
-def test_accuracy_counts_only_what_is_named():
-    metric = AttributeAccuracy(fixed(kind=0, place=1, style=0))
-    images = torch.rand(3, 3, 80, 80)
-    values = metric(images, ["a photo of a cat in the snow", "a dog on the beach", "a cartoon of a cat"])
-    assert values["kind"].tolist() == [1, 0, 1] and values["style"].tolist() == [1, 1, 0]
-    assert values["place"][:2].tolist() == [1, 0] and values["place"][2].isnan()
-    found = metric.compute()
-    assert found["kind"] == pytest.approx(2 / 3) and found["place"] == pytest.approx(1 / 2)
-    metric.update(images[:1], ["a cat in the snow"])
-    assert metric.compute()["place"] == pytest.approx(2 / 3)
 
 
 def test_a_judge_survives_its_folder(tmp_path):
@@ -176,7 +164,6 @@ def test_a_protocol_scores_truth_without_knowing_it(tmp_path):
             "place": PlaceScore("reader", **told),
             "identity": IdentityScore("identity", "cosine", "mean", "zero"),
             "distance": TruthScore("world", **keep),
-            "mask": TruthMask("world", **keep),
         },
     )
     records = []
@@ -191,7 +178,7 @@ def test_a_protocol_scores_truth_without_knowing_it(tmp_path):
     assert rows["kind", "0.png"] in (0, 1) and rows["place", "1.png"] is None
     assert 0 <= rows["distance", "0.png"] < 0.5 and -1 <= rows["identity", "0.png"] <= 1
     assert (
-        len({Protocol(protocol.name, False, protocol.encoders, {m: v}).hash for m, v in protocol.members.items()}) == 5
+        len({Protocol(protocol.name, False, protocol.encoders, {m: v}).hash for m, v in protocol.members.items()}) == 4
     )
 
 

@@ -97,7 +97,7 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
 def truth_distance(picture: Tensor, truth: Tensor) -> Tensor:
     """Distance of a picture (3, H, W) to the true result (3, H, W), in [0, 1], a number.
 
-    The mean of two parts, each as in `truth_distance.distances`: values after a 3x3 blur, and edges. It is the least
+    The mean of two parts, each as in `metric.world.distance.distances`: values after a 3x3 blur, and edges. It is the least
     over mirrorings and small moves of the camera, because no method is asked to keep the camera.
     """
     views = cameras(truth)

@@ -1,21 +1,19 @@
 """Ground-truth scores of the world: attributes read from a picture against those its prompt names.
 
-Identity similarity is `metric.member.Identity` over `truth_encoder.FolderIdentity`; distances to the rendered truth
-are in truth_distance.py. Pictures and prompts go in; no stack, no method.
+Identity similarity is `metric.torchmetric.Identity` over `recipe.FolderIdentity`; distances to the rendered truth
+are in distance.py. Pictures and prompts go in; no stack, no method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from hiperlab.metric.compare import rescale
-from hiperlab.metric.picture import as_pictures
-from hiperlab.metric.torchmetric import Pictures, Similarity
+from hiperlab.metric.torchmetric import Similarity
 from hiperlab.metric.world.network import Judge
 from hiperlab.world.caption import PLAIN, parse
 
@@ -45,47 +43,6 @@ def read_attributes(judge: Judge, pixels: Tensor) -> list[dict[str, str]]:
     return [{name: labels[name][column[i]] for name, column in chosen.items()} for i in range(len(pixels))]
 
 
-class AttributeAccuracy(Metric):
-    """Share of pictures whose attributes are read as their prompts name them, one number per attribute.
-
-    Args:
-        features: from `truth_encoder.FolderReader`; metrics may share one.
-        attributes: which ones; None for all the reader knows.
-    """
-
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    right: Tensor
-    asked: Tensor
-
-    def __init__(self, features: Any, attributes: Sequence[str] | None = None) -> None:
-        super().__init__()
-        self.features = features
-        self.attributes = tuple(attributes or features.labels)
-        for name in ("right", "asked"):
-            self.add_state(name, torch.zeros(len(self.attributes), dtype=torch.float64), dist_reduce_fx="sum")
-        self.values: dict[str, Tensor] = {}  # of the last update, attribute -> (B,)
-
-    def update(self, images: Pictures, prompts: Sequence[str]) -> None:
-        """Add B pictures, (B, 3, H, W) in [0, 1] or PIL, with their prompts (the class noun in the subject's place)."""
-        seen, said = self.features.images(as_pictures(images)), self.features.texts(prompts)
-        self.values = {name: matches(seen, said, self.features.places[name]) for name in self.attributes}
-        for i, values in enumerate(self.values.values()):
-            named = ~values.isnan()
-            self.right[i] += values[named].double().sum()
-            self.asked[i] += named.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Attribute -> accuracy in [0, 1] over the pictures whose prompt names it; NaN if none does."""
-        return dict(zip(self.attributes, self.right / self.asked))
-
-    def forward(self, images: Pictures, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Add B pictures and return attribute -> (B,): 1 right, 0 wrong, NaN not named."""
-        self.update(images, prompts)
-        return self.values
-
-
 def matches(seen: Tensor, said: Tensor, place: slice) -> Tensor:
     """1 where what is seen is what is said, 0 where not, NaN where nothing is said: (B, D), (B, D) one-hot -> (B,)."""
     said = said[:, place]
@@ -97,7 +54,7 @@ class AttributeMatch(Similarity):
     """One attribute as a protocol's score: 1 where it is read as prompted.
 
     Args:
-        features: from `truth_encoder.FolderReader`.
+        features: from `recipe.FolderReader`.
         scale: "cosine" leaves 0 and 1, "percent" multiplies by 100.
         attribute: which one.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -143,20 +143,15 @@ def unpack(row: Tensor) -> Truths | None:
     return Truths(table[:, :cut].view(-1, 3, side, side), table[:, cut:].view(-1, side, side), whole)
 
 
-class TruthPart(Similarity):
-    """One part of the distance as a protocol's score; a prompt without a subject of the world has none.
+class TruthDistance(Similarity):
+    """The distance as a protocol's score; a prompt without a subject of the world has none.
 
     Args:
-        features: `truth_features.TruthFeatures`.
+        features: `extractor.TruthFeatures`.
         scale: "cosine" leaves distances as they are.
-        part: one of PARTS, or "total".
     """
 
     higher_is_better = False
-
-    def __init__(self, features: Any, scale: str, part: str) -> None:
-        super().__init__(features, scale)
-        self.part = part
 
     def measure(self, embeddings: Tensor, targets: Tensor) -> Tensor:
         """Pixels (B, 3 H W), packed truths (B, M) -> (B,)."""
@@ -165,7 +160,7 @@ class TruthPart(Similarity):
             true = unpack(row)
             nothing = sample.new_full((), torch.nan)
             side = 0 if true is None else true.masks.shape[-1]
-            values.append(nothing if true is None else nearest(sample.view(3, side, side), true)[self.part])
+            values.append(nothing if true is None else nearest(sample.view(3, side, side), true)["total"])
         return torch.stack(values) * (100 if self.scale == "percent" else 1)
 
     def embed(self, targets: Sequence[str]) -> Tensor:

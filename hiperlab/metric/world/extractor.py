@@ -120,7 +120,7 @@ class TruthFeatures(Features):
         return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).flatten(1).float() / 255
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, M), packed truths (see `truth_distance.pack`), short rows padded; NaN without a subject."""
+        """B prompts -> (B, M), packed truths (see `distance.pack`), short rows padded; NaN without a subject."""
         rows = [self._one(text) for text in texts]
         longest = max((len(row) for row in rows if row is not None), default=1)
         out = torch.full((len(rows), longest), torch.nan)

@@ -62,7 +62,7 @@ class FolderIdentity(_FolderJudge):
 
 @dataclass(frozen=True)
 class FolderReader(_FolderJudge):
-    """The attribute reader; use it with the scores of truth_member.py."""
+    """The attribute reader; use it with the scores of scores.py."""
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
@@ -73,7 +73,7 @@ class FolderReader(_FolderJudge):
 
 @dataclass(frozen=True)
 class WorldTruth(Encoder):
-    """The world as a judge: it draws what the prompt asks for. No weights; use it with the scores of truth_member.py.
+    """The world as a judge: it draws what the prompt asks for. No weights; use it with the scores of scores.py.
 
     Attributes:
         size: side at which pictures are compared.

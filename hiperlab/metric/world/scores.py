@@ -68,35 +68,10 @@ class LightScore(AttributeScore):
 class TruthScore(TextScore):
     """Distance to the rendered truth, smaller is better; needs cleaning "keep", the placeholder names the subject."""
 
-    part: ClassVar[str] = "total"
     lower: ClassVar[bool] = True
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.world.distance import TruthPart
+        from hiperlab.metric.world.distance import TruthDistance
 
-        return TruthPart(features, self.scale, self.part)
-
-
-class TruthPixel(TruthScore):
-    """Of values."""
-
-    part = "pixel"
-
-
-class TruthSubject(TruthScore):
-    """Of values inside the subject."""
-
-    part = "subject"
-
-
-class TruthStructure(TruthScore):
-    """Of edges."""
-
-    part = "structure"
-
-
-class TruthMask(TruthScore):
-    """Of the subject's outline."""
-
-    part = "mask"
+        return TruthDistance(features, self.scale)
