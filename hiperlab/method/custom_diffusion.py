@@ -1,6 +1,7 @@
 """Custom Diffusion (Kumari et al. 2022): keys and values of the cross-attention, and a new word before the class noun.
 
-Specification: methods/e4t.md, section 18. Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+Follows diffusers' train_custom_diffusion.py and, for `delta.bin`, the authors' src/diffusers_model_pipeline.py.
+Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ WEIGHTS = {"kv": (".to_k.", ".to_v."), "cross": ("",)}
 
 
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """sum(mask e^2) / sum(mask) of each row (R,), as released: 4 channels over a mask of one, so 4 times a mean.
+    """sum(mask e^2) / sum(mask) of each row (R,), as in diffusers' train_custom_diffusion.py.
+
+    The error has four channels and the mask one, so this is four times a mean.
 
     Args:
         prediction: (R, C, H, W).
@@ -89,7 +92,7 @@ class CustomDiffusion(Method):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def compose(self, batch: Batch) -> Batch:
-        """The published prompt, picture and words placed at random, then the class rows as they are."""
+        """The published prompt; pictures moved at random, with words that say so; then the class rows unchanged."""
         if self.template is not None:
             prompt = fill(self.template, self.concepts[0].placeholder)
             batch = batch._replace(prompts=[prompt] * len(batch.prompts))
@@ -105,7 +108,7 @@ class CustomDiffusion(Method):
         return drawn(self.seed, sample, self.model.size) if self.augment else still(self.model.size)
 
     def moments(self, batch: Batch) -> Tensor:
-        """Of placed pictures anew each time, since no two are alike; of class pictures once."""
+        """The VAE's posterior (R, 2C, H, W): anew for placed pictures (no two are alike), once per class picture."""
         if not self.augment:
             return super().moments(batch)
         count = int((batch.sample >= 0).sum())  # class rows have negative numbers, behind the others
@@ -119,7 +122,13 @@ class CustomDiffusion(Method):
         return torch.cat([*fresh, super().moments(rest)])
 
     def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Instance rows by `masked_loss` where the picture lies, class rows by a plain mean times their weight."""
+        """Losses "" and "prior", (R,) each: `masked_loss` of instance rows, weighted mean square of class rows.
+
+        Args:
+            step: of all rows that `compose` gave.
+            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
+            target: same shape.
+        """
         assert step.samples is not None, "losses are of training rows"
         samples = [sample for sample in step.samples.tolist() if sample >= 0]
         cells = prediction.shape[-1]
@@ -169,7 +178,10 @@ class CustomDiffusion(Method):
 
     @torch.no_grad()
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
-        """The authors' `delta.bin`; diffusers' `pytorch_custom_diffusion_weights.bin` and `<word>.bin`."""
+        """The authors' `delta.bin`; diffusers' `pytorch_custom_diffusion_weights.bin` and `<word>.bin`.
+
+        With `compress`, `delta.bin` holds factors as the authors' src/compress.py makes them.
+        """
         frozen = self._frozen()
         weights = self.offsets().weights(self.model.unet)
         word = self.concepts[index].placeholder
@@ -201,7 +213,8 @@ class CustomDiffusion(Method):
 def _start(model: FrozenStack, word: str) -> Tensor:
     """The embedding (D,) of a vocabulary entry, else of a word's last token.
 
-    The released code hands "ktn" to the tokenizer as a ready token: the entry 42170, which only occurs inside words.
+    The authors' src/diffusers_training.py hands "ktn" to the tokenizer as a ready token: the entry 42170, which only
+    occurs inside words.
     A vocabulary without it (the miniature's) splits it; its last piece then is as rare as any.
     """
     index = model.tokenizer.get_vocab().get(word)

@@ -1,7 +1,8 @@
 """DDIM inversion with Prompt-to-Prompt: one picture's path to its noise, and other texts drawn from there.
 
-Specification: methods/stylediffusion.md, sections 3 and 7. Nothing is fitted; with every window 0 and no blending a
-target is drawn from the inverted noise as it is.
+The inversion is Song et al. 2021, eq. 12 backwards, in the order of null_text_w_ptp.ipynb (google/prompt-to-prompt,
+NullInversion.ddim_loop). Nothing is fitted; with every window 0 and no blending a target is drawn from the inverted
+noise as it is.
 """
 
 from __future__ import annotations
@@ -10,4 +11,4 @@ from hiperlab.base.editing_method import EditingMethod
 
 
 class DDIMInversion(EditingMethod):
-    """What every method of this kind stands on, and the baseline they are measured against."""
+    """The baseline of the methods that fit something along the inverted path."""

@@ -1,6 +1,7 @@
 """DreamBooth (Ruiz et al. 2022): the whole U-Net learns a rare word, class pictures keep the class in place.
 
-Specification: methods/e4t.md, section 16. Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+Settings and loss follow diffusers' examples/dreambooth/train_dreambooth.py; the paper's authors released no code.
+Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -84,7 +85,13 @@ class DreamBooth(Method):
         return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
 
     def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Instance rows, and class rows by their weight (eq. 2)."""
+        """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
+
+        Args:
+            step: of all rows that `compose` gave.
+            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
+            target: same shape.
+        """
         return self.prior.losses(prediction, target)
 
     def condition(self, step: Step) -> Conditioning:
@@ -103,7 +110,7 @@ class DreamBooth(Method):
         return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
-        """Through the trained text encoder, as the tuned pipeline would."""
+        """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
         return self._encode([text])
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
@@ -145,7 +152,7 @@ class DreamBooth(Method):
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
-        """A tuned `unet/diffusion_pytorch_model.safetensors`, with the `text_encoder` beside it if that is trained."""
+        """A tuned `unet/diffusion_pytorch_model.safetensors`; `text_encoder/` beside it is read if that is trained."""
         if path.parent.name == files.TEXT.parent.name:
             path = path.parent.parent / files.UNET
         self._take(path, self.model.unet, self.unet_offsets, "method.weights=all")

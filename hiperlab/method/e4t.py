@@ -1,8 +1,9 @@
 """E4T (Gal et al. 2023, Encoder-based Domain Tuning): an encoder and weight offsets of a domain, tuned on one picture.
 
-Specification: methods/e4t.md; section numbers below are its own. We follow the public reimplementation, the only code
-there is; where the paper differs it is an option. Letters there: E (the encoder's output), w (the word's vector), s.
-Axes: K concepts (always 1 here), R rows, D text width, V vision width.
+We follow the public reimplementation mkshing/e4t-diffusion, the only code there is; file names below are its own.
+Where the paper differs, its form is an option. Symbols: e_c (embedding of the class word), E (the encoder's output),
+w (the word's vector), s (`embed_scale`).
+Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class E4T(Method):
         concepts: pre-training: the domain, whose pictures show many subjects. Tuning: one subject.
         optimizer: parameters -> optimizer; AdamW's decay acts on whole weights, as in the reimplementation.
         seed: of initialisation and draws.
-        phase: "pretrain" a domain (section 8) or "tune" on one picture (section 9).
+        phase: "pretrain" a domain (pretrain_e4t.py) or "tune" on one picture (tuning_e4t.py).
         domain: what to start from: an artifact of a pre-training, a folder of the reimplementation, "none", or None:
             tuning then takes `e4t/<class noun>.safetensors` in the model's own folder, where there is one.
         tower: folder or hub id of the picture tower; None takes the one of `domain`, else the one in the model's own
             folder (`image_encoder`), else OpenCLIP's ViT-H-14.
         model_folder: the model's folder or hub id, where a tower may lie.
-        encoder: "patch_tokens" (the reimplementation) or "cls_layers" (the paper, section 5.4).
+        encoder: "patch_tokens" (e4t/encoder.py, E4TEncoder) or "cls_layers" (the paper's; there E4TEncoderLegacy).
         encoder_unet: whether the encoder reads the U-Net with its "offset" weights or as "base" (frozen).
         embed_scale: s.
         reg_lambda: weight of the penalty, a sum over the whole batch.
@@ -235,7 +236,7 @@ class E4T(Method):
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def meet(self, index: int, picture: Tensor) -> None:
-        """Keep the picture that the encoder sees: in tuning always, else where no other is given."""
+        """Keep the picture (3, H, W) in [-1, 1] for the encoder: in tuning always, else where no other is given."""
         self.picture = picture.to(self.picture)
 
     def condition(self, step: Step) -> Conditioning:
@@ -251,7 +252,7 @@ class E4T(Method):
         return Conditioning(self.model.normalise_text(states), offsets=changes)
 
     def part(self, step: Step) -> Part:
-        """The word's vector w, by row; its encoder reads the U-Net with E4T's own changes only, as it was trained."""
+        """The word's vectors w (1, R, 1, D); the encoder reads the U-Net with E4T's changes only, as in training."""
         assert step.latents is not None, "E4T reads z_t"
         words, _ = self.words(step.latents, step.timestep, self._seen(step), self.changes())
         return Part(step.prompts, words[None, :, None])
@@ -261,11 +262,11 @@ class E4T(Method):
         return ChangedWeights(self.changes())
 
     def words(self, latents: Tensor, timestep: Tensor, seen: Seen, changes: Offsets) -> tuple[Tensor, Tensor]:
-        """Both w = e_c + s E and s E, (R, D) each (section 6).
+        """Both w = e_c + s E and s E, (R, D) each (pretrain_e4t.py, main).
 
         Args:
             latents: z_t (R, C, H, W).
-            timestep: (R,) int64.
+            timestep: (R,) int64 in [0, 1000).
             seen: what the tower makes of the R pictures.
             changes: of the U-Net, already worked out.
         """
@@ -313,13 +314,20 @@ class E4T(Method):
         return Seen(*(each.expand(len(step.prompts), *each.shape[1:]) for each in kept[2]))
 
     def extra_losses(self, step: Step, z0: Tensor) -> dict[str, Tensor]:
-        """The sum over the whole batch of lambda |w|^2 (section 7); rows are averaged, hence the batch size."""
+        """Loss "reg" (R,): lambda |w|^2 of each row, times the batch size.
+
+        pretrain_e4t.py adds the sum over its batch to the loss (`loss_reg`); rows are averaged here, hence the factor.
+
+        Args:
+            step: not read; the words are those of the last `condition`.
+            z0: clean latents (R, C, H, W), not read.
+        """
         assert self._words is not None, "condition comes first"
         words, self._words = self._words, None  # not kept: it holds the step's graph
         return {"reg": self.reg_lambda * self.batch_size * words.square().sum(1)}
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
-        """Tuning: B samples of the one picture's posterior, drawn once (section 9); else fresh ones."""
+        """Unit normals (R, *shape): in tuning `batch_size` draws made once (tuning_e4t.py), else fresh ones."""
         samples = batch.sample % self.batch_size if self.phase == "tune" else batch.sample
         return draws.normal(self.seed, "posterior", samples, shape)
 
@@ -344,7 +352,7 @@ class E4T(Method):
 
     @torch.no_grad()
     def sample(self, *args: Any, **how: Any) -> Tensor:
-        """As every method's; the changed weights are worked out once for the whole call."""
+        """Pictures (B, 3, H, W) in [0, 1] as `Method.sample`; the changed weights are worked out once for all."""
         self._sampling, self._kept = True, None
         try:
             return super().sample(*args, **how)
@@ -354,11 +362,11 @@ class E4T(Method):
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """With a leading concept axis of one; views, so that loading writes through."""
+        """Own tensors by name, (1, ...) each: a concept axis of one in front, as views, so loading changes them."""
         return {name: value[None] for name, value in super().own_tensors().items()}
 
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Strict as always, and the tower must be the one it was trained with."""
+        """Put tensors without the concept axis in place; the picture tower must be the one they were trained with."""
         self._check_tower(tensors, "the artifact")
         super().load_artifact(index, tensors)
 
@@ -395,7 +403,7 @@ class E4T(Method):
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
-        """Any file of a folder of the reimplementation stands for the folder; without a picture `meet` gives one."""
+        """Read a folder of the reimplementation, named by any of its files; its picture too, if it has one."""
         found = formats.read(path.parent)
         if found.tower:
             towers.fill(self.see.tower, found.tower)
@@ -435,6 +443,6 @@ def _tower(model: FrozenStack, tower: str | None, folder: str | None, foreign: f
 
 
 def _projections(unet: nn.Module) -> list[str]:
-    """q, k and v of every self- and cross-attention: 96 in SD (section 3.2)."""
+    """q, k and v of every self- and cross-attention: 96 in SD (e4t/models/cross_attention.py)."""
     ends = tuple(f".{attention}.to_{which}" for attention in ("attn1", "attn2") for which in "qkv")
     return [name for name, _ in unet.named_modules() if name.endswith(ends)]

@@ -1,6 +1,6 @@
 """HiPer (Han et al. 2023): the last N text rows are fitted to one picture and kept when its text is changed.
 
-Specification: methods/hiper.md; section numbers below are its own. Symbols there: tau (text encoder), h (fitted rows).
+Follows the authors' train.py and inference.py (HiPer0/HiPer). Symbols: tau (text encoder), h (fitted rows).
 Axes: K concepts, R rows, T text rows (77), N fitted rows, D text width.
 """
 
@@ -29,7 +29,7 @@ INITS = ("source_tail", "target_tail")
 
 
 def replace_tail(text: Tensor, tail: Tensor) -> Tensor:
-    """[tau(text) rows 0 .. 76-N, tail]: the cut is made after the text encoder (section 2).
+    """[tau(text) rows 0 .. 76-N, tail] (R, T, D): the cut is made after the text encoder (the authors' train.py).
 
     Args:
         text: (R, T, D) states of whole texts.
@@ -87,7 +87,7 @@ class HiPer(Method):
         self.hiper = nn.Parameter(torch.stack([self._start(index, init) for index in range(len(concepts))]))
 
     def _start(self, index: int, init: str) -> Tensor:
-        """h_0 (N, D) of concept `index`: encoder output, neither zeros nor noise (section 2)."""
+        """h_0 (N, D) of concept `index`: rows of the encoder's output, neither zeros nor noise (train.py)."""
         if init not in INITS:
             rows = files.read(Path(init).expanduser())
             return self._fitting(rows, Path(init))
@@ -103,7 +103,7 @@ class HiPer(Method):
         return Conditioning(replace_tail(self._states(texts), self._tail(step, texts))[None])
 
     def part(self, step: Step) -> Part:
-        """The class noun for the placeholder, and factor h behind the words."""
+        """The class noun for the placeholder, and factor h (R, N, D) in place of the text's last rows."""
         texts = self._plain(step)
         return Part(texts, tail=self._tail(step, texts))
 
@@ -139,13 +139,13 @@ class HiPer(Method):
         return self.encode(texts)
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
-        """One draw per picture for the whole run, as the authors do (section 2)."""
+        """Unit normals (R, *shape), by default one draw per picture for the whole run (the authors' train.py)."""
         return posterior_noise(self.latent, self.seed, batch.view, batch.sample, shape)
 
     # ---- the authors' files ------------------------------------------------------------------------------------------
 
     def exports_at(self, steps: int) -> bool:
-        """The authors' cadence: after 1, 101, 201, ... updates, their step 0, 100, 200, ... (section 4)."""
+        """The authors' cadence: after 1, 101, 201, ... updates, which train.py calls step 0, 100, 200, ..."""
         return self.export_every > 0 and (steps - 1) % self.export_every == 0
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:

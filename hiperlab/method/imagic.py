@@ -1,6 +1,8 @@
 """Imagic (Kawar et al. 2023): fit the target text's embedding to one picture, then the model, then interpolate.
 
-Specification: methods/hiper.md, section 6. Symbols there: e_tgt (tau of the target text), e_opt (fitted), eta.
+Three phases (Kawar et al. 2023, section 3): A fits the embedding, B the weights, C interpolates. Details follow
+diffusers' community pipeline imagic_stable_diffusion.py and ShivamShrirao's train_imagic.py.
+Symbols: e_tgt (states of the target text), e_opt (fitted), eta (weight of e_tgt).
 Axes: K concepts (always 1 here), R rows, T text rows (77), D text width.
 """
 
@@ -31,7 +33,13 @@ OPTIMIZED, TARGET, TEXT = "optimized_embeddings.pt", "target_embeddings.pt", "ta
 
 
 def interpolate(target: Tensor, optimized: Tensor, eta: float) -> Tensor:
-    """Weighted mean eta e_tgt + (1 - eta) e_opt (phase C of the specification): 0 is the picture, 1 the plain text."""
+    """Phase C's mean eta e_tgt + (1 - eta) e_opt (R, T, D) (Kawar et al. 2023, section 3).
+
+    Args:
+        target: e_tgt (R, T, D).
+        optimized: e_opt, same shape.
+        eta: 0 gives the picture, 1 the plain target text; published are 0.6 to 0.8.
+    """
     return eta * target + (1 - eta) * optimized
 
 
@@ -110,7 +118,7 @@ class Imagic(Method):
         return Conditioning(torch.where(same[:, None, None], optimized, states)[None], offsets=self.weight_offsets())
 
     def fits_embedding(self, samples: Tensor) -> bool:
-        """Whether these samples belong to phase A; an optimizer step takes `batch_size` of them."""
+        """Whether global sample numbers (R,) belong to phase A; an optimizer step takes `batch_size` of them."""
         return int(samples.min()) // self.batch_size < self.embedding_steps
 
     def weight_offsets(self) -> Offsets:
@@ -118,7 +126,7 @@ class Imagic(Method):
         return added(self.offsets)
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
-        """One draw per picture for the whole run, as all public code does."""
+        """Unit normals (R, *shape), by default one draw per picture for the whole run (as in train_imagic.py)."""
         return posterior_noise(self.latent, self.seed, batch.view, batch.sample, shape)
 
     def on_fit_start(self) -> None:

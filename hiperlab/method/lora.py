@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021) for DreamBooth (Ruiz et al. 2022): low-rank weight offsets tied to a rare word.
 
-Specification: methods/e4t.md, sections 16 and 17. Letters there: A "down", B "up", r rank, m strength.
-Axes: K concepts (always 1 here), R rows, N tokens, D text width.
+Follows diffusers' examples/dreambooth/train_dreambooth_lora.py. Letters: A "down", B "up" (Hu et al. 2021, section
+4.1), r rank, m strength.
+Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class LoRA(Method):
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not strength:
             raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
-        # Kept with the matrices: they mean nothing without it, and files that lost it are a known trap (section 17).
+        # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
         self.register_buffer("alpha", torch.tensor([float(alpha)]))
         self.identifier = check_identifier(model.tokenizer, identifier)
@@ -135,7 +136,13 @@ class LoRA(Method):
         return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
 
     def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Instance rows, and class rows by their weight (DreamBooth, eq. 2)."""
+        """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
+
+        Args:
+            step: of all rows that `compose` gave.
+            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
+            target: same shape.
+        """
         return self.prior.losses(prediction, target)
 
     def condition(self, step: Step) -> Conditioning:
@@ -163,7 +170,7 @@ class LoRA(Method):
         )
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
-        """Through the changed text encoder: a pipeline with the adapter loaded does the same."""
+        """Text states (1, N, D) through the changed text encoder: a pipeline with the adapter loaded does the same."""
         return self._encode([text], self._strength(variant))
 
     def _encode(self, texts: Sequence[str], strength: float) -> Tensor:
@@ -231,6 +238,9 @@ class LoRA(Method):
 
 
 def _start(seed: int, name: str, shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
-    """A ~ N(0, 1 / r^2), B = 0: PEFT's "gaussian", so that training starts from the bare model."""
+    """A ~ N(0, 1 / r^2), B = 0, so that training starts from the bare model.
+
+    As `init_lora_weights="gaussian"` of PEFT's peft/tuners/lora/layer.py (LoraLayer.reset_lora_parameters).
+    """
     down = draws.normal(seed, f"lora {name}", [0], (rank, *shape[1:]))[0] / rank
     return down, torch.zeros(shape[0], rank, *[1] * (len(shape) - 2))

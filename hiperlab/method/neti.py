@@ -1,6 +1,7 @@
 """NeTI, a neural space-time representation (Alaluf et al. 2023): the word's embedding depends on timestep and layer.
 
-Specification: methods/neti.md; section numbers below are its own. Symbols there: v_base, v_pass, sg (target norm).
+File names below are the authors' (NeuralTextualInversion/NeTI). Symbols: v_base (embedding of the word, read by the
+text encoder), v_pass (textual bypass, added behind it; Alaluf et al. 2023, figs. 5 and 6), sg (target norm).
 Axes: K concepts, L layers, R rows, P occurrences of placeholders in the batch, N tokens, D text width.
 """
 
@@ -28,13 +29,16 @@ BYPASS_SCALE = 0.2  # models/neti_clip_text_encoder.py: a constant of the author
 
 
 def rescale(output: Tensor, norm: Tensor, mode: str) -> Tensor:
-    """Give the mapper's output the norm of the super category's embedding (section 6).
+    """Give the mapper's output the norm of the super category's embedding (models/neti_mapper.py, get_output).
 
     Args:
         output: o (..., O).
         norm: sg, broadcastable to (...,).
         mode: "joint" scales the whole vector, both halves together, as the authors' code does; "base" scales v_base
             alone, as the paper's text describes it; "none" leaves it as it is.
+
+    Returns:
+        (..., O).
     """
     if mode == "none":
         return output
@@ -45,7 +49,10 @@ def rescale(output: Tensor, norm: Tensor, mode: str) -> Tensor:
 
 
 def add_bypass(hidden: Tensor, v_pass: Tensor) -> Tensor:
-    """H*[p] = H[p] + 0.2 ||H[p]|| v_pass / ||v_pass|| (section 2), on states before the final norm, (..., D)."""
+    """H*[p] = H[p] + 0.2 ||H[p]|| v_pass / ||v_pass||, on states before the final norm (..., D), same shape.
+
+    As NeTICLIPTextTransformer.forward in models/neti_clip_text_encoder.py.
+    """
     scale = BYPASS_SCALE * hidden.norm(dim=-1, keepdim=True)
     return hidden + scale * v_pass / v_pass.norm(dim=-1, keepdim=True)
 
@@ -133,7 +140,7 @@ class NeTI(Method):
         return None if cut is None else torch.full((self.model.layers, len(step.prompts)), cut, device=self.device)
 
     def part(self, step: Step) -> Part:
-        """v_base for the word; values with the bypass on top."""
+        """v_base (L, R, 1, D) for the word; values with the bypass on top."""
         found = self.vectors(step.timestep, torch.zeros_like(step.timestep), self._cut(step))  # (L, R, D or 2D)
         base, bypass = found.split(self.model.width, dim=-1) if self.bypass else (found, None)
 
@@ -144,11 +151,13 @@ class NeTI(Method):
         return Part(step.prompts, base[:, :, None], in_values if self.bypass else None)
 
     def encode(self, prompts: Sequence[str], timestep: Tensor, keep: Tensor | None) -> Conditioning:
-        """Section 2 from prompts to contexts, all layers in one pass of the text encoder.
+        """From prompts to the keys and values (L, R, N, D) of all layers, in one pass of the text encoder.
+
+        The authors make one pass per layer (prompt_manager.py, PromptManager).
 
         Args:
             prompts: R texts.
-            timestep: (R,).
+            timestep: (R,) int64 in [0, 1000).
             keep: (L, R) hidden units to keep, or None.
         """
         tokens = self.model.tokenize(prompts, self.slots)
@@ -166,11 +175,14 @@ class NeTI(Method):
         return Conditioning(keys, values)
 
     def vectors(self, t: Tensor, concept: Tensor, keep: Tensor | None) -> Tensor:
-        """[v_base; v_pass] for P occurrences in all layers, (L, P, 2D); float32 throughout (section 12).
+        """[v_base; v_pass] for P occurrences in all layers, (L, P, 2D), or (L, P, D) without a bypass.
+
+        In float32 without autocast: the phases of models/positional_encoding.py reach about 100 rad, which half
+        precision rounds.
 
         Args:
-            t: (P,) timesteps.
-            concept: (P,) whose mapper.
+            t: (P,) timesteps in [0, 1000).
+            concept: (P,) int64, whose mapper.
             keep: (L, P) or None.
         """
         num_layers, count = self.model.layers, len(t)

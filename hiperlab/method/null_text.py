@@ -1,7 +1,9 @@
 """Null-text inversion (Mokady et al. 2023), with text-embedding and negative-prompt inversion (Miyake et al. 2023).
 
-Specification: methods/stylediffusion.md, section 9. Symbols there: u_i (fitted embedding of step i), w (guidance).
-Axes: T steps, R rows, N text tokens, D text width.
+Follows the authors' null_text_w_ptp.ipynb (google/prompt-to-prompt, NullInversion.null_optimization); text-embedding
+inversion follows p2plus/text_inv_w_p2plus.py (sen-mao/StyleDiffusion).
+Symbols: u_i (fitted embedding of step i), w (guidance).
+Axes: T steps, R rows, N text tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ FILES = {None: "null_text_embeddings.pt", "text": "text_embeddings.pt", "negativ
 class NullText(TrajectoryMethod):
     """One text embedding per step of the path, fitted so that guided denoising walks back along it.
 
-    Null fits the unconditional text, from the empty one on, and gives it to all rows; "text" fits the source text and
-    gives it to the source row; "negative_prompt" fits nothing: the source text is the unconditional one.
+    By default the unconditional text is fitted, starting from the empty one, and given to all rows. "text" fits the
+    source text and gives it to the source row. "negative_prompt" fits nothing: the source text is the unconditional
+    one.
 
     Args:
         model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache: as in `TrajectoryMethod`.
@@ -70,7 +73,7 @@ class NullText(TrajectoryMethod):
 
     @property
     def finished(self) -> bool:
-        """At once where nothing is fitted."""
+        """Whether the last step of the path is done; true from the start where nothing is fitted."""
         return self.optimise == "negative_prompt" or super().finished
 
     def inner_steps(self, step: int) -> int:
@@ -78,7 +81,7 @@ class NullText(TrajectoryMethod):
         return self.updates
 
     def stop_below(self, step: int) -> float:
-        """As the authors: epsilon and 2e-5 more at every step."""
+        """The loss below which a step is done: epsilon, and 2e-5 more at every step (null_optimization)."""
         return self.epsilon + 2e-5 * step
 
     @torch.no_grad()
@@ -87,14 +90,14 @@ class NullText(TrajectoryMethod):
         self.embeddings[step].copy_(self.embeddings[step - 1])
 
     def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
-        """Mean squared distance of the guided step to the recorded path."""
+        """Mean squared distance, 0-d, of the guided step from latents (1, C, H, W) to the recorded path."""
         noise = self._guided(step, latents)
         found = previous(self.model, latents, noise, self.timesteps[step], self.steps)
         return {"latent": F.mse_loss(found[0], self.pivot[self.steps - 1 - step])}
 
     @torch.no_grad()
     def guided(self, step: int, latents: Tensor) -> Tensor:
-        """The guided noise with the embedding as it is."""
+        """The guided noise (1, C, H, W) for latents of that shape, with the embedding as it is."""
         return self._guided(step, latents)
 
     def _guided(self, step: int, latents: Tensor) -> Tensor:
@@ -134,12 +137,12 @@ class NullText(TrajectoryMethod):
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """The inverted noise and T embeddings; steps that training did not come to have the last one."""
+        """Noise (C, H, W) and embeddings (T, N, D); steps that training did not reach get the last fitted one."""
         found = super().artifact(index)
         return {**found, "embeddings": found["embeddings"][[self.reached(step) for step in range(self.steps)]]}
 
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Strict as always; nothing is left to fit."""
+        """Put noise (C, H, W) and embeddings (T, N, D) in place; nothing is left to fit then."""
         super().load_artifact(index, tensors)
         self.place.fill_(self.steps - 1)
 

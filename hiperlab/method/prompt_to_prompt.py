@@ -1,7 +1,7 @@
 """Prompt-to-Prompt (Hertz et al. 2022): a generated picture, edited by changing its text under its attention maps.
 
-Specification: methods/stylediffusion.md, section 7. The picture is the one that the source text draws from a seed's
-noise; the concept's own picture is not looked at.
+As the authors' prompt-to-prompt_stable.ipynb. The picture is the one that the source text draws from a seed's noise;
+the concept's own picture is not looked at.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class PromptToPrompt(EditingMethod):
         super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=False, cache=None)
 
     def meet(self, index: int, picture: Tensor) -> None:
-        """The source is drawn, not read."""
+        """Leave the picture (3, H, W) alone: the source is drawn, not read."""
 
     def start(self, seed: int) -> Tensor:
         """The seed's unit normal noise (1, C, H, W)."""
         return initial_noise([seed], self.model.latent_shape).to(self.noise)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Nothing is learnt, and no noise is kept."""
+        """An empty mapping: nothing is learnt, and no noise is kept."""
         return {}
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """Empty."""
+        """An empty mapping: there is nothing to keep."""
         return {}

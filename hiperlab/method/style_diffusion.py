@@ -1,8 +1,9 @@
 """StyleDiffusion (Li et al. 2023): networks that turn a picture's CLIP tokens into what the value projections read.
 
-Specification: methods/stylediffusion.md; section numbers below are its own. Keys stay the source text's, so attention
-maps keep their objects; values carry the picture. Symbols there: M_i (networks), E(x) (tokens), v_i(c), tau_v.
-Axes: T steps, R rows, P picture tokens, N text tokens, D text width.
+Follows the authors' stylediffusion.py (sen-mao/StyleDiffusion); functions named below are there. Keys stay the source
+text's, so attention maps keep their objects; values carry the picture.
+Symbols: M_i (network of step i), E(x) (the picture's tokens), v_i(c) (values made from text states c), tau_v.
+Axes: T steps, R rows, P picture tokens, N text tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FILE = "mapping_networks.pth"
 
 
 def updates(most: int, decay: float, step: int) -> int:
-    """N_i = ceil(N exp(-decay i)), the most updates at step i (section 5)."""
+    """N_i = ceil(N exp(-decay i)), the most updates at step i (stylediffusion.py, VaeInversion.optimization)."""
     return math.ceil(most * math.exp(-decay * step))
 
 
@@ -104,12 +105,12 @@ class StyleDiffusion(TrajectoryMethod):
         self.register_buffer("tokens", torch.zeros(eyes.patches + 1, eyes.width))  # E(x)
 
     def meet(self, index: int, picture: Tensor) -> None:
-        """Read the picture's tokens, once."""
+        """Take the picture (3, H, W) in [-1, 1] and read its tokens, once."""
         super().meet(index, picture)
         self.tokens.copy_(self.see(picture[None].detach().cpu().float())[0])
 
     def map_pixels(self) -> int | None:
-        """Those of the attention loss."""
+        """Image positions of the maps that the attention loss compares; None where it is off."""
         if self.distance is None:
             return None
         return self.attention_pixels or (self.model.latent_shape[-1] // 4) ** 2
@@ -121,7 +122,7 @@ class StyleDiffusion(TrajectoryMethod):
         return updates(self.most, self.decay, step)
 
     def stop_below(self, step: int) -> float:
-        """As the authors: epsilon and 2e-5 more at every step."""
+        """The loss below which a step is done: epsilon, and 2e-5 more at every step (VaeInversion.optimization)."""
         return self.epsilon + 2e-5 * step
 
     def begin(self, step: int) -> None:
@@ -129,7 +130,14 @@ class StyleDiffusion(TrajectoryMethod):
         self.networks.copy(step - 1, step)
 
     def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
-        """Distance of the guided step to the recorded path, and of the attention maps that it saw (section 5)."""
+        """Distances, 0-d, of the guided step to the recorded path and of its attention maps to the recorded ones.
+
+        Both have weight 1 (stylediffusion.py, VaeInversion.optimization).
+
+        Args:
+            step: i.
+            latents: z (1, C, H, W) at t_i.
+        """
         pixels = self.map_pixels()
         record = None if pixels is None else Record(cross_maps(pixels))
         noise = self._guided(step, latents, record)
@@ -143,7 +151,7 @@ class StyleDiffusion(TrajectoryMethod):
         """Means over heads, positions and tokens, summed over the layers.
 
         The maps of step i were recorded on the matching latents, at the timestep before; those of step 0 on the
-        latents before the last (section 5, "Target index").
+        latents before the last: `ddim_inv_attn[NUM_DDIM_STEPS - i]` in stylediffusion.py, its last entry twice.
         """
         assert self.distance is not None, "asked for without maps"
         if not record.maps:
@@ -157,7 +165,7 @@ class StyleDiffusion(TrajectoryMethod):
 
     @torch.no_grad()
     def guided(self, step: int, latents: Tensor) -> Tensor:
-        """The guided noise with the network as it is."""
+        """The guided noise (1, C, H, W) for latents of that shape, with the network as it is."""
         return self._guided(step, latents, None)
 
     def _guided(self, step: int, latents: Tensor, record: Record | None) -> Tensor:
@@ -168,13 +176,16 @@ class StyleDiffusion(TrajectoryMethod):
         return without + self.guidance * (within - without)
 
     def values(self, step: int, text: Tensor) -> Tensor:
-        """v_i(c) (R, N, D) of text states c (R, N, D)."""
+        """v_i(c) (R, N, D) of text states c (R, N, D) (stylediffusion.py, Trainer.forward_embed)."""
         return value_states(text.to(self.tokens), self.networks(self.tokens[None], step), self.value_form)
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
     def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
-        """Keys are each row's own text; values are fitted for the source, and for the targets while i < T tau_v."""
+        """Keys are each row's own text; values are fitted for the source, and for the targets while i < T tau_v.
+
+        As text2image_ldm_stable in stylediffusion.py.
+        """
         _, unconditional = super().edit_conditions(texts, negative)
         states = self.encode(texts).to(self.tokens)
 
@@ -189,13 +200,13 @@ class StyleDiffusion(TrajectoryMethod):
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """Noise, tokens and T networks; steps that training did not come to have the last one."""
+        """Noise (C, H, W), tokens (P, D), networks (T, ...); steps that training did not reach get the last one."""
         rows = [self.reached(step) for step in range(self.steps)]
         found = super().artifact(index)
         return {name: value[rows] if name.startswith("networks.") else value for name, value in found.items()}
 
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Strict as always; nothing is left to fit."""
+        """Put noise (C, H, W), tokens (P, D) and networks (T, ...) in place; nothing is left to fit then."""
         super().load_artifact(index, tensors)
         self.place.fill_(self.steps - 1)
 

@@ -1,6 +1,8 @@
 """Textual Inversion (Gal et al. 2022): learn the input embedding of one new word, everything else stays frozen.
 
-Specification: methods/neti.md, section 20. Axes: K concepts, V vectors per concept, D text width.
+As the authors' ldm/modules/embedding_manager.py (rinongal/textual_inversion, EmbeddingManager) and diffusers'
+examples/textual_inversion/textual_inversion.py.
+Axes: K concepts, V vectors per concept, R rows, N tokens, D text width.
 """
 
 from __future__ import annotations
@@ -51,14 +53,14 @@ class TextualInversion(Method):
         self.slots = numbered_slots([concept.placeholder for concept in concepts], num_vectors)
 
     def condition(self, step: Step) -> Conditioning:
-        """V stands for the word in every layer: (1, R, N, D)."""
+        """The V vectors stand for the word in every layer: (1, R, N, D)."""
         tokens = self.model.tokenize(step.prompts, self.slots)
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
         return Conditioning(self.model.normalise_text(states))
 
     def part(self, step: Step) -> Part:
-        """V vectors for the word."""
+        """The vectors (1, 1, V, D) for the word."""
         return Part(step.prompts, self.vectors[None, :1])
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:

@@ -1,8 +1,8 @@
 """XTI, extended textual inversion (P+, Voynov et al. 2023): one vector per cross-attention layer.
 
-P+ has no official code; the vectors' form follows methods/neti.md, section 21.
-
-Axes: K concepts, L layers, D text width.
+P+ has no official code. One text per layer reaches attention as in NeTI's models/xti_attention_processor.py
+(XTIAttenProc); files are those of cloneofsimo/promptplusplus.
+Axes: K concepts, L layers, R rows, N tokens, D text width.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ExtendedTextualInversion(Method):
         return Conditioning(self.model.normalise_text(states))
 
     def part(self, step: Step) -> Part:
-        """v_l for the word in layer l."""
+        """v_l for the word in layer l, (L, 1, 1, D)."""
         return Part(step.prompts, self.vectors[0, :, None, None])
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
