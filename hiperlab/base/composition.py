@@ -25,7 +25,7 @@ class Composition:
     """Draws texts that name several concepts, each kept by a method of its own on one frozen stack.
 
     Learnt vectors stand at their own placeholders; rare words are written into the text; changes of one weight add up.
-    What is drawn is each method's first variant.
+    Each method is drawn in its first variant.
 
     Args:
         methods: one concept each, loaded and on the stack's device.

@@ -1,8 +1,10 @@
 """Methods that edit one picture from its inverted noise.
 
-Specification: methods/stylediffusion.md, sections 3, 5, 6, 9. Symbols there: T (steps), i (sampling step, 0 is the
-noisiest), t_i (its timestep), N_i (updates at it).
-Axes: C latent channels, H, W latent sides, N tokens, D text width. There is one concept: K is 1.
+The order of steps is that of the authors of Prompt-to-Prompt and null-text inversion (google/prompt-to-prompt,
+null_text_w_ptp.ipynb) and of StyleDiffusion (sen-mao/StyleDiffusion, stylediffusion.py).
+Symbols: T (steps), i (sampling step, 0 is the noisiest), t_i (its timestep).
+Axes: B rows (the source and its targets), C latent channels, H, W latent sides, N tokens, D text width, s side of an
+attention map. There is one concept: K is 1.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ class EditingMethod(Method):
     # ---- the inversion -----------------------------------------------------------------------------------------------
 
     def meet(self, index: int, picture: Tensor) -> None:
-        """Take the picture (3, H, W) in [-1, 1]; it is inverted when first needed, on the device of that moment."""
+        """Take the picture (3, 8H, 8W) in [-1, 1]; it is inverted when first needed, on the method's device then."""
         self._picture, self._inversion = picture.detach().cpu().float(), None
         self.noise.zero_()
 
@@ -203,20 +205,20 @@ class EditingMethod(Method):
 
     @property
     def drawn_with(self) -> str:
-        """How maps are taken over: one inversion serves any settings."""
+        """The settings of how maps are taken over, as JSON: they change pictures, not what was learnt."""
         return json.dumps([vars(self.p2p), self.inject_source_latents], default=list, sort_keys=True)
 
     def condition(self, step: Step) -> Conditioning:
-        """The plain texts: (1, R, N, D). What a step of the path adds is `edit_conditions`' to say."""
+        """The plain texts: (1, R, N, D). What a step of the path adds comes from `edit_conditions`."""
         places = zip(step.prompts, step.concept.tolist(), strict=True)
         return Conditioning(self.encode([self.concepts[place].plain(prompt) for prompt, place in places])[None])
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """With a leading concept axis of one; views, so that loading writes through."""
+        """Own tensors by name, (1, ...) each: a concept axis of one in front, as views, so loading changes them."""
         return {name: value[None] for name, value in super().own_tensors().items()}
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """The inverted noise and what was fitted along the path: enough to edit without the picture."""
+        """The inverted noise (C, H, W) and what was fitted along the path: enough to edit without the picture."""
         if self._picture is not None:
             self.start(self.seed)
         return super().artifact(index)
@@ -238,7 +240,7 @@ class EditingMethod(Method):
         negative: str = "",
         batch_size: int = 8,
     ) -> Tensor:
-        """As every method's; the source text gives the reconstruction, any other text edits it.
+        """Pictures (B, 3, 8H, 8W) in [0, 1] as `Method.sample`: the source text reconstructs, any other text edits.
 
         Raises:
             UserError: another sampler or number of steps than the path's.
@@ -256,7 +258,15 @@ class EditingMethod(Method):
 
     @torch.no_grad()
     def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
-        """Of the source and of each prompt's text, drawn together; targets show what editing made of their maps."""
+        """Maps (words, s, s) of the source and of each prompt's text, drawn together.
+
+        A target's are its maps after editing.
+
+        Args:
+            prompts: texts with placeholders in place.
+            seed: of the pictures.
+            guidance: classifier-free guidance scale.
+        """
         texts = list(dict.fromkeys([self.source, *(self.concepts[0].plain(prompt) for prompt in prompts)]))
         try:
             places = [word_tokens(text, self.model.tokenizer) for text in texts]
@@ -319,7 +329,7 @@ class EditingMethod(Method):
         return self.pivot
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """One picture at a time: how many share a call is a matter of the U-Net."""
+        """Pictures (B, 3, 8H, 8W) in [0, 1] on the CPU of latents (B, C, H, W); the VAE takes one at a time."""
         pictures = [self.model.decode(row[None]) for row in latents]
         return torch.cat(pictures).div(2).add(0.5).clamp(0, 1).cpu()
 

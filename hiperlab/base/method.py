@@ -167,7 +167,7 @@ class Method(pl.LightningModule, ABC):
 
     @abstractmethod
     def condition(self, step: Step) -> Conditioning:
-        """Conditioning for the step's rows: the one thing every method writes."""
+        """Conditioning (L or 1, R, N, D) for the step's R rows: the one thing every method writes."""
 
     def meet(self, index: int, picture: Tensor) -> None:
         """See concept `index`'s first picture (3, H, W) in [-1, 1], before training; by default nothing happens."""
@@ -196,12 +196,17 @@ class Method(pl.LightningModule, ABC):
         Args:
             step: of all rows that `compose` gave.
             prediction: the U-Net's output for them (R', C, H, W).
-            target: what it is compared with, same shape.
+            target: what it is compared with, noise or velocity, same shape.
         """
         return {"": denoising_loss(prediction, target)}
 
     def extra_losses(self, step: Step, z0: Tensor) -> dict[str, Tensor]:
-        """Further losses by name, one number per row (R,); logged as loss/<name>, then added."""
+        """Further losses by name, one number per row (R,); logged as loss/<name>, then added.
+
+        Args:
+            step: what `condition` was given.
+            z0: clean latents (R, C, H, W), scaled.
+        """
         return {}
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
@@ -217,7 +222,7 @@ class Method(pl.LightningModule, ABC):
         return draws.normal(self.seed, "posterior", batch.sample, shape)
 
     def moments(self, batch: Batch) -> Tensor:
-        """The VAE's posterior (R, 2C, H, W) of each row's picture; the VAE runs once a picture."""
+        """The VAE's posterior (R, 2C, H, W), mean and log-variance, of each row's picture; it runs once a picture."""
         found = []
         for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
             if key not in self._moments:
@@ -241,7 +246,7 @@ class Method(pl.LightningModule, ABC):
         return self.model.encode_text([text])
 
     def part(self, step: Step) -> Part:
-        """What its one concept gives to texts of several concepts; asked for if `alone` is "", sampling only."""
+        """What its one concept gives to texts of several concepts, see `Part`; used in sampling, if `alone` is ""."""
         raise NotImplementedError(f"{type(self).__name__}.part")
 
     def changed_weights(self, variant: str) -> ChangedWeights:
@@ -259,7 +264,7 @@ class Method(pl.LightningModule, ABC):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """One micro batch: the sum over concepts of each concept's mean denoising loss."""
+        """One micro batch: the sum, 0-d, over concepts of each concept's mean loss (Ho et al. 2020, algorithm 1)."""
         rows = self.compose(batch)
         z0 = self.clean_latents(rows)
         noise = draws.normal(self.seed, "noise", rows.sample, z0.shape[1:]).to(z0)
@@ -274,7 +279,7 @@ class Method(pl.LightningModule, ABC):
         return torch.stack(list(losses.values())).sum()
 
     def clean_latents(self, batch: Batch) -> Tensor:
-        """z0 (R, C, H, W): a posterior sample of each row's VAE moments."""
+        """z0 (R, C, H, W), scaled: a posterior sample of each row's VAE moments."""
         moments = self.moments(batch)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = self.posterior_noise(batch, shape).to(moments)
@@ -290,7 +295,7 @@ class Method(pl.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each concept's gradient by its own norm: a neighbour's large gradient changes nothing."""
+        """Clip each concept's gradient by its own norm, so that a neighbour's large gradient changes nothing."""
         if not gradient_clip_val:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -318,16 +323,16 @@ class Method(pl.LightningModule, ABC):
     # ---- keeping ---------------------------------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Trained parameters and persistent buffers by name, stacked per concept; never the stack's."""
+        """Trained parameters and persistent buffers by name, (K, ...) each for K concepts; never the stack's."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """What is worth keeping of concept `index`, on the CPU."""
+        """What is worth keeping of concept `index`: its slice (...,) of each of `own_tensors`, on the CPU."""
         return {name: value[index].detach().cpu().clone() for name, value in self.own_tensors().items()}
 
     @torch.no_grad()
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Put a kept concept in place `index`.
+        """Put a kept concept, tensors (...,) as `artifact` gave them, in place `index`.
 
         Raises:
             UserError: a tensor is missing, superfluous or of another shape.
@@ -367,13 +372,13 @@ class Method(pl.LightningModule, ABC):
         negative: str = "",
         batch_size: int = 8,
     ) -> Tensor:
-        """Draw one picture per (prompt, seed); a picture does not depend on the others in the call.
+        """Draw one picture per (prompt, seed) with guidance (Ho & Salimans 2022, eq. 6), independent of the others.
 
         Args:
             prompts: B texts with placeholders in place.
             seeds: B seeds of the start noise.
             steps: denoising steps.
-            guidance: classifier-free guidance scale s; 1 means none.
+            guidance: classifier-free guidance scale s; 1 or less means none.
             concepts: (B,) which concept each prompt is about; None means the first.
             images: reference pictures (B, 3, H, W) in [-1, 1] for methods that read them.
             sampler: scheduler to use; None means DDIM.

@@ -1,6 +1,7 @@
 """Prior preservation (Ruiz et al. 2022, eq. 2): pictures of the bare class, which the frozen model draws, are kept.
 
-Specification: methods/e4t.md, section 16. Axes: R rows of the batch as it came; with class rows behind them 2 R.
+Details follow diffusers' examples/dreambooth/train_dreambooth.py (PromptDataset and main).
+Axes: R rows of the batch as it came (with class rows behind them 2 R), C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def preserved(prediction: Tensor, target: Tensor, weight: float) -> dict[str, Tensor]:
-    """Losses of instance rows and class rows: two means, the second weighed (specification, section 16).
+    """Losses of instance rows and class rows: two means, the second weighted (Ruiz et al. 2022, eq. 2).
 
     Args:
         prediction: (2 R, C, H, W), instance rows first.
@@ -96,7 +97,7 @@ class Prior:
         self.pictures(model, word)
 
     def extend(self, batch: Batch, model: FrozenStack, word: str, seed: int) -> Batch:
-        """The batch with as many class rows behind its own; with weight 0 the batch itself.
+        """The batch with R class rows behind its own R; with weight 0 the batch itself.
 
         A class row's sample number is -1 - k for the instance row's k: draws of its own, the same in any micro batch.
         """
@@ -116,7 +117,7 @@ class Prior:
         )
 
     def losses(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Of rows that `extend` gave: see `preserved`; with weight 0 the plain loss."""
+        """Losses (R,) by name of the rows (2 R, C, H, W) that `extend` gave, see `preserved`; weight 0: plain loss."""
         return preserved(prediction, target, self.weight) if self.weight else {"": denoising_loss(prediction, target)}
 
     def pictures(self, model: FrozenStack, word: str) -> list[Path | Image.Image]:
@@ -192,7 +193,7 @@ class Prior:
         return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
     def _pixels(self, picture: Path | Image.Image, size: int) -> Tensor:
-        """(3, size, size) in [-1, 1]; files are read when their turn comes, a thousand pictures need no memory."""
+        """(3, size, size) in [-1, 1]; files are read when they are needed, so that a thousand take no memory."""
         if isinstance(picture, Path):
             try:
                 picture = read_image(picture)

@@ -1,5 +1,7 @@
 """Methods that follow one picture's path to its noise and fit something at each of its steps.
 
+The order of updates, their learning rates and the early stop are those of null_text_w_ptp.ipynb
+(google/prompt-to-prompt, NullInversion.null_optimization), which StyleDiffusion's stylediffusion.py shares.
 Symbols: T (steps), i (sampling step, 0 is the noisiest), t_i (its timestep), N_i (updates at it).
 Axes: C latent channels, H, W latent sides, N tokens, D text width. There is one concept: K is 1.
 """
@@ -77,26 +79,29 @@ class TrajectoryMethod(EditingMethod):
         Args:
             step: i.
             latents: z (1, C, H, W) at t_i.
+
+        Returns:
+            The terms by name, 0-d each.
         """
 
     @abstractmethod
     def guided(self, step: int, latents: Tensor) -> Tensor:
-        """The guided noise (1, C, H, W) at step i with the parameters as they are."""
+        """The guided noise (1, C, H, W) of latents z (1, C, H, W) at step i, with the parameters as they are."""
 
     @abstractmethod
     def inner_steps(self, step: int) -> int:
         """N_i, the most updates at step i."""
 
     def stop_below(self, step: int) -> float:
-        """The loss below which step i is done; the update that it was found in counts."""
+        """The loss below which step i is done; it is that before the update, which is made all the same."""
         return 1e-5 + 2e-5 * step
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rate at step i."""
+        """Factor of the learning rate at step i: 1 - i / 100 (null_text_w_ptp.ipynb, null_optimization)."""
         return 1 - step / 100
 
     def begin(self, step: int) -> None:
-        """Before the first update of step i > 0: take over what the step before has found."""
+        """Called before the first update of step i > 0, to start from what the step before has found."""
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -110,7 +115,7 @@ class TrajectoryMethod(EditingMethod):
         return min(step, int(self.place))
 
     def prepare(self) -> None:
-        """Invert; training starts from the picture's noise."""
+        """Invert the picture; training starts from its noise."""
         super().prepare()
         if int(self.place) == 0 and int(self.made) == 0:
             self.latents.copy_(self.noise)
@@ -135,7 +140,7 @@ class TrajectoryMethod(EditingMethod):
             )
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """One inner update's loss; the batch says nothing, everything follows from the picture's path."""
+        """One inner update's loss, 0-d; the batch is not read, everything follows from the picture's path."""
         self.prepare()
         assert not self.finished, "the path has ended"
         if self._done():
@@ -199,11 +204,11 @@ class TrajectoryMethod(EditingMethod):
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Without what only a training that goes on needs."""
+        """Own tensors by name, (1, ...) each, without those that only a resumed training needs (`progress`)."""
         return {name: value for name, value in super().own_tensors().items() if name not in self.progress}
 
     def plain_noise(self, text: str, step: int, latents: Tensor) -> Tensor:
-        """The frozen model's noise (1, C, H, W) for a plain text at step i; nothing of it is differentiated."""
+        """The frozen model's noise (1, C, H, W) for a plain text at step i, without a gradient."""
         with torch.no_grad():
             states = Conditioning(self.encode([text])[None])
             return predict_noise(self.model, latents, self.timesteps[step], states)
