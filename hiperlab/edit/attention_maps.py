@@ -1,7 +1,8 @@
 """Prompt-to-Prompt on attention maps (Hertz et al. 2022): what a target's map becomes beside the source's.
 
-Specification: methods/stylediffusion.md, section 7. Everything is on probabilities; nothing is renormalised.
-Axes: h heads, S image positions, N tokens, B rows (0 the source), G maps of one row (layers times heads).
+As AttentionReplace, AttentionRefine, AttentionReweight and LocalBlend of the authors' prompt-to-prompt_stable.ipynb.
+Everything acts on probabilities, after the softmax; nothing is renormalised.
+Axes: h heads, S = s s image positions, N tokens, B rows (0 the source), G maps of a row (layers times heads), T steps.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class CrossEdit:
     factors: Tensor | None = None
 
     def active(self, step: int) -> bool:
-        """Whether anything changes at a step."""
+        """Whether anything changes at step 0 .. T."""
         return bool(self.table[step].any())
 
     def to(self, like: Tensor) -> CrossEdit:
-        """Its tables with the type and device of maps; positions stay integers."""
+        """The same, its tables in the type and on the device of `like`, maps of any shape; positions stay integers."""
         mapper = self.mapper
         if mapper is not None:
             mapper = mapper.to(like) if mapper.is_floating_point() else mapper.to(like.device)
@@ -47,12 +48,12 @@ class CrossEdit:
         )
 
     def __call__(self, step: int, source: Tensor, target: Tensor) -> Tensor:
-        """The target's map: alpha R(a_src, a_tgt) + (1 - alpha) a_tgt.
+        """The target's map (h, S, N): alpha R(a_src, a_tgt) + (1 - alpha) a_tgt (AttentionControlEdit.forward).
 
         Args:
             step: number of the sampling step, 0 is the noisiest.
-            source: (h, S, N).
-            target: same shape.
+            source: a_src (h, S, N), probabilities.
+            target: a_tgt, same shape.
         """
         taken = source
         if self.mapper is not None and self.mapper.dim() == 2:
@@ -67,7 +68,7 @@ class CrossEdit:
 
 
 def blend_mask(maps: Tensor, tokens: Tensor, size: tuple[int, int], threshold: float, pool: bool = True) -> Tensor:
-    """Where chosen words look, and where the source's do: (B, 1, H, W) bool.
+    """Where chosen words look, and where the source's do: (B, 1, H, W) bool (LocalBlend in the authors' notebook).
 
     Args:
         maps: (B, G, s, s, N), sums or means of cross-attention maps.

@@ -1,7 +1,9 @@
 """Editing by attention maps: Prompt-to-Prompt and P2Plus on the rows of one call, and the loop that draws an edit.
 
-Specification: methods/stylediffusion.md, sections 6 to 8. Hertz et al. 2022 (P2P), Li et al. 2023 (P2Plus).
-Axes: B rows (0 the source, 1 .. B-1 its targets), T steps, S image positions, N tokens.
+Prompt-to-Prompt (Hertz et al. 2022) as the authors' prompt-to-prompt_stable.ipynb has it, P2Plus (Li et al. 2023) as
+their p2plus/p2plus.py (sen-mao/StyleDiffusion).
+Axes: B rows (0 the source, 1 .. B-1 its targets), T steps, S = s s image positions, N tokens, C latent channels, H, W
+latent sides.
 """
 
 from __future__ import annotations
@@ -235,11 +237,11 @@ class AttentionEdits:
         self._kept: dict[tuple[int, torch.dtype, torch.device], CrossEdit] = {}
 
     def at(self, step: int) -> Control:
-        """The control of step 0 .. T-1's call."""
+        """The control of the call at sampling step 0 .. T-1."""
         return _AtStep(self, step)
 
     def cross(self, number: int, like: Tensor) -> CrossEdit:
-        """Pair `number`'s tables beside maps like these."""
+        """The tables of pair `number` in the type and on the device of `like`, maps of any shape."""
         key = number, like.dtype, like.device
         if key not in self._kept:
             self._kept[key] = self.pairs[number].cross.to(like)
@@ -250,7 +252,10 @@ class AttentionEdits:
         self.sums[layer] = maps + self.sums[layer] if layer in self.sums else maps.clone()
 
     def blend(self, step: int, latents: Tensor) -> Tensor:
-        """Local blending of z (B, C, H, W) after a step: outside the regions each target becomes the source."""
+        """Local blending of z (B, C, H, W) after a step: outside the regions each target becomes the source.
+
+        As LocalBlend of the authors' notebook, which begins after 0.2 T steps.
+        """
         if not self.blends or step + 1 <= int(BLEND_START * self.steps):
             return latents
         maps = self.maps()
@@ -263,7 +268,7 @@ class AttentionEdits:
         return torch.cat(rows)
 
     def maps(self) -> Tensor:
-        """What was added up, (B, G, s, s, N) with G layers times heads.
+        """The sums of maps, (B, G, s, s, N) with G layers times heads.
 
         Raises:
             UserError: the U-Net has no maps of this size.
@@ -331,7 +336,7 @@ def edit(
     pivot: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw the source and its targets together, from the same noise, with DDIM.
+    """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
     Args:
         stack: the frozen model.

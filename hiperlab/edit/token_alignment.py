@@ -1,6 +1,6 @@
 """Which tokens a word became, and how the tokens of one prompt lie on another's (Prompt-to-Prompt, Hertz et al. 2022).
 
-Specification: methods/stylediffusion.md, section 7; equal to the authors' tables where theirs are right.
+As the authors' seq_aligner.py and ptp_utils.py (google/prompt-to-prompt); equal to their tables where those are right.
 Axes: N tokens CLIP reads (77). Words are what single spaces part: "dog," is another word than "dog".
 """
 
@@ -23,7 +23,7 @@ def words(prompt: str) -> list[str]:
 
 
 def word_tokens(prompt: str, tokenizer: Any) -> list[list[int]]:
-    """Token positions of every word; 0 is the start token.
+    """Token positions of every word; 0 is the start token (ptp_utils.py, get_word_inds).
 
     Raises:
         UserError: the words cannot be followed through the tokens, or there are more tokens than CLIP reads.
@@ -73,7 +73,9 @@ def word_indices(prompt: str, word: str, tokenizer: Any) -> list[int]:
 
 
 def replacement(source: str, target: str, tokenizer: Any, align_tail: bool = False) -> Tensor:
-    """(N, N) such that a_source @ mapper lies on the target's tokens, for prompts of equally many words.
+    """(N, N) such that a_source @ mapper lies on the target's tokens (seq_aligner.py, get_replacement_mapper).
+
+    For prompts of equally many words.
 
     A replaced word of another number of tokens gives each target token the mean share of its own tokens.
 
@@ -116,6 +118,8 @@ def replacement(source: str, target: str, tokenizer: Any, align_tail: bool = Fal
 def refinement(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Where each target token comes from: alignment by Needleman and Wunsch (1970), match 1, mismatch -1, gap 0.
 
+    As get_refinement_mapper in seq_aligner.py.
+
     Returns:
         (N,) int64 source positions, -1 for an inserted token; (N,) 1 where there is a source token, 0 where not.
     """
@@ -145,7 +149,7 @@ def refinement(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor
 
 
 def equalizer(target: str, factors: Mapping[str, float], tokenizer: Any) -> Tensor:
-    """(N,) factors of the target's maps: 1 but for the named words."""
+    """(N,) factors of the target's maps: 1 but for the named words (get_equalizer in the authors' notebook)."""
     found = torch.ones(int(tokenizer.model_max_length))
     for word, factor in factors.items():
         found[word_indices(target, word, tokenizer)] = float(factor)
@@ -154,6 +158,8 @@ def equalizer(target: str, factors: Mapping[str, float], tokenizer: Any) -> Tens
 
 def time_table(target: str, steps: int, window: Window, of_words: Mapping[str, Window], tokenizer: Any) -> Tensor:
     """(T+1, N): 1 where the source's cross-attention map is taken at a step, else 0.
+
+    As get_time_words_attention_alpha in ptp_utils.py.
 
     Args:
         target: the target prompt.
