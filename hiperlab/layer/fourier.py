@@ -1,4 +1,4 @@
-"""NeTI's positional encoding of (timestep, layer) (Alaluf et al. 2023; methods/neti.md, section 3)."""
+"""NeTI's positional encoding of (timestep, layer), as the authors' models/positional_encoding.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from hiperlab import draws
 
 
 def frequencies(seed: int, num_w: int, sigma_t: float, sigma_l: float) -> Tensor:
-    """Frozen random frequencies w (num_w, 2): column 0 for time, column 1 for the layer; no factor 2 pi."""
+    """Frozen random frequencies w (num_w, 2): column 0 for time, column 1 for the layer; no factor 2 pi.
+
+    Args:
+        seed: of the draw.
+        num_w: F.
+        sigma_t: deviation of column 0, per timestep.
+        sigma_l: deviation of column 1, per layer.
+    """
     w = draws.normal(seed, "init/frequencies", [0], (num_w, 2))[0]
     return w * torch.tensor([sigma_t, sigma_l])
 
 
 def encode(t: Tensor, layer: Tensor, w: Tensor) -> Tensor:
-    """f(t, l) = [sin(phase); cos(phase)] / ||.||_2 with phase = w [t, l]^T.
+    """f(t, l) = [sin(phase); cos(phase)] / ||.||_2 with phase = w [t, l]^T (NeTIPositionalEncoding.encode).
 
     Args:
         t: timesteps in [0, 1000), shape (...,); not normalised.
@@ -31,7 +38,9 @@ def encode(t: Tensor, layer: Tensor, w: Tensor) -> Tensor:
 
 
 def anchors(w: Tensor, num_time_anchors: int, num_layers: int, num_timesteps: int) -> Tensor:
-    """Codes of t = 0, s, 2s, ... and, inner loop, every layer: the first layer's start value.
+    """Codes of t = 0, s, 2s, ... and, inner loop, every layer: what the mapper's first layer starts from.
+
+    As NeTIPositionalEncoding.init_layer in models/positional_encoding.py.
 
     Args:
         w: frequencies (F, 2).
@@ -48,5 +57,5 @@ def anchors(w: Tensor, num_time_anchors: int, num_layers: int, num_timesteps: in
 
 
 def normalised_pair(t: Tensor, layer: Tensor, num_timesteps: int, num_layers: int) -> Tensor:
-    """The variant without encoding: (2 t/(T-1) - 1, 2 l/(L-1) - 1), shape (..., 2), float32."""
+    """The variant without encoding: (2 t/(T-1) - 1, 2 l/(L-1) - 1), shape (..., 2), float32 (their BasicEncoder)."""
     return torch.stack([2 * t.float() / (num_timesteps - 1) - 1, 2 * layer.float() / (num_layers - 1) - 1], dim=-1)

@@ -1,7 +1,8 @@
 """E4T's encoders: one picture and what the denoiser sees of it -> an offset from a class word's embedding.
 
-Specification: methods/e4t.md, sections 4 and 5. Axes: B pictures, P patch tokens, D vision width, U pooled features of
-the U-Net's first half, d word embedding width, N = 1 + P / 2 vectors.
+As e4t/encoder.py of the public reimplementation (mkshing/e4t-diffusion).
+Axes: B pictures, P patch tokens, D vision width, U pooled features of the U-Net's first half, d word embedding width,
+N = 1 + P / 2 vectors.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def pool(maps: Sequence[Tensor]) -> Tensor:
 
 
 class PatchHead(nn.Module):
-    """The public reimplementation's head: the pooled class token and every second patch token, one map for each.
+    """The head of E4TEncoder (e4t/encoder.py): the pooled class token and every second patch token, one map for each.
 
-    The tokens' maps have no activation in between, so their mean is one affine map of everything (section 5.3): the N
-    maps are kept side by side and applied in one product.
+    There is no activation between a token's maps and their mean, so the N maps are kept side by side and applied in
+    one product.
 
     Args:
         width: d.
@@ -56,6 +57,8 @@ class PatchHead(nn.Module):
 
 class LayerHead(nn.Module):
     """The paper's head: the class token of every second layer, one shared map, mean over layers, beside the U-Net's.
+
+    As E4TEncoderLegacy in e4t/encoder.py.
 
     Args:
         width: d.

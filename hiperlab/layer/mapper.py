@@ -1,5 +1,6 @@
-"""NeTI's mapper: (timestep, layer) -> vectors, one set of weights per concept (methods/neti.md, section 4).
+"""NeTI's mapper: (timestep, layer) -> vectors, one set of weights per concept.
 
+As NeTIMapper in the authors' models/neti_mapper.py; the architecture is drawn in Alaluf et al. 2023, fig. 3.
 Axes: K concepts, n pairs (t, l), U hidden units (128), F frequencies, O outputs (2D with bypass, else D).
 """
 
@@ -80,7 +81,13 @@ class Mapper(nn.Module):
         self.output_layer = nn.ModuleDict({"0": linear(HIDDEN, outputs, "output_layer.0")})
 
     def encode(self, t: Tensor, layer: Tensor, concept: int) -> Tensor:
-        """The code of pairs (t, l), both (n,): (n, 2F), or (n, 2) without positional encoding."""
+        """The code of pairs (t, l), both (n,): (n, 2F), or (n, 2) without positional encoding.
+
+        Args:
+            t: timesteps in [0, 1000), (n,).
+            layer: cross-attention layers in [0, L), (n,).
+            concept: whose frequencies.
+        """
         if self.positional_encoding:
             return fourier.encode(t, layer, self.w[concept])
         return fourier.normalised_pair(t, layer, self.num_timesteps, self.num_layers)
@@ -98,8 +105,8 @@ class Mapper(nn.Module):
         """O (n, O): the raw output, before rescaling.
 
         Args:
-            t: (n,) timesteps.
-            layer: (n,) cross-attention layers.
+            t: (n,) timesteps in [0, 1000).
+            layer: (n,) cross-attention layers in [0, L).
             concept: whose weights.
             keep: (n,) units to keep (nested dropout or truncation); None keeps all.
         """

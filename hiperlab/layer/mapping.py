@@ -1,6 +1,6 @@
 """StyleDiffusion's mapping networks: from a picture's CLIP tokens to what the value projections read.
 
-Specification: methods/stylediffusion.md, section 4. Tokens are the channels, features the axis that is normalised.
+As Trainer in the authors' stylediffusion.py. Tokens are the channels, features the axis that is normalised.
 Axes: T timesteps, B pictures, P picture tokens, N text tokens, D text width (= token width), O rows of a network.
 """
 
@@ -30,7 +30,7 @@ def value_rows(form: str, text_tokens: int) -> int:
 
 
 def value_states(text: Tensor, mapped: Tensor, form: str) -> Tensor:
-    """v(c) = c * S + B with [S; B] = M(E(x)), the released code's; "direct": M(E(x)) itself, the paper's.
+    """v(c) = c * S + B with [S; B] = M(E(x)) (Trainer.forward_embed in stylediffusion.py); "direct": M(E(x)) itself.
 
     Args:
         text: c (B, N, D).
@@ -81,6 +81,8 @@ class _Norm(nn.Module):
 
 class MappingNetworks(nn.Module):
     """T independent networks of three maps across tokens, the middle one with norm and leaky ReLU (slope 0.01).
+
+    As `embedding` of Trainer in stylediffusion.py.
 
     Args:
         steps: T.

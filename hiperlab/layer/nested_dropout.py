@@ -1,4 +1,8 @@
-"""Nested dropout: order hidden units by importance by cutting their tail (Rippel et al. 2014; NeTI section 5)."""
+"""Nested dropout (Rippel et al. 2014): cutting the tail of the hidden units orders them by importance.
+
+As NeTI uses it (Alaluf et al. 2023, fig. 3; models/neti_mapper.py, apply_nested_dropout).
+Axes: L cross-attention layers, R rows, U hidden units.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ def keep_first(hidden: Tensor, keep: Tensor) -> Tensor:
     Args:
         hidden: (..., U).
         keep: (...,) int64 in [0, U]; U keeps everything, 0 nothing.
+
+    Returns:
+        Same shape as `hidden`.
     """
     return hidden * (torch.arange(hidden.shape[-1], device=hidden.device) < keep[..., None])
 

@@ -1,6 +1,7 @@
-"""E4T's multiplicative weight offsets (Gal et al. 2023, section 3), W' = W (1 + delta), in their exact rank-3 form.
+"""E4T's multiplicative weight offsets (Gal et al. 2023), W' = W (1 + delta), in their exact rank-3 form.
 
-Specification: methods/e4t.md, section 3. Axes: c outputs and r inputs of a projection; W is (c, r).
+As e4t/weightoffsets.py of the public reimplementation (mkshing/e4t-diffusion), whose direct form this equals.
+Axes: c outputs and r inputs of a projection; W is (c, r).
 """
 
 from __future__ import annotations
