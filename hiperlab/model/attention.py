@@ -1,7 +1,8 @@
 """Attention that reads a `Conditioning` and obeys a `Control`: one stateless processor per layer, which owns its index.
 
-A counter inside the conditioning would give equal images but wrong gradients once gradient checkpointing replays
-layers (methods/neti.md, section 19), so the index is fixed when the stack is built.
+A counter inside the conditioning, as in NeTI's models/xti_attention_processor.py, gives equal images but wrong
+gradients once gradient checkpointing replays layers, so the index is fixed when the stack is built.
+Axes: B rows, S image positions, N tokens, C width of the layer, H heads of width d, D text width.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ class CrossAttention:
         temb: Tensor | None = None,
         control: Control | None = None,
     ) -> Tensor:
-        """Attend from (B, S, C) image states; a plain (B, N, D) tensor works too, as in the bare U-Net."""
+        """Attend from image states (B, S, C) to text: (B, S, C).
+
+        Args:
+            attn: the layer with its projections.
+            hidden_states: image states (B, S, C).
+            encoder_hidden_states: what keys and values read; a plain (B, N, D) tensor as in the bare U-Net works too.
+            attention_mask: None.
+            temb: not read.
+            control: reads and changes the layer's map, or None.
+        """
         assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
         detach_first = False
         if isinstance(encoder_hidden_states, Conditioning):
@@ -71,7 +81,7 @@ class SelfAttention:
         temb: Tensor | None = None,
         control: Control | None = None,
     ) -> Tensor:
-        """Attend among (B, S, C) image states."""
+        """Attend among image states (B, S, C): (B, S, C); the other arguments as in `CrossAttention`."""
         assert attention_mask is None and encoder_hidden_states is None, "self-attention reads the picture alone"
         keys, values = attn.to_k(hidden_states), attn.to_v(hidden_states)
         return _attend(attn, hidden_states, keys, values, self.layer, control)
@@ -92,7 +102,7 @@ def _attend(
 
 
 def _controlled(query: Tensor, key: Tensor, value: Tensor, layer: Layer, control: Control) -> Tensor:
-    """softmax(Q K^T / sqrt d) V with the map in the control's hands; the map is never of half precision."""
+    """softmax(Q K^T / sqrt d) V (Vaswani et al. 2017, eq. 1); the control replaces the map, float32 or float64."""
     kind = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(kind) @ key.to(kind).transpose(-1, -2) * query.shape[-1] ** -0.5
     probabilities = control(layer, scores.softmax(dim=-1))
@@ -100,7 +110,10 @@ def _controlled(query: Tensor, key: Tensor, value: Tensor, layer: Layer, control
 
 
 def _detach_first(states: Tensor) -> Tensor:
-    """The same (B, N, C), with no gradient through token 0 (methods/e4t.md, section 18)."""
+    """The same (B, N, C), with no gradient through token 0.
+
+    As CustomDiffusionAttnProcessor in Custom Diffusion's src/diffusers_model_pipeline.py.
+    """
     return torch.cat([states[:, :1].detach(), states[:, 1:]], dim=1)
 
 
@@ -112,8 +125,8 @@ def _split(states: Tensor, heads: int) -> Tensor:
 def cross_attention_order(unet: Any) -> list[str]:
     """Paths of the cross-attention modules in the order the forward pass visits them: down, middle, up.
 
-    `unet.attn_processors` and `named_modules()` list the middle block last although it runs between the two;
-    using their order shifts ten of the sixteen layers (methods/neti.md, section 8).
+    `unet.attn_processors` and `named_modules()` list the middle block last although it runs between the two; using
+    their order would shift ten of the sixteen layers. NeTI's constants.py (UNET_LAYERS) has the order used here.
     """
     rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]

@@ -1,6 +1,7 @@
-"""Attention maps as values: who wants a layer's map gets it after the softmax, and says what is used instead.
+"""Attention maps as values: a control gets a layer's map after the softmax and returns the one to use instead.
 
-The processors keep nothing. A control belongs to one U-Net call and travels in its `Conditioning`.
+The processors keep nothing. A control belongs to one U-Net call and travels in its `Conditioning`; Prompt-to-Prompt
+(Hertz et al. 2022, algorithm 1) is one.
 Axes: B rows of the call, S image positions (pixels of the layer's map), N keys (tokens, or positions again).
 """
 
@@ -63,15 +64,18 @@ class Record:
         self.maps: dict[Layer, Tensor] = {}
 
     def wants(self, layer: Layer, pixels: int) -> bool:
-        """As it was told."""
+        """Whether this layer, with S = `pixels` image positions, is one of those to keep."""
         return self.wanted(layer, pixels)
 
     def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
-        """Keep and hand back."""
+        """Keep the map `probabilities` (B, heads, S, N) and return it unchanged."""
         self.maps[layer] = probabilities
         return probabilities
 
 
 def cross_maps(pixels: int) -> Callable[[Layer, int], bool]:
-    """Chooses the cross-attention maps of `pixels` positions on the way down and up, as the authors of P2P do."""
+    """Chooses the cross-attention maps of `pixels` positions in the down and up blocks, not in the middle one.
+
+    As LocalBlend of the authors' prompt-to-prompt_stable.ipynb.
+    """
     return lambda layer, size: layer.cross and size == pixels and layer.place != "mid"

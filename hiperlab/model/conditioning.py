@@ -46,14 +46,14 @@ class Conditioning:
         return keys, keys if self.values is None else self.values[at]
 
     def rows(self, index: Tensor | Sequence[int]) -> Conditioning:
-        """The conditioning of the chosen batch rows (repeats allowed)."""
+        """The conditioning (L, R, N, D) of R chosen batch rows, numbers in [0, B); repeats are allowed."""
         assert self.control is None, "a control belongs to the rows of a whole call"
         index = torch.as_tensor(index, device=self.keys.device)
         values = None if self.values is None else self.values[:, index]
         return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first)
 
     def to(self, dtype: torch.dtype) -> Conditioning:
-        """The same conditioning in another floating type."""
+        """The same conditioning, keys and values (L, B, N, D) in another floating type."""
         values = None if self.values is None else self.values.to(dtype)
         # Offsets choose their type by the weight's, controls by the map's.
         return replace(self, keys=self.keys.to(dtype), values=values)

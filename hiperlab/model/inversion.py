@@ -1,7 +1,8 @@
 """DDIM there and back (Song et al. 2021, eq. 12 with eta = 0): one picture's latents as the path its noise would take.
 
-Specification: methods/stylediffusion.md, section 3. Symbols there: z (latents), a (alpha_bar), T (steps), tau_k.
-Axes: T steps, B pictures, C latent channels, H, W latent sides.
+As NullInversion in null_text_w_ptp.ipynb (google/prompt-to-prompt) and VaeInversion in StyleDiffusion's
+stylediffusion.py. Symbols: z (latents), a (alpha_bar), T (steps), tau_k (the k-th timestep, ascending).
+Axes: T steps, B pictures, C latent channels, H, W latent sides, S image positions, N tokens.
 """
 
 from __future__ import annotations
@@ -30,32 +31,51 @@ def timesteps(steps: int, length: int = 1000) -> list[int]:
 
 
 def move(latents: Tensor, noise: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """From one noise level to another with the same clean latents and the same noise.
+    """From one noise level to another with the same clean latents and noise (Song et al. 2021, eq. 12, eta = 0).
 
     Args:
-        latents: z at the level `start`.
+        latents: z (B, C, H, W) at the level `start`.
         noise: predicted noise, same shape.
-        start: alpha_bar of the level that `latents` are at, 0-d.
-        end: alpha_bar of the level to go to, 0-d.
+        start: alpha_bar of the level that `latents` are at, 0-d, in (0, 1).
+        end: alpha_bar of the level to go to, 0-d, in (0, 1).
+
+    Returns:
+        z (B, C, H, W) at the level `end`.
     """
     clean = (latents - (1 - start).sqrt() * noise) / start.sqrt()
     return end.sqrt() * clean + (1 - end).sqrt() * noise
 
 
 def levels(stack: FrozenStack, timestep: int, steps: int) -> tuple[Tensor, Tensor]:
-    """alpha_bar at `timestep` and one step below it; below the schedule's first level that level stays."""
+    """alpha_bar, 0-d each, at `timestep` and one of T = `steps` steps below it, at the least that of timestep 0."""
     below = timestep - stack.num_timesteps // steps
     return stack.alpha_bar[timestep], stack.alpha_bar[max(below, 0)]
 
 
 def previous(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int, steps: int) -> Tensor:
-    """One step of denoising, from `timestep` to the level below (`prev` in the specification)."""
+    """One step of denoising (B, C, H, W), from `timestep` to the level below (`prev_step` in the authors' notebook).
+
+    Args:
+        stack: the frozen model.
+        latents: z (B, C, H, W) at `timestep`.
+        noise: predicted noise, same shape.
+        timestep: in [0, 1000).
+        steps: T.
+    """
     here, below = levels(stack, timestep, steps)
     return move(latents, noise, here, below)
 
 
 def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int, steps: int) -> Tensor:
-    """One step of inversion, from the level below up to `timestep` (`next` in the specification)."""
+    """One step of inversion (B, C, H, W), from the level below up to `timestep` (`next_step` in the authors' notebook).
+
+    Args:
+        stack: the frozen model.
+        latents: z (B, C, H, W) one step below `timestep`.
+        noise: predicted noise, same shape.
+        timestep: in [0, 1000).
+        steps: T.
+    """
     here, below = levels(stack, timestep, steps)
     return move(latents, noise, below, here)
 
@@ -65,12 +85,12 @@ def predict_noise(
 ) -> Tensor:
     """The noise (B, C, H, W) that the U-Net sees in z at `timestep`; a predicted velocity is converted.
 
-    With v = sqrt(a) eps - sqrt(1 - a) z_0 (Salimans & Ho 2022), eps = sqrt(a) v + sqrt(1 - a) z.
+    With v = sqrt(a) eps - sqrt(1 - a) z_0 (Salimans & Ho 2022, section 4), eps = sqrt(a) v + sqrt(1 - a) z.
 
     Args:
         stack: the frozen model.
         latents: z (B, C, H, W).
-        timestep: what the U-Net is told.
+        timestep: what the U-Net is told, in [0, 1000).
         conditioning: of B rows.
         level: alpha_bar that z is at, 0-d, where that is not the timestep's: DDIM inversion asks about z at the level
             below, and converts with that level as diffusers' DDIMInverseScheduler.step does.
@@ -105,7 +125,7 @@ def invert(
     steps: int,
     wanted: Callable[[Layer, int], bool] | None = None,
 ) -> Inversion:
-    """Run DDIM backwards with the conditional prediction alone (guidance 1).
+    """Run DDIM backwards with the conditional prediction alone, which is guidance 1 (NullInversion.ddim_loop).
 
     The noise of z at the level of tau_{k-1} is predicted with the upper timestep tau_k, as all public code does.
 

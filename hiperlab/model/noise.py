@@ -1,7 +1,7 @@
 """The forward diffusion and what the U-Net is asked to predict.
 
-Axes: B batch, C latent channels (4), H, W latent sides. Everything here is float32: half precision rounds the
-schedule's ends (methods/hiper.md, section 2).
+Axes: B batch, C latent channels (4), H, W latent sides. Everything here is float32: in half precision, as in HiPer's
+train.py, sqrt(1 - alpha_bar) is 7 % off at the first timesteps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def alphas_cumprod(schedule: Mapping[str, Any] = SCHEDULE) -> Tensor:
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Draw from the VAE's posterior (Kingma & Welling 2014, eq. 10), unscaled.
+    """Draw z (B, C, H, W) from the VAE's posterior (Kingma & Welling 2014, eq. 10), unscaled.
 
     Args:
         moments: (B, 2C, H, W), mean and log-variance stacked along channels.
@@ -45,7 +45,7 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Diffuse clean latents to their timestep (DDPM, Ho et al. 2020, eq. 4).
+    """Diffuse clean latents to their timestep, z_t (B, C, H, W) (DDPM, Ho et al. 2020, eq. 4).
 
     Args:
         z0: clean latents (B, C, H, W), already multiplied by the VAE's scaling factor.
@@ -57,7 +57,13 @@ def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(z0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What the U-Net should predict: the noise, or the velocity (Salimans & Ho 2022, section 4), shape of z0.
+    """What the U-Net should predict: the noise, or the velocity (Salimans & Ho 2022, section 4), (B, C, H, W).
+
+    Args:
+        z0: clean latents (B, C, H, W), scaled.
+        noise: unit normal, same shape.
+        alpha_bar: share of signal variance left at t, in (0, 1), shape (B,).
+        prediction_type: "epsilon" or "v_prediction".
 
     Raises:
         ValueError: the scheduler names another prediction type.

@@ -32,11 +32,11 @@ class Change(ABC):
 
     @abstractmethod
     def apply(self, weight: Tensor) -> Tensor:
-        """The changed weight: shape, type and device of the frozen one, which stays as it is."""
+        """The changed weight W', same shape, type and device as the frozen W, which stays as it is."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The numbers it is made of, always in the same order."""
+        """The tensors it is made of, of any shape, always in the same order."""
 
     def settings(self) -> Hashable:
         """What it depends on beside its tensors."""
@@ -50,12 +50,12 @@ class Added(Change):
     delta: Tensor
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Summed in the more precise of the two types: a half-precision weight would swallow a small delta."""
+        """W', same shape as W; summed in the more precise of the two types: half precision would lose a small delta."""
         kind = torch.promote_types(weight.dtype, self.delta.dtype)
         return (weight.to(kind) + self.delta.to(weight.device, kind)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The difference."""
+        """The difference, same shape as W."""
         return (self.delta,)
 
 
@@ -74,12 +74,12 @@ class LowRank(Change):
     scale: float
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Multiplied out, which an adapter beside the layer equals to rounding; see `Added` for the type."""
+        """W', same shape as W, as an adapter beside the layer gives it but for rounding; see `Added` for the type."""
         delta = self.scale * (self.up.flatten(1) @ self.down.flatten(1))
         return Added(delta.reshape(weight.shape)).apply(weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """A, then B."""
+        """A (r, in, ...), then B (out, r, ...)."""
         return self.down, self.up
 
     def settings(self) -> Hashable:
@@ -94,7 +94,7 @@ class Offsets:
     changes: Mapping[str, Change]
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The changed weights of the U-Net (or text encoder), for `torch.func.functional_call`.
+        """The changed weights, same shape as the module's own, by its names, for `torch.func.functional_call`.
 
         Raises:
             KeyError: a name that the module does not have.
@@ -145,7 +145,9 @@ def added(offsets: nn.ParameterDict) -> Offsets:
 
 
 def say_cost(count: int, smaller: str, setting: str = "method.weights=all") -> None:
-    """Warn of what fitting `count` weights takes: offset, gradient, two Adam moments and the changed weight, float32.
+    """Warn of the memory that fitting `count` weights takes.
+
+    Counted are the offset, its gradient, two Adam moments and the changed weight, float32.
 
     Args:
         count: number of weights.

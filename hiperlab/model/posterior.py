@@ -1,4 +1,4 @@
-"""How often a picture's latents are drawn from the VAE's posterior: a choice that edit methods publish. Axis R rows."""
+"""How often a picture's latents are drawn from the VAE's posterior; edit methods differ in it. Axis: R rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def check_latent(latent: str) -> str:
 
 
 def posterior_noise(latent: str, seed: int, view: Tensor, sample: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unit normals (R, *shape) for mean + std * noise (methods/hiper.md, section 2).
+    """Unit normals (R, *shape) for mean + std * noise (Kingma & Welling 2014, eq. 10).
 
     Args:
-        latent: "sample_once" draws once per picture and keeps it (HiPer, Imagic), "mean" is zeros, "resample" draws
-            anew for every sample (the others).
+        latent: "sample_once" draws once per picture and keeps it (HiPer's train.py, ShivamShrirao's train_imagic.py),
+            "mean" is zeros, "resample" draws anew for every sample.
         seed: the run's.
         view: (R,) number of the picture.
         sample: (R,) global sample number.

@@ -214,7 +214,7 @@ class FrozenStack(nn.Module):
         return clip.transform(self.text, states)
 
     def normalise_text(self, states: Tensor) -> Tensor:
-        """The text encoder's final layer norm: what the U-Net reads."""
+        """The text encoder's final layer norm on states (..., N, D): what the U-Net reads, same shape."""
         return clip.final_norm(self.text, states)
 
     @property
@@ -238,7 +238,7 @@ class FrozenStack(nn.Module):
         return self.vae.encode(pixels.to(self.device, dtype)).latent_dist.parameters.float()
 
     def scale(self, latents: Tensor) -> Tensor:
-        """VAE latents to the U-Net's range (times 0.18215 for SD 1.x)."""
+        """VAE latents (B, C, H, W) to the U-Net's range, same shape (times 0.18215 for SD 1.x)."""
         return latents * self.vae.config["scaling_factor"]
 
     @torch.no_grad()
@@ -271,11 +271,14 @@ class FrozenStack(nn.Module):
         return out if dtype == torch.float64 else out.float()
 
     def add_noise(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """z_t from clean latents; see `hiperlab.model.noise.add_noise`."""
+        """z_t (B, C, H, W) from clean latents z0, unit normal noise of that shape, timesteps (B,) in [0, 1000).
+
+        See `hiperlab.model.noise.add_noise` (Ho et al. 2020, eq. 4).
+        """
         return diffusion.add_noise(z0, noise, self.alpha_bar[timestep])
 
     def target(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the prediction is compared with, by the model's prediction type."""
+        """What the prediction is compared with (B, C, H, W), noise or velocity; arguments as `add_noise`."""
         return diffusion.target(z0, noise, self.alpha_bar[timestep], self.prediction_type)
 
 

@@ -159,9 +159,9 @@ def embed(text: nn.Module, ids: Tensor, vectors: Tensor | None = None, places: t
 
 
 def transform(text: nn.Module, states: Tensor) -> Tensor:
-    """Run the causal CLIP transformer on embeddings (..., N, D); the result is BEFORE the final norm.
+    """Run the causal CLIP transformer on embeddings (..., N, D); the result, same shape, is BEFORE the final norm.
 
-    No padding mask: in Stable Diffusion the padding reads the prompt, and the U-Net reads the padding.
+    There is no padding mask: in Stable Diffusion the padding reads the prompt, and the U-Net reads the padding.
     Written on the modules' own projections because no version of transformers takes embeddings in the same way.
     """
     shape = states.shape
@@ -180,7 +180,7 @@ def transform(text: nn.Module, states: Tensor) -> Tensor:
 
 
 def final_norm(text: nn.Module, states: Tensor) -> Tensor:
-    """CLIP's final layer norm, applied to (..., N, D)."""
+    """CLIP's final layer norm, applied to (..., N, D): same shape."""
     return inner(text).final_layer_norm(states)
 
 
@@ -196,7 +196,13 @@ class _Holder(nn.Module):
 
 
 def with_weights(text: nn.Module, weights: Mapping[str, Tensor], work: Callable[[], Any]) -> Any:
-    """The result of `work`, in which `text` has other weights, by their names in `inner(text)`; afterwards its own."""
+    """The result of `work`, during which `text` has other weights; afterwards it has its own again.
+
+    Args:
+        text: the CLIP text model.
+        weights: by their names in `inner(text)`, same shape as its own.
+        work: what to do.
+    """
     return functional_call(_Holder(text), {f"text.{name}": weight for name, weight in weights.items()}, (work,))
 
 

@@ -25,7 +25,7 @@ class TextCache:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """States (B, N, D) of B texts; each text is encoded alone, so it does not depend on its company."""
+        """States (B, N, D) of B texts; each is encoded alone, so that it does not depend on the others of the call."""
         kind = next(self.stack.text.parameters()).dtype
         keys = [(text, kind, self.stack.device) for text in texts]
         missing = [key for key in dict.fromkeys(keys) if key not in self.kept]

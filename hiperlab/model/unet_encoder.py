@@ -1,4 +1,8 @@
-"""The U-Net's first half alone: what it makes of a noisy picture before it starts to draw. B rows."""
+"""The first half of the U-Net, down to its middle block, which E4T's encoder reads.
+
+As `return_encoder_outputs` in e4t/models/unet_2d_condition.py (mkshing/e4t-diffusion).
+Axes: B rows, C_i channels of map i and H_i, W_i its sides, N tokens, D text width.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ class FirstHalf(nn.Module):
 
         Args:
             latents: z_t (B, C, H, W).
-            timestep: (B,) int64.
-            states: what cross-attention reads.
+            timestep: (B,) int64 in [0, 1000).
+            states: what cross-attention reads, (B, N, D).
         """
         unet = self.unet
         embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timestep))
@@ -47,9 +51,9 @@ def first_half(
     Args:
         unet: diffusers' U-Net.
         latents: z_t (B, C, H, W).
-        timestep: (B,) int64.
+        timestep: (B,) int64 in [0, 1000).
         states: text states (B, N, D).
-        weights: what stands in for the U-Net's own; empty for none.
+        weights: used instead of the U-Net's own, same shapes; empty for none.
     """
     kind = next(unet.parameters()).dtype
     named = {f"unet.{name}": weight for name, weight in weights.items()}

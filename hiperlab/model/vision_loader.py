@@ -65,7 +65,10 @@ def load(path: str) -> VisionTower:
 
 
 def from_state(state: Mapping[str, Tensor]) -> VisionTower:
-    """A tower of OpenCLIP's making (exact GELU) from its tensors by transformers' names; sizes follow from them.
+    """A tower of OpenCLIP's kind (exact GELU) from its tensors by transformers' names; sizes follow from them.
+
+    Args:
+        state: e.g. "embeddings.patch_embedding.weight" (D, 3, patch, patch), "encoder.layers.0. ..." and so on.
 
     Raises:
         UserError: tensors are missing or of other shapes.
@@ -90,7 +93,7 @@ def from_state(state: Mapping[str, Tensor]) -> VisionTower:
 
 
 def fill(tower: VisionTower, state: Mapping[str, Tensor]) -> None:
-    """Replace a tower's weights by others of transformers' names, with or without `vision_model.`.
+    """Replace a tower's weights by others of the same shapes, by transformers' names with or without `vision_model.`.
 
     Raises:
         UserError: tensors are missing or of other shapes.
@@ -111,7 +114,7 @@ def fill(tower: VisionTower, state: Mapping[str, Tensor]) -> None:
 
 
 def tiny_tower(seed: int, width: int = 16) -> VisionTower:
-    """A random one for checks beside `model=tiny`; the global random state is left as it was."""
+    """A tower with random weights, for checks with `model=tiny`; the global random state is left as it was."""
     config = CLIPVisionConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=2, image_size=32,
         patch_size=8, hidden_act="gelu",

@@ -43,7 +43,7 @@ def preprocess(
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised as CLIP's unless told otherwise.
 
     Bicubic without antialiasing, the aspect ratio is not kept, nothing is clamped. With aligned corners as the public
-    E4T reimplementation (methods/e4t.md, section 5.1), without as StyleDiffusion (methods/stylediffusion.md, 2).
+    E4T reimplementation (e4t/encoder.py, preprocess), without as StyleDiffusion (stylediffusion.py, Trainer).
     """
     small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=align_corners)
     middle, spread = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -92,7 +92,7 @@ class VisionTower(nn.Module):
         return getattr(self.network, "vision_model", self.network)  # transformers before and after 5.6
 
     def forward(self, pixels: Tensor) -> Seen:
-        """Pictures (B, 3, H, W) in [-1, 1] of any size."""
+        """What the tower makes of pictures (B, 3, H, W) in [-1, 1], of any size."""
         network: Any = self.network
         found = network(pixel_values=preprocess(pixels, self.size, self.mean, self.std), output_hidden_states=True)
         layers, norm = found.hidden_states, self._inner.post_layernorm  # the first are embeddings, not a layer
@@ -101,7 +101,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def all_tokens(self, pixels: Tensor) -> Tensor:
-        """Class and patch tokens (B, P + 1, D) after the last norm, unprojected: StyleDiffusion's E(x).
+        """Class and patch tokens (B, P + 1, D) after the last norm, unprojected: E(x) of StyleDiffusion's clip_util.py.
 
         Args:
             pixels: square pictures (B, 3, H, H) in [-1, 1].
@@ -113,7 +113,7 @@ class VisionTower(nn.Module):
 
 
 class SeenCache:
-    """What a frozen tower makes of pictures that come again and again; known by content, so mirrored ones count anew.
+    """What a frozen tower makes of pictures, kept for the next time; a picture is known by its pixels.
 
     The tower is kept out of the module tree: it is frozen, stays float32 and goes into no checkpoint.
 
@@ -133,13 +133,13 @@ class SeenCache:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Seen:
-        """Pictures (B, 3, H, W) in [-1, 1], each read alone: the numbers do not depend on which ones are known."""
+        """What the tower makes of pictures (B, 3, H, W) in [-1, 1]; each is read alone, so batches change nothing."""
         found = []
         for picture in pixels.float():
             key = hashlib.blake2b(picture.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
             if key not in self.kept:
                 seen = self.tower.to(picture.device)(picture[None])
-                # The encoders read every second patch token, but which ones is theirs to know.
+                # All patch tokens are kept, though E4T's encoder reads every second one only: that choice is its own.
                 self.kept[key] = Seen(*(each[0] for each in seen))
                 self.bytes += _size(self.kept[key])
                 while self.bytes > CACHE_BYTES and len(self.kept) > 1:

@@ -1,4 +1,7 @@
-"""A weight times (1 + a matrix of low rank), E4T's change of a projection; changes in turn, added up, and done."""
+"""More changes of weights: E4T's product with (1 + a matrix of low rank), several in turn or added up, a ready weight.
+
+Every `apply` keeps the shape, type and device of the frozen weight; tensors have any shape where none is named.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hiperlab.model.offsets import Change, Offsets
 
 @dataclass(frozen=True)
 class Multiplied(Change):
-    """W' = W (1 + left right^T), elementwise product (E4T, methods/e4t.md section 3).
+    """W' = W (1 + left right^T), elementwise product (E4T, Gal et al. 2023; see `hiperlab.layer.weight_offset`).
 
     Args:
         left: (outputs, k).
@@ -24,19 +27,19 @@ class Multiplied(Change):
     right: Tensor
 
     def apply(self, weight: Tensor) -> Tensor:
-        """In the more precise of the two types, then in the weight's."""
+        """W' (outputs, inputs): worked out in the more precise of the two types, then given the weight's."""
         kind = torch.promote_types(weight.dtype, self.left.dtype)
         delta = (self.left @ self.right.mT).to(weight.device, kind)
         return (weight.to(kind) * (1 + delta)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Both factors."""
+        """Both factors, (outputs, k) and (inputs, k)."""
         return self.left, self.right
 
 
 @dataclass(frozen=True)
 class InTurn(Change):
-    """Changes of one weight, each of what the one before made.
+    """Changes of one weight in turn: each changes what the one before made.
 
     Args:
         parts: first to last.
@@ -45,7 +48,7 @@ class InTurn(Change):
     parts: tuple[Change, ...]
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Between the parts in the more precise type: the weight's would round twice."""
+        """W', same shape as W; the more precise type is kept between the parts, as the weight's would round twice."""
         kind = weight.dtype
         for each in self.parts[0].tensors():
             kind = torch.promote_types(kind, each.dtype)
@@ -74,7 +77,7 @@ class Summed(Change):
     parts: tuple[Change, ...]
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Added in the most precise type of all parts."""
+        """W', same shape as W; added in the most precise type of all parts."""
         kind = weight.dtype
         for each in self.tensors():
             kind = torch.promote_types(kind, each.dtype)
@@ -92,7 +95,7 @@ class Summed(Change):
 
 @dataclass(frozen=True)
 class Done(Change):
-    """A weight that was worked out before, so that several calls of a step share it (and its graph).
+    """A weight that was worked out before, so that several U-Net calls share it and its gradient graph.
 
     Args:
         weight: what the call uses.
@@ -101,21 +104,21 @@ class Done(Change):
     weight: Tensor
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The one it holds."""
+        """The weight it holds, same shape as W; the frozen one is not read."""
         return self.weight
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The weight."""
+        """The weight it holds, of any shape."""
         return (self.weight,)
 
 
 def work_out(offsets: Offsets, module: nn.Module) -> Offsets:
-    """The same changes with every weight made now."""
+    """The same changes, with every changed weight worked out now."""
     return Offsets({name: Done(weight) for name, weight in offsets.weights(module).items()})
 
 
 def add_up(several: Sequence[Offsets | None]) -> Offsets | None:
-    """Several methods' changes at once: a weight that one of them changes is its, others are sums; None for none."""
+    """Several methods' changes at once: a weight that several of them change gets the sum; None if none changes any."""
     by_name: dict[str, list[Change]] = {}
     for offsets in several:
         for name, change in offsets.changes.items() if offsets else ():
