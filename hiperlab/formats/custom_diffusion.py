@@ -1,5 +1,7 @@
-"""Files of Custom Diffusion: the authors' `delta.bin`, and diffusers' weights with a word beside (methods/e4t.md, 18).
+"""Files of Custom Diffusion: the authors' `delta.bin`, and diffusers' weights with a word beside.
 
+The authors' come from src/diffusers_model_pipeline.py and src/compress.py (adobe-research/custom-diffusion), diffusers'
+from examples/custom_diffusion/train_custom_diffusion.py.
 Weights are named as in the U-Net, "<attention>.attn2.to_k.weight"; diffusers' files add ".processor" and
 "_custom_diffusion", and an empty dict for every self-attention.
 """
@@ -113,7 +115,7 @@ def compressed(delta: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
     Args:
         delta: W - W_0.
-        share: as many of them as sum up to this share of all, above 0 to 1; the authors use 0.6.
+        share: as many of them as sum up to this share of all, above 0 to 1; the authors' src/compress.py has 0.6.
     """
     u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
     rank = int((s.cumsum(0) < share * s.sum()).sum()) + 1

@@ -1,5 +1,6 @@
-"""Files of E4T's public reimplementation: weight_offsets.pt, encoder.pt, unet.pt, config.json (methods/e4t.md, 11).
+"""Files of E4T's public reimplementation: weight_offsets.pt, encoder.pt, unet.pt, config.json.
 
+They are written and read by e4t/utils.py and tuning_e4t.py (mkshing/e4t-diffusion).
 Names here are ours: offsets "<attention>.to_q.linear1.weight", the encoder's head as in `hiperlab.layer.image_encoder`,
 the tower as in transformers.
 """

@@ -1,5 +1,7 @@
-"""Embedding files of Textual Inversion: diffusers, CompVis and A1111 (methods/neti.md, section 20).
+"""Embedding files of Textual Inversion: diffusers, CompVis and A1111.
 
+CompVis' are written by EmbeddingManager.save in the authors' ldm/modules/embedding_manager.py, diffusers' by
+examples/textual_inversion/textual_inversion.py; A1111's add a name to CompVis' keys.
 Axes: V vectors, D text width.
 """
 

@@ -1,7 +1,7 @@
-"""Files of HiPer and of train_imagic.py: bare tensors saved by torch (methods/hiper.md, sections 4 and 6).
+"""Files of HiPer's train.py and of ShivamShrirao's train_imagic.py: bare tensors saved by torch.
 
-Axes: N fitted text rows, D text width. `hiper_embeddings_step{k}.pt` holds the state after k + 1 updates: the authors
-save after the optimizer step of iteration k, which counts from 0.
+Axes: N fitted text rows, D text width. `hiper_embeddings_step{k}.pt` holds the state after k + 1 updates: train.py
+saves after the optimizer step of iteration k, which counts from 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written (methods/e4t.md, section 17).
+"""LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written.
 
-Key names are diffusers' and PEFT's own converters' business; what they lose is ours: alpha, and the text encoder's old
-key names. Letters: A (r, in) "down", B (out, r) "up", W' = W + scale B A with scale = alpha / r.
+Key names are left to the converters of diffusers and PEFT. Done here is what these lose: alpha (diffusers #6087), and
+the text encoder's old key names.
+Letters: A (r, in) "down", B (out, r) "up", W' = W + scale B A with scale = alpha / r (Hu et al. 2021, section 4.1).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' NeTI code (methods/neti.md, section 13): `mapper-*.pt` and `learned_embeds-*.bin`."""
+"""Checkpoints of the authors' NeTI code (checkpoint_handler.py): `mapper-*.pt` and `learned_embeds-*.bin`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of StyleDiffusion: a list of T mapping networks saved by torch (methods/stylediffusion.md, section 5).
+"""Files of StyleDiffusion: a list of T mapping networks saved by torch (the authors' stylediffusion.py, main).
 
 The first release saves whole modules, a later one their state dicts. Both are read as data: torch's own module classes
 are replaced by stand-ins without behaviour, so no trust is needed. Written are state dicts.

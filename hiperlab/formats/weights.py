@@ -1,4 +1,4 @@
-"""Whole networks as diffusers and transformers keep them: what full fine-tuning leaves behind (methods/e4t.md, 16)."""
+"""Whole networks as diffusers and transformers keep them: what diffusers' train_dreambooth.py leaves behind."""
 
 from __future__ import annotations
 
