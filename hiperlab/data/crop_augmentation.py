@@ -1,6 +1,7 @@
 """Custom Diffusion's augmentation: the picture smaller on a grey canvas or cropped larger, and the words for it.
 
-Specification: methods/e4t.md, section 18. Letters: S side of the canvas in pixels, f pixels per latent cell.
+As CustomDiffusionDataset in diffusers' train_custom_diffusion.py and in the authors' src/diffusers_data_pipeline.py.
+Letters: S side of the canvas in pixels, f pixels per latent cell.
 """
 
 from __future__ import annotations

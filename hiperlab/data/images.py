@@ -119,7 +119,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, short_side: bool = False) -> Tensor:
-    """Training pixels of a picture, as in the authors' loader (neti.md section 10).
+    """Training pixels of a picture, as in the authors' loader (NeTI's training/dataset.py).
 
     Without a crop a picture that is not square is squeezed: it is resized straight to size x size, bicubic.
 
@@ -128,8 +128,8 @@ def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, shor
         size: side of the result in pixels.
         center_crop: first cut the largest centred square.
         flip: mirror left and right (after resizing, as the authors do).
-        short_side: the edit methods' way instead (hiper.md section 2): the short side to `size`, bilinear, then the
-            middle of the long one.
+        short_side: the edit methods' way instead (HiPer's train.py with --center_crop): the short side to `size`,
+            bilinear, then the middle of the long one.
 
     Returns:
         float32 (3, size, size) in [-1, 1], x / 127.5 - 1.

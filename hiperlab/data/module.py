@@ -3,7 +3,7 @@
 Letters: m micro step, W world size, r rank, b rows per concept and micro batch, j row, k global sample number,
     k = (m W + r) b + j, the same numbers for every concept.
 So a run may be killed, resumed, split over ranks or worker processes, or hold more concepts, and the rows of a concept
-stay the same (promises, section 1).
+stay the same (tests/data/test_module.py, tests/run/test_resume.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training prompts of Textual Inversion's diffusers example, which NeTI shares (neti.md section 10)."""
+"""Training prompts of diffusers' textual_inversion.py, which NeTI shares (its constants.py)."""
 
 from __future__ import annotations
 
