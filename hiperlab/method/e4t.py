@@ -366,7 +366,7 @@ class E4T(Method):
         return {name: value[None] for name, value in super().own_tensors().items()}
 
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Put tensors without the concept axis in place; the picture tower must be the one they were trained with."""
+        """Put tensors (...,) as `artifact` gave them in place; the tower must be the one they were trained with."""
         self._check_tower(tensors, "the artifact")
         super().load_artifact(index, tensors)
 

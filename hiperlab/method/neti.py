@@ -153,7 +153,7 @@ class NeTI(Method):
     def encode(self, prompts: Sequence[str], timestep: Tensor, keep: Tensor | None) -> Conditioning:
         """From prompts to the keys and values (L, R, N, D) of all layers, in one pass of the text encoder.
 
-        The authors make one pass per layer (prompt_manager.py, PromptManager).
+        The authors make one pass per layer (training/coach.py when training, prompt_manager.py when sampling).
 
         Args:
             prompts: R texts.

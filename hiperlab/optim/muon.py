@@ -18,7 +18,9 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.: the fastest way of all sin
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with all singular values near 1 (0.7 to 1.2), by Newton-Schulz steps: (M, N) -> (M, N).
+    """A matrix of the same singular vectors whose singular values are near 1 (0.7 to 1.2): (M, N) -> (M, N).
+
+    By Newton-Schulz steps (Jordan et al. 2024).
 
     The polynomial of X X^T is gathered first and multiplied with X once, as the short side is much the shorter.
     """
@@ -109,7 +111,15 @@ class Muon(Optimizer):
 
 
 def split(named: Iterable[tuple[str, Tensor]], adam_only: tuple[str, ...] = ()) -> tuple[list[Tensor], list[Tensor]]:
-    """Trained weights that Muon turns, and the rest: ends of the network, embeddings, vectors (Jordan et al.)."""
+    """Weights, of any shape, for Muon and for AdamW: the latter are ends of the network, embeddings and vectors.
+
+    Args:
+        named: all weights by name; those that require no gradient are left out.
+        adam_only: parts of further names that go to AdamW.
+
+    Returns:
+        Matrices and convolutions for Muon; the rest.
+    """
     kept = (
         *adam_only, "conv_in", "conv_out", "quant_conv", "embedding", "position", "heads", "projection", "log_scale",
         "logit",
