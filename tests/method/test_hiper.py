@@ -137,7 +137,7 @@ def test_files_of_another_size_or_kind_are_refused(stack, tmp_path) -> None:
 
 
 def test_plain_pipeline_draws_the_same_picture(stack, tmp_path) -> None:
-    """The exported tensor and diffusers' `prompt_embeds` are enough (section 2, today's equivalent)."""
+    """The exported tensor and diffusers' `prompt_embeds` are enough to draw what the authors' inference.py draws."""
     pipe = StableDiffusionPipeline(
         vae=stack.vae, text_encoder=stack.text, tokenizer=stack.tokenizer, unet=stack.unet,
         scheduler=DDIMScheduler.from_config(stack.scheduler_config), safety_checker=None, feature_extractor=None,

@@ -87,7 +87,7 @@ def test_two_concepts_in_one_prompt(stack) -> None:
 
 
 def test_parameter_count_is_the_published_one(stack) -> None:
-    """563,616 numbers at SD 1.x's width (methods/neti.md, section 4)."""
+    """563,616 numbers at SD 1.x's width, as the authors' NeTIMapper has (models/neti_mapper.py)."""
     from hiperlab.layer.mapper import Mapper
 
     def count(outputs: int, positional_encoding: bool = True) -> int:

@@ -21,7 +21,7 @@ from tests.run.test_run_edit_methods import run
 
 
 def theirs(tokens: int, rows: int) -> nn.ModuleDict:
-    """One network as section 4 of the specification writes it down, with norms that do something."""
+    """One network as the authors build it (stylediffusion.py, Trainer.__init__), with norms that change something."""
     norm = nn.BatchNorm1d(rows)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias, 0, 0.3)

@@ -56,7 +56,7 @@ def test_no_difference_is_the_bare_unet(stack, inputs) -> None:
 
 
 def test_gradients_are_those_of_the_weights_also_when_replayed(inputs) -> None:
-    """Gradient checkpointing replays blocks after the call: with the frozen weights it would be wrong (section 4)."""
+    """Gradient checkpointing replays blocks after the call: with the frozen weights it would be wrong."""
     latents, t, keys = inputs
     found: list[dict[str, Tensor]] = []
     for switch in (False, True):

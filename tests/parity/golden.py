@@ -22,7 +22,7 @@ WORST: dict[str, float] = {}  # item -> largest relative error, printed at the e
 
 
 def folder(name: str) -> Path:
-    """`$HIPERLAB_GOLDEN/<name>` (default: ../shared/golden beside the checkout); skips the test where it is absent."""
+    """`$HIPERLAB_GOLDEN/<name>`, by default in a folder of recorded numbers beside the checkout; skips where absent."""
     path = Path(os.environ.get("HIPERLAB_GOLDEN", ROOT.parent / "shared" / "golden")) / name
     if not path.is_dir():
         pytest.skip(f"golden folder {name!r} is absent: set HIPERLAB_GOLDEN to the folder that holds it")

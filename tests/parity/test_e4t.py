@@ -1,7 +1,7 @@
 """E4T against the numbers of the public reimplementation. Items are named as in golden/e4t/README.md.
 
-Limits are ten times what the specification measured (its section 22). The committed slice holds single offsets and
-both encoders.
+Limits are ten times the errors of a second implementation on the same recorded inputs. The committed slice holds
+single offsets and both encoders.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def test_pretraining_step_and_the_file_it_writes(root, meta, twin, started, eyes
         parameter, number = ours[name]
         grad = parameters[parameter].grad if number is None else parameters[parameter].grad[number]
         close("e4t d gradnorm", grad.norm(), value.reshape(()), 3e-3)
-    # AdamW's first step is a sign: with our gradients it would differ by lr where they are near eps (section 21).
+    # AdamW's first step is a sign: with our gradients it would differ by lr where they are near eps.
     for name, value in golden.pick(g, "grad.").items():
         parameter, number = ours[name]
         (parameters[parameter].grad if number is None else parameters[parameter].grad[number]).copy_(value)

@@ -1,6 +1,6 @@
 """LoRA, DreamBooth and Custom Diffusion against diffusers, PEFT and the authors' own file.
 
-Items are named as in golden/lora/README.md; limits are ten times what it saw (methods/e4t.md, section 22). The
+Items are named as in golden/lora/README.md; limits are ten times the errors of a second implementation. The
 committed slice holds one layer, the text encoder's LoRA and the losses: its twin has another U-Net.
 """
 
@@ -229,7 +229,7 @@ def test_dreambooth_step(twin, meta, i, monkeypatch) -> None:
     after = added(method.unet_offsets).weights(twin.unet)
     for name, value in golden.pick(recorded, "after.").items():
         assert torch.equal(before[name], recorded[f"before.{name}"]), "the twin is the recorded one"
-        # AdamW's first step is a sign: where a gradient is near eps, rounding moves a weight by up to lr (section 21).
+        # AdamW's first step is a sign: where a gradient is near eps, rounding moves a weight by up to lr.
         golden.close("lora i step.after (absolute)", after[name], value, 1e-5, absolute=True)
         update, theirs = after[name] - before[name], value - before[name]
         apart = (update - theirs).norm() / theirs.norm()

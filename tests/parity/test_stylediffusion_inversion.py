@@ -262,7 +262,7 @@ def test_inner_teacher_forced(root, eyes) -> None:
 
 @pytest.mark.slow
 def test_inner_end_to_end(root, eyes) -> None:
-    """In float32 Adam multiplies rounding: the first timestep is compared strictly, the rest roughly (section 5)."""
+    """In float32 Adam multiplies rounding: the first timestep is compared strictly, the rest roughly."""
     g = golden.tensors(root / "inner.safetensors")
     made = style(root, eyes)
     found = run(made)
