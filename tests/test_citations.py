@@ -77,3 +77,11 @@ def test_lost_citations_are_found(text: str, what: str) -> None:
 def test_followed_citations_are_counted(text: str) -> None:
     assert FOLLOWED.search(text)
     assert not any(pattern.search(text) for pattern in LOST.values())
+
+
+def test_methods_page_has_every_method() -> None:
+    """A row with its command, and one with its defaults."""
+    text = (ROOT / "METHODS.md").read_text(encoding="utf-8")
+    names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+    assert sorted(re.findall(r"^\| `method=(\w+) ", text, re.M)) == names
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.M)) == names

@@ -50,7 +50,7 @@ def test_top_level_is_what_was_agreed() -> None:
     top = {name.split("/")[0] for name in files if name}
     assert {name for name in top if not name.startswith(".")} == {
         "pyproject.toml", "conf", "hiperlab", "tests", "notebooks", "outputs", "Makefile", "README.md", "CHANGELOG.md",
-        "CONTRIBUTING.md", "LICENSE",
+        "CONTRIBUTING.md", "METHODS.md", "LICENSE",
     }  # fmt: skip
 
 
