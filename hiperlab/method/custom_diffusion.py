@@ -145,11 +145,11 @@ class CustomDiffusion(Method):
         return Conditioning(self.model.normalise_text(states), offsets=self.offsets(), detach_first=True)
 
     def part(self, step: Step) -> Part:
-        """The new word before the class noun."""
+        """The texts with the new word before the class noun, and its vector (1, 1, 1, D)."""
         return Part(self._texts(step), self.word[None, :, None])
 
     def changed_weights(self, variant: str) -> ChangedWeights:
-        """Keys' and values' offsets."""
+        """The offsets of the keys' and values' projections."""
         return ChangedWeights(self.offsets())
 
     def _texts(self, step: Step) -> list[str]:
@@ -166,7 +166,7 @@ class CustomDiffusion(Method):
         return decay_whole_weights(super().configure_optimizers(), pairs)
 
     def _frozen(self) -> dict[str, Tensor]:
-        """The base model's weights that have offsets."""
+        """The base model's weights that have offsets, by the U-Net's names."""
         names = [name.replace("/", ".") for name in self.kv]
         return {name: self.model.unet.get_parameter(name) for name in names}
 

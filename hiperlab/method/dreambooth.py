@@ -103,7 +103,7 @@ class DreamBooth(Method):
         return Part(self._texts(step))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
-        """All offsets."""
+        """The offsets of the U-Net and of the text encoder."""
         return ChangedWeights(added(self.unet_offsets), added(self.text_offsets))
 
     def _texts(self, step: Step) -> list[str]:

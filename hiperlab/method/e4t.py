@@ -258,7 +258,7 @@ class E4T(Method):
         return Part(step.prompts, words[None, :, None])
 
     def changed_weights(self, variant: str) -> ChangedWeights:
-        """Both kinds of offsets, worked out."""
+        """The weight offsets and, where the whole U-Net is tuned, its own, worked out."""
         return ChangedWeights(self.changes())
 
     def words(self, latents: Tensor, timestep: Tensor, seen: Seen, changes: Offsets) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ class LoRA(Method):
 
     @property
     def scale(self) -> float:
-        """Alpha / r."""
+        """The factor alpha / r of B A."""
         rank = next(iter(self.down.values())).shape[1]
         return float(self.alpha) / rank
 

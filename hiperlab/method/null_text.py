@@ -77,7 +77,7 @@ class NullText(TrajectoryMethod):
         return self.optimise == "negative_prompt" or super().finished
 
     def inner_steps(self, step: int) -> int:
-        """The same at every step."""
+        """The most updates at a step of the path, the same for all."""
         return self.updates
 
     def stop_below(self, step: int) -> float:
@@ -86,7 +86,7 @@ class NullText(TrajectoryMethod):
 
     @torch.no_grad()
     def begin(self, step: int) -> None:
-        """Start from the embedding of the step before."""
+        """Copy the embedding of the step before, from which this step starts."""
         self.embeddings[step].copy_(self.embeddings[step - 1])
 
     def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:

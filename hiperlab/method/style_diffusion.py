@@ -118,7 +118,7 @@ class StyleDiffusion(TrajectoryMethod):
     # ---- the fit -----------------------------------------------------------------------------------------------------
 
     def inner_steps(self, step: int) -> int:
-        """N_i: 1015 in all as published (T = 30), 1071 for T = 50."""
+        """N_i, the most updates at step i: with N = 100 they are 1015 in all for T = 30, 1071 for T = 50."""
         return updates(self.most, self.decay, step)
 
     def stop_below(self, step: int) -> float:
@@ -126,7 +126,7 @@ class StyleDiffusion(TrajectoryMethod):
         return self.epsilon + 2e-5 * step
 
     def begin(self, step: int) -> None:
-        """Start from the network of the step before."""
+        """Copy the network of the step before, from which this step starts."""
         self.networks.copy(step - 1, step)
 
     def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ class FrozenStack(nn.Module):
 
     @property
     def base(self) -> Base:
-        """What artifacts of this stack carry."""
+        """What says in an artifact which model it was made with."""
         weight = clip.inner(self.text).embeddings.token_embedding.weight
         rows = weight[:: len(weight) // 8][:8].double()
         fingerprint = tuple(round(norm, 5) for norm in rows.norm(dim=1).tolist())

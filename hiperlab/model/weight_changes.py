@@ -58,11 +58,11 @@ class InTurn(Change):
         return made.to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Of all parts."""
+        """The tensors of all parts, of any shape."""
         return tuple(each for part in self.parts for each in part.tensors())
 
     def settings(self) -> Hashable:
-        """Of all parts."""
+        """The settings of all parts."""
         return tuple(part.settings() for part in self.parts)
 
 
@@ -85,11 +85,11 @@ class Summed(Change):
         return (frozen + sum(part.apply(frozen).to(kind) - frozen for part in self.parts)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Of all parts."""
+        """The tensors of all parts, of any shape."""
         return tuple(each for part in self.parts for each in part.tensors())
 
     def settings(self) -> Hashable:
-        """Of all parts."""
+        """The settings of all parts."""
         return tuple(part.settings() for part in self.parts)
 
 

@@ -1,1 +1,1 @@
-"""Optimizers and what they decay."""
+"""Muon, and weight decay for methods that train offsets of weights."""
