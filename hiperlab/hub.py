@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import threading
 
+import huggingface_hub
+from huggingface_hub import constants
+
 PROBE_SECONDS = 10.0
 
 
 @functools.cache
 def hub_problem() -> str | None:
     """Why the hub cannot be asked, or None. Asked once per process, for at most about ten seconds."""
-    from huggingface_hub import constants, get_session
-
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     answer: list[str | None] = []
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS / 2)
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS / 2)
             answer.append(None)
         except Exception as error:  # any failure at all means the same here, and its reason goes into the message
             answer.append(first_line(error))

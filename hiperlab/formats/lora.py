@@ -15,6 +15,12 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -97,7 +103,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _from_kohya(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin  # heavy, and only LoRA files need it
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin  # it loads peft, which only LoRA files need
 
     try:
         return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
@@ -116,8 +122,6 @@ def _full(key: str) -> str:
 
 def _named(values: Mapping[str, Any], part: str) -> dict[str, Any]:
     """One part's values by PEFT's names, "<module>.lora_A.weight", and alphas by "<module>.lora_A.weight.alpha"."""
-    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-
     mine = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
     if part == "unet":
         return convert_unet_state_dict_to_peft(mine)
@@ -171,7 +175,6 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: 
         text_prefix: "text_model." where the installed transformers names the text model's modules so, else "".
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from diffusers.utils import convert_state_dict_to_diffusers
 
     unet, text = _peft(adapter.unet, ""), _peft(adapter.text, "text_model.")  # the name older stacks know too
     settings = {part: _config(pairs, scale) for part, pairs in (("unet", adapter.unet), ("text", adapter.text))}
@@ -220,7 +223,6 @@ def _whole(value: float) -> Any:
 
 
 def _write_kohya(path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], scale: float) -> Path:
-    from diffusers.utils import convert_state_dict_to_kohya
 
     named = {f"unet.{key}": value for key, value in unet.items()} | {
         f"text_encoder.{key}": value for key, value in text.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from hiperlab.errors import UserError
@@ -55,8 +56,6 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The other way: transformers' names -> OpenCLIP's."""
-    import torch
-
     plain = {theirs: ours for ours, theirs in PLAIN.items()}
     block = {theirs: ours for ours, theirs in BLOCK.items()}
     found: dict[str, Tensor] = {}

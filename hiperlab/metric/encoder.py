@@ -11,15 +11,13 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
-from hiperlab.metric.preprocess import Preprocess
+from hiperlab.metric.features import ClipFeatures, Features, VisionFeatures
+from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
 
 _CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -69,9 +67,6 @@ class HubClip(Encoder):
     def load(self, key: str) -> Features:
         """Build both towers in float32."""
         import open_clip
-
-        from hiperlab.metric.features import ClipFeatures
-        from hiperlab.metric.preprocess import make_transform
 
         file = self._file(key)
         try:
@@ -131,8 +126,6 @@ class FolderClip(Encoder):
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-        from hiperlab.metric.features import ClipFeatures
-
         folder, file = self._folder(key)
         text = (folder / "open_clip_config.json").read_text(encoding="utf-8")
         try:
@@ -185,9 +178,6 @@ class HubVision(Encoder):
     def load(self, key: str) -> Features:
         """Build it in float32, its input size set to the crop; the output is the pooled feature before any head."""
         import timm
-
-        from hiperlab.metric.features import VisionFeatures
-        from hiperlab.metric.preprocess import make_transform
 
         file = self._file(key)
         tensors = read_tensors(file, self.model)

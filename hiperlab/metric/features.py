@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from hiperlab.errors import UserError
 from hiperlab.metric.compare import unit
-
-if TYPE_CHECKING:
-    pass
 
 
 class Features(nn.Module):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from hiperlab.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SLACK = 0.01  # rounding of a half-precision decoder, not another range

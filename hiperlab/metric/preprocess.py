@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from hiperlab.errors import UserError, near
 
@@ -44,8 +45,6 @@ class Preprocess:
 
 def make_transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre, normalise: on PIL, as the published evaluators do."""
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-
     return Compose(
         [
             Resize(preprocess.resize, interpolation=InterpolationMode(preprocess.interpolation)),

@@ -14,16 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from hiperlab.errors import UserError, near
 from hiperlab.metric.edit.scores import EditScore
 from hiperlab.metric.encoder import Encoder
+from hiperlab.metric.features import Features
+from hiperlab.metric.torchmetric import ClipImage, ClipText, Identity, ImageSimilarity, Similarity
 from hiperlab.metric.weights import MissingWeightsError
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
-    from hiperlab.metric.torchmetric import ImageSimilarity, Similarity
 
 REVISION = 1  # of the arithmetic in this room; raise it with every change that moves a number
 
@@ -80,8 +78,6 @@ class TextScore:
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.torchmetric import ClipText
-
         return ClipText(features, scale=self.scale)
 
 
@@ -102,8 +98,6 @@ class ImageScore:
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.torchmetric import ClipImage
-
         return ClipImage(features, scale=self.scale, pairing=self.pairing)
 
 
@@ -119,8 +113,6 @@ class IdentityScore(ImageScore):
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.torchmetric import Identity
-
         return Identity(features, scale=self.scale, pairing=self.pairing, missing=self.missing)
 
 

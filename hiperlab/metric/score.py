@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from hiperlab.errors import UserError, near
+from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.edit.scores import EditScore
+from hiperlab.metric.encoder import Encoder
+from hiperlab.metric.features import Features
 from hiperlab.metric.picture import as_pictures, open_picture
 from hiperlab.metric.protocol import ImageScore, Protocol, TextScore, clean
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from hiperlab.metric.edit.distance import EditReference
-    from hiperlab.metric.encoder import Encoder
-    from hiperlab.metric.features import Features
 
 Row = dict[str, Any]
 
@@ -154,8 +151,6 @@ class _Embedded:
 
     def _images(self, sources: Sequence[Path | Image.Image]) -> Tensor:
         """Embed pictures or files (read batch by batch): (B, D)."""
-        import torch
-
         parts = []
         for start in range(0, len(sources), self.batch_size):
             batch = sources[start : start + self.batch_size]
@@ -164,8 +159,6 @@ class _Embedded:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, equal ones once: (B, D)."""
-        import torch
-
         unique = list(dict.fromkeys(texts))
         starts = range(0, len(unique), self.batch_size)
         table = torch.cat([self.features.texts(unique[i : i + self.batch_size]) for i in starts])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from hiperlab.metric.edit.extractor import KeyFeatures, LpipsFeatures, lpips_network
 from hiperlab.metric.encoder import Encoder
-from hiperlab.metric.preprocess import Preprocess
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from hiperlab.metric.features import Features
+from hiperlab.metric.features import ClipFeatures, Features, VisionFeatures
+from hiperlab.metric.preprocess import Preprocess, make_transform
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,6 @@ class TwinClip(Encoder):
     def load(self, key: str) -> Features:
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         import open_clip
-
-        from hiperlab.metric.features import ClipFeatures
-        from hiperlab.metric.preprocess import make_transform
 
         network = _seeded(
             self.seed,
@@ -54,9 +50,6 @@ class TwinVision(Encoder):
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         from timm.models.vision_transformer import VisionTransformer
 
-        from hiperlab.metric.features import VisionFeatures
-        from hiperlab.metric.preprocess import make_transform
-
         crop = self.preprocess.crop
         network = _seeded(
             self.seed,
@@ -73,9 +66,6 @@ class TwinKeys(TwinVision):
 
     def load(self, key: str) -> Features:
         """Build it."""
-        from hiperlab.metric.edit.extractor import KeyFeatures
-        from hiperlab.metric.features import VisionFeatures
-
         loaded = super().load(key)
         assert isinstance(loaded, VisionFeatures)
         return KeyFeatures(loaded.network, loaded.transform, raw=False)
@@ -89,17 +79,11 @@ class TwinLpips(Encoder):
 
     def load(self, key: str) -> Features:
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
-
-        from hiperlab.metric.edit.extractor import LpipsFeatures
-
-        return LpipsFeatures(_seeded(self.seed, lambda: _NoTrainLpips(net="alex", pnet_rand=True)))
+        return LpipsFeatures(_seeded(self.seed, lambda: lpips_network("alex")))
 
 
 def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """Call `build` under its own random state."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

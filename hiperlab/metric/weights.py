@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line, hub_problem
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -39,9 +42,6 @@ def hub_file(repo: str, names: Sequence[str], what: str, key: str) -> Path:
     Raises:
         MissingWeightsError: neither cached nor to be had; within about ten seconds where there is no connection.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
     for name in names:
         cached = huggingface_hub.try_to_load_from_cache(repo, name)
         if isinstance(cached, str):
@@ -93,12 +93,8 @@ def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is broken or holds something else.
     """
-    import torch
-
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(file)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own family of errors; all mean an unusable file

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -158,8 +159,6 @@ def work(
 
 def save(module: ClipModule, folder: Path) -> None:
     """Both towers as transformers' folders, the text projection beside the picture tower it belongs to."""
-    from safetensors.torch import save as as_bytes
-
     module.text.save_pretrained(folder / "text_encoder")
     module.vision.save_pretrained(folder / "image_encoder")
     weight = module.projection.weight.detach().cpu().contiguous()

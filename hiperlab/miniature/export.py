@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from hiperlab import files
 from hiperlab.errors import UserError
@@ -27,9 +29,6 @@ def megabytes(folder: Path) -> float:
 
 def pipeline(shop: Workshop) -> Any:
     """The trained parts as diffusers' pipeline, float16."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     learnt = str(shop.weights("unet"))
     model: Any = UNet2DConditionModel.from_pretrained(learnt, subfolder="unet", local_files_only=True)
     text: Any = CLIPTextModel.from_pretrained(learnt, subfolder="text_encoder", local_files_only=True)
@@ -108,8 +107,6 @@ def _forget_where(config: Path) -> None:
 
 def _image_encoder(shop: Workshop, folder: Path) -> None:
     """The conditioning CLIP's picture tower, so that the report can measure retrieval from the folder alone."""
-    from transformers import CLIPVisionModelWithProjection
-
     source = shop.weights("clip") / "image_encoder"
     tower: Any = CLIPVisionModelWithProjection.from_pretrained(str(source), local_files_only=True)
     tower.half().save_pretrained(folder / "image_encoder")

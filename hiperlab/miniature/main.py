@@ -6,18 +6,28 @@ Exit codes as hiperlab.run's: 0 done, 2 a mistake in what was asked (one line), 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hiperlab.errors import UserError
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from hiperlab.cli.compose import Request, compose, open_hydra
+from hiperlab.cli.flags import arguments, show, shows
+from hiperlab.cli.help import top_keys
+from hiperlab.cli.process import config_dir, guarded
+from hiperlab.errors import UserError, near
 
 MODULES = {  # stage -> module with its `work`
-    "tokenizer": "words",
+    "tokenizer": "tokenizer",
     "data": "pictures",
     **{name: name for name in ("vae", "latents", "clip", "decoder", "unet")},
     **{name: name for name in ("recoded", "identity", "reader", "scorer", "export", "report")},
@@ -30,7 +40,7 @@ usage: python -m hiperlab.miniature [preset=gpu|cpu|smoke] [stages=[…]] [budge
   python -m hiperlab.miniature preset=gpu out=outputs/miniature/gpu          every stage, one folder out
   python -m hiperlab.miniature preset=cpu stages=[tokenizer,data,vae]    some of them
   python -m hiperlab.miniature stages=[report] report.folder=<folder>    measure an exported miniature
-  python -m hiperlab.miniature stages=[data,latents,critic,unet,export] parts_from=hiperlab:weights/mini \\
+  python -m hiperlab.miniature stages=[data,latents,unet,export] parts_from=hiperlab:weights/mini \\
                                  unet.start=<folder>
                                                                            train one part on, keep the shipped others
   python -m hiperlab.miniature --cfg job                                 show the config
@@ -42,19 +52,10 @@ settings:"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line says; returns the exit code."""
-    from hiperlab.cli.process import guarded
-
     return guarded(_main, list(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: list[str]) -> int:
-    from hydra.core.global_hydra import GlobalHydra
-
-    from hiperlab.cli.compose import Request, compose, open_hydra
-    from hiperlab.cli.flags import arguments, show, shows
-    from hiperlab.cli.help import top_keys
-    from hiperlab.cli.process import config_dir
-
     args = arguments(argv)
     conf = Path(args.config_path) if args.config_path else config_dir() / "miniature"
     if args.help:
@@ -82,9 +83,6 @@ def plain(cfg: Any) -> dict[str, Any]:
     Raises:
         UserError: a value is missing or cannot be resolved.
     """
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
-
     with open_dict(cfg):
         cfg.pop("hydra", None)
     try:
@@ -100,8 +98,6 @@ def check(settings: dict[str, Any]) -> list[str]:
     Raises:
         UserError: one line about the first wrong value.
     """
-    from hiperlab.errors import near
-
     size, seed, minutes = settings["size"], settings["seed"], settings["budget_minutes"]
     if not isinstance(size, int) or size % 64 or not 64 <= size <= 512:
         raise UserError(f"size={size}: expected 64, 128, 192, … 512 (the U-Net halves the latents three times).")
@@ -168,9 +164,6 @@ def run(settings: dict[str, Any], command: str) -> int:
 
 def _quiet() -> None:
     """Lightning's banner before every stage and bars over one-file loads would bury the stages' own lines."""
-    import logging
-    import warnings
-
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from hiperlab.base.method import Subject
 from hiperlab.data.concept import fill
@@ -127,8 +128,6 @@ def _similarity(judge: Any, pictures: Tensor, references: Tensor) -> float:
 
 
 def _tensor(picture: Any) -> Tensor:
-    from torchvision.transforms.functional import to_tensor
-
     return to_tensor(picture)
 
 

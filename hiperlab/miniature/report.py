@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -23,12 +24,13 @@ from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.metric.world import network as truth_judge
 from hiperlab.metric.world.attributes import read_attributes
-from hiperlab.miniature import bars, clip, identity, vae
+from hiperlab.miniature import bars, clip, identity, personal, vae
 from hiperlab.miniature.draw_shard import HEADS, Source, truth, wording
 from hiperlab.miniature.pictures import reduced
 from hiperlab.miniature.plan import Workshop
 from hiperlab.report.environment import environment
 from hiperlab.world.caption import article, parse, true_picture
+from hiperlab.world.draw import render
 from hiperlab.world.subjects import PROMPTS, SEEDS, subject, views
 from hiperlab.world.vocabulary import ACCESSORIES, COLOURS, KINDS, PATTERNS, PLACES, POSES, STYLES
 
@@ -80,8 +82,6 @@ def questions(count: int) -> dict[str, list[str]]:
 
 def drawn(name: str, views: int, count: int, size: int) -> tuple[Tensor, list[str], dict[str, Tensor]]:
     """The report's own pictures (N, 3, H, W) in [-1, 1], captions and labels."""
-    from hiperlab.world.draw import render
-
     source = Source(name, SEED, views)
     pixels, captions = [], []
     labels: dict[str, list[int]] = {head: [] for head in HEADS}
@@ -98,8 +98,6 @@ def drawn(name: str, views: int, count: int, size: int) -> tuple[Tensor, list[st
 @torch.no_grad()
 def coded(folder: Path, pixels: Tensor) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] as the autoencoder gives them back, in the same range."""
-    from diffusers import AutoencoderKL
-
     network: Any = AutoencoderKL.from_pretrained(str(folder / "vae"), local_files_only=True).float()
     parts = [network.decode(network.encode(p).latent_dist.mean).sample.clamp(-1, 1) for p in pixels.split(16)]
     return torch.cat(parts)
@@ -163,8 +161,6 @@ def measure_identity(folder: Path, pixels: Tensor) -> float:
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:
     """Plain diffusers."""
-    from diffusers import StableDiffusionPipeline
-
     pipe = StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -309,8 +305,6 @@ def _personal(
     shop: Workshop, place: Path, size: int, settings: dict[str, Any], notes: dict[str, str]
 ) -> dict[str, float]:
     """The sure part of the gain; what it is made of goes into the notes, pictures beside the report."""
-    from hiperlab.miniature import personal
-
     gain, pictures = personal.measure(place, size, **settings)
     notes["personalised"] = str(gain)
     sheet = grid(pictures, 3)

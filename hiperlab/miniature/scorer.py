@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from hiperlab import files
@@ -63,8 +64,6 @@ class ScorerModule(StageModule):
 
 def save(network: Any, described: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """Write the folder `hiperlab.metric.encoder.FolderClip` and open_clip read, in half precision."""
-    from safetensors.torch import save as as_bytes
-
     tensors = {key: value.detach().half().cpu().contiguous() for key, value in network.state_dict().items()}
     tokenizer.save_pretrained(folder)
     files.atomic_write(folder / WEIGHTS, as_bytes(tensors))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, CLIPTextModel
 
@@ -82,8 +82,6 @@ def pretrained(
 
 
 def _scheduler_config(path: str, subfolder: str, **options: Any) -> dict[str, Any]:
-    from diffusers import DDPMScheduler
-
     return dict(DDPMScheduler.load_config(path, subfolder=subfolder, **options))
 
 

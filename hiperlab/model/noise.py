@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled linear betas over 1000 steps
@@ -28,8 +29,6 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistrib
 
 def alphas_cumprod(schedule: Mapping[str, Any] = SCHEDULE) -> Tensor:
     """Share of signal variance left at every timestep of a schedule (1000,), alpha-bar in Ho et al. 2020."""
-    from diffusers import DDPMScheduler
-
     return DDPMScheduler.from_config(dict(schedule)).alphas_cumprod.float()
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import hiperlab
+
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -36,8 +38,6 @@ _PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Plain values for environment.json. Holds no host, user or machine path."""
-    import hiperlab
-
     return {
         "hiperlab": hiperlab.__version__,
         "git": git_state(Path(hiperlab.__file__).parent),

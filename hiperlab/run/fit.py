@@ -6,15 +6,18 @@ import logging
 import time
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from hiperlab import files
 from hiperlab.base import artifact
+from hiperlab.base.method import Method, Subject
 from hiperlab.data.concept import Concept, fill
+from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData
 from hiperlab.errors import UserError
@@ -30,12 +33,6 @@ from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.signals import StopCallback, StopSignals
 from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
 from hiperlab.run.session import Session
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hiperlab.base.method import Method, Subject
-    from hiperlab.data.dataset import DataSet
 
 log = logging.getLogger(__name__)
 

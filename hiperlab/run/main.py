@@ -16,9 +16,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
+
 from hiperlab import __version__
+from hiperlab.cli.compose import Request, check_config, compose, open_hydra
+from hiperlab.cli.flags import arguments, show, shows
+from hiperlab.cli.help import help_text
+from hiperlab.cli.model_defaults import line
+from hiperlab.cli.overrides import values
 from hiperlab.cli.process import config_dir, guarded
+from hiperlab.cli.run_dir import HANDED, choose_run_dir, with_earlier
 from hiperlab.errors import UserError
+from hiperlab.sweep.job import follow_parent
+from hiperlab.sweep.main import run_sweep
 
 JOB = "HIPERLAB_JOB"  # "module:function" instead of the stages; for tests and for running something else in a sweep
 
@@ -39,26 +52,15 @@ def _main(argv: list[str]) -> int:
     if "--version" in argv:
         print(f"hiperlab {__version__}")
         return 0
-    from hiperlab.cli.flags import arguments, show, shows
-    from hiperlab.sweep.job import follow_parent
-
     follow_parent()
     args = arguments(argv)
     conf = Path(args.config_path) if args.config_path else config_dir()
     extra = Path(args.config_dir) if args.config_dir else None
     name = (args.config_name or "config").removesuffix(".yaml")
     if args.help:
-        from hiperlab.cli.help import help_text
-
         with suppress(BrokenPipeError):  # `--help | head`
             print(help_text(conf, extra, name), flush=True)
         return 0
-    from hydra.core.global_hydra import GlobalHydra
-
-    from hiperlab.cli.compose import Request, open_hydra
-    from hiperlab.cli.overrides import values
-    from hiperlab.cli.run_dir import with_earlier
-
     allowed = values(args.overrides).get("allowed_targets") or []
     if not isinstance(allowed, list):
         raise UserError(f"allowed_targets={allowed}: expected a list of modules, allowed_targets=[mymethods].")
@@ -75,32 +77,16 @@ def _main(argv: list[str]) -> int:
 
 def _start(hydra: Any, request: Any, args: argparse.Namespace) -> int:
     """One run or a sweep: `-m`, or an experiment that says `hydra.mode: MULTIRUN`."""
-    from hydra.types import RunMode
-
-    from hiperlab.cli.compose import compose
-
     if args.multirun:
-        from hiperlab.sweep.main import run_sweep
-
         return run_sweep(hydra, request)
     cfg = compose(hydra, request, request.overrides)
     if cfg.hydra.mode == RunMode.MULTIRUN:
-        from hiperlab.sweep.main import run_sweep
-
         return run_sweep(hydra, request)
     return _run(hydra, request, cfg)
 
 
 def _run(hydra: Any, request: Any, cfg: Any) -> int:
     """One run: check, choose the folder, hand over to the stages (what Hydra.run does, without composing again)."""
-    from hydra._internal.callbacks import Callbacks
-    from hydra.core.utils import run_job
-    from hydra.types import HydraContext, RunMode
-
-    from hiperlab.cli.compose import check_config
-    from hiperlab.cli.model_defaults import line
-    from hiperlab.cli.run_dir import HANDED, choose_run_dir
-
     cfg.hydra.mode = RunMode.RUN
     check_config(cfg, request, hydra, request.overrides)
     if said := line(cfg, str(cfg.hydra.runtime.choices.get("model"))):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from hydra.utils import get_class, instantiate
 from PIL import Image
 
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.composition import Composition
+from hiperlab.base.method import Method
 from hiperlab.cli.targets import check_targets
 from hiperlab.errors import UserError
 from hiperlab.report.grid import grid, save_png
 from hiperlab.run.sample import MANIFEST, content_key, digest_of, draw_missing
 from hiperlab.run.session import Session
 
-if TYPE_CHECKING:
-    import torch
-
-    from hiperlab.base.method import Method
 
 def check_artifacts_together(session: Session) -> None:
     """What can be wrong with `artifacts=` and `sample.texts=` before the model loads.
@@ -60,8 +58,6 @@ def compose(session: Session) -> Composition:
 
 
 def _method(session: Session, path: Path, kept: artifact.Artifact) -> Method:
-    from hiperlab.base.method import Method
-
     session.stack.base.check(kept.base, str(path))
     check_targets(kept.settings, session.cfg.allowed_targets)  # the file may come from anywhere
     target = str(kept.settings.get("_target_"))

@@ -12,25 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from hiperlab import files
+from hiperlab.base import artifact
+from hiperlab.base.artifact import Artifact
+from hiperlab.base.method import Method, Subject
 from hiperlab.data.concept import SLOT
+from hiperlab.data.dataset import DataSet
 from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
-
-if TYPE_CHECKING:
-    from hiperlab.base.artifact import Artifact
-    from hiperlab.base.method import Method, Subject
-    from hiperlab.data.dataset import DataSet
-    from hiperlab.metric.protocol import Protocol
-    from hiperlab.model.stack import FrozenStack
-    from hiperlab.report.wandb_logger import GuardedWandb
+from hiperlab.metric.protocol import Protocol
+from hiperlab.model.stack import FrozenStack
+from hiperlab.report.environment import environment
+from hiperlab.report.wandb_logger import GuardedWandb
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,6 @@ class Session:
     @cached_property
     def stack(self) -> FrozenStack:
         """The frozen model in its precision, on the CPU."""
-        import torch
-
         settings = _plain(self.cfg.model)
         switches = settings.pop("optimise", None)
         start = time.monotonic()
@@ -102,16 +101,12 @@ class Session:
     @cached_property
     def device(self) -> Any:
         """Where pictures are drawn and scored when no trainer decides."""
-        import torch
-
         wants_cpu = self.cfg.trainer.accelerator == "cpu"
         return torch.device("cpu" if wants_cpu or not torch.cuda.is_available() else "cuda")
 
     @cached_property
     def subjects(self) -> list[Subject]:
         """What methods may know of the concepts."""
-        from hiperlab.base.method import Subject
-
         return [
             Subject(
                 concept.name, concept.placeholder, concept.word,
@@ -134,8 +129,6 @@ class Session:
     @cached_property
     def kept(self) -> list[Artifact]:
         """The concepts named by `artifacts=`, which are drawn together; empty in an ordinary run."""
-        from hiperlab.base import artifact
-
         return [artifact.read(Path(path)) for path in self.cfg.artifacts or []]
 
     @property
@@ -177,8 +170,6 @@ class Session:
     @cached_property
     def wandb(self) -> GuardedWandb:
         """The W&B run, the same for all stages."""
-        from hiperlab.report.wandb_logger import GuardedWandb
-
         settings = _plain(self.cfg.logger)
         choices = {**self.choices, **self.identity}
         names = [str(choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
@@ -258,8 +249,6 @@ def open_session(cfg: DictConfig) -> Session:
 
 def write_settings(session: Session, overrides: list[str]) -> None:
     """config.yaml (composed, resolved), overrides.yaml (what was asked) and environment.json."""
-    from hiperlab.report.environment import environment
-
     if not files.is_rank_zero():
         return
     files.atomic_write(session.folder / "config.yaml", OmegaConf.to_yaml(session.cfg, resolve=True))

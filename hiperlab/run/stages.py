@@ -11,6 +11,10 @@ from hiperlab import files
 from hiperlab.cli.hydra_job import resume_command, task_overrides
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.report.environment import command
+from hiperlab.report.signals import StopSignals
+from hiperlab.run import fit, sample, sample_composed, score
+from hiperlab.run.resume import check_resume
+from hiperlab.run.sample_composed import check_artifacts_together
 from hiperlab.run.session import Session, configure_logging, open_session, write_settings
 
 log = logging.getLogger(__name__)
@@ -74,8 +78,6 @@ def check_artifacts(session: Session) -> None:
     Raises:
         UserError: they do not, or the stages include fit.
     """
-    from hiperlab.run.sample_composed import check_artifacts_together
-
     for path in session.given_artifacts:
         if not path.is_file():
             raise UserError(f"artifact={path} does not exist. Give the file of a trained concept.")
@@ -94,8 +96,6 @@ def _check(session: Session) -> None:
     data, protocol = session.data, session.protocol
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "fit" in session.cfg.stages:
-        from hiperlab.run.resume import check_resume
-
         check_resume(session)
     if "score" in session.cfg.stages:
         for message in protocol.fetch():
@@ -104,24 +104,18 @@ def _check(session: Session) -> None:
 
 def _run(session: Session) -> None:
     stages = list(session.cfg.stages)
-    from hiperlab.report.signals import StopSignals
-    from hiperlab.run import fit
-    from hiperlab.run import sample as pictures
-    from hiperlab.run import sample_composed as together
-    from hiperlab.run import score as scoring
-
     with StopSignals() as signals:
         session.update(model_note=session.stack.note)
         if "fit" in stages:
             fit.fit(session, signals, resume_command(session.folder))
         if "sample" in stages:
-            (together if session.kept else pictures).sample(session)
+            (sample_composed if session.kept else sample).sample(session)
         if not files.is_rank_zero():
             return
         if "score" in stages:
-            scoring.score(session)
+            score.score(session)
         if "summary" in stages:
-            scoring.summary(session)
+            score.summary(session)
 
 
 def _say_where(session: Session) -> None:

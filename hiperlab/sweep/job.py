@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shlex
@@ -189,8 +190,6 @@ def follow_parent() -> None:
     parent = os.environ.pop(PARENT, "")
     if not parent.isdigit() or not sys.platform.startswith("linux"):
         return
-    import ctypes
-
     ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
     if os.getppid() != int(parent):  # it died before we could ask
         os.kill(os.getpid(), signal.SIGTERM)

@@ -12,12 +12,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from hiperlab.errors import UserError
 from hiperlab.metric.edit.distance import EditReference
-from hiperlab.metric.edit.extractor import LpipsFeatures, PixelFeatures
+from hiperlab.metric.edit.extractor import LpipsFeatures, PixelFeatures, lpips_network
 from hiperlab.metric.edit.ns_lpips import NsLpips, NsLpipsFixed
 from hiperlab.metric.edit.recipe import Lpips, Pixels, TensorKeys
 from hiperlab.metric.edit.scores import (
@@ -49,14 +49,14 @@ def levels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None]
 
 
-def make_lpips(net: str) -> _NoTrainLpips:
+def make_lpips(net: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
+        return lpips_network(net)
 
 
 @pytest.fixture(scope="module")
-def alex() -> _NoTrainLpips:
+def alex() -> nn.Module:
     return make_lpips("alex")
 
 
@@ -125,7 +125,7 @@ def test_text_score_of_the_edited_part() -> None:
         measure(ColourFeatures(), [plain((1, 2, 3))], ["green"], EditReference(SOURCE, "a", mask=BOX))
 
 
-def test_ns_lpips_as_released_and_as_meant(alex: _NoTrainLpips) -> None:
+def test_ns_lpips_as_released_and_as_meant(alex: nn.Module) -> None:
     """The script's steps with torchvision's transforms: resize, [0, 1], grey background as stored."""
     from torchvision.transforms import Compose, Grayscale, Resize, ToTensor
 
@@ -144,7 +144,7 @@ def test_ns_lpips_as_released_and_as_meant(alex: _NoTrainLpips) -> None:
 
 
 @pytest.mark.parametrize("member", [NsLpips, NsLpipsFixed])
-def test_ns_lpips_sees_the_background_only(alex: _NoTrainLpips, member: type[NsLpips]) -> None:
+def test_ns_lpips_sees_the_background_only(alex: nn.Module, member: type[NsLpips]) -> None:
     inside, outside = SOURCE.copy(), SOURCE.copy()
     inside.paste(DRAWN.crop((12, 8, 26, 36)), (12, 8))
     outside.paste(DRAWN.crop((34, 4, 48, 40)), (34, 4))
@@ -157,7 +157,7 @@ def test_ns_lpips_sees_the_background_only(alex: _NoTrainLpips, member: type[NsL
     assert unknown.isnan().all() and nothing.isnan().all()
 
 
-def test_lpips_over_alexnet_reads_torchvisions_file(alex: _NoTrainLpips, tmp_path: Path) -> None:
+def test_lpips_over_alexnet_reads_torchvisions_file(alex: nn.Module, tmp_path: Path) -> None:
     names = {f"features.{own.split('.', 1)[1]}": value for own, value in alex.net.state_dict().items()}
     torch.save(names, tmp_path / "alexnet.pth")
     loaded = Lpips("alex", str(tmp_path / "alexnet.pth")).load("metric.encoders.alex")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from hiperlab.metric.pixel_distance import edge_distance
 
@@ -87,8 +88,6 @@ def psnr(pictures: Tensor, others: Tensor) -> Tensor:
 
 def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (B,) with torchmetrics' settings, as in PIE-Bench."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     values = structural_similarity_index_measure(pictures, others.expand_as(pictures), data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.reshape(len(pictures))
@@ -97,8 +96,8 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
 def truth_distance(picture: Tensor, truth: Tensor) -> Tensor:
     """Distance of a picture (3, H, W) to the true result (3, H, W), in [0, 1], a number.
 
-    The mean of two parts, each as in `metric.world.distance.distances`: values after a 3x3 blur, and edges. It is the least
-    over mirrorings and small moves of the camera, because no method is asked to keep the camera.
+    The mean of two parts, each as in `metric.world.distance.distances`: values after a 3x3 blur, and edges. It is the
+    least over mirrorings and small moves of the camera, because no method is asked to keep the camera.
     """
     views = cameras(truth)
     drawn = picture[None].expand_as(views)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from hiperlab.metric.features import Features, content, exact
 
@@ -77,11 +78,20 @@ class KeyFeatures(Features):
         return normalise(255 * values)
 
 
+def lpips_network(net: str) -> Any:
+    """LPIPS v0.1 over "squeeze", "alex" or "vgg": its own learnt weights, the backbone's random until they are loaded.
+
+    A private class of torchmetrics, hence its upper bound in pyproject.toml: the public one cannot be built without
+    fetching a backbone, and ours comes from a file that the user may name.
+    """
+    return _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
+
+
 class LpipsFeatures(Features):
     """LPIPS v0.1 with its learnt weights.
 
     Args:
-        network: torchmetrics' LPIPS network, backbone weights loaded.
+        network: from `lpips_network`, backbone weights loaded.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.edit.scores import BATCH, EditScore
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from hiperlab.metric.edit.distance import EditReference
-    from hiperlab.metric.features import Features
+from hiperlab.metric.features import Features
 
 SIDE = 256  # at which pictures are compared
 LUMA = 0.2989 + 0.587 + 0.114  # torchvision's weights of grey, one short of 1 in the fourth place
@@ -33,8 +33,6 @@ class NsLpips(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,); NaN where no mask is known."""
-        import torch
-
         if reference.mask is None:
             return torch.full((len(pictures),), torch.nan)
         kept = self.background(_unit([reference.mask.convert("L")]))
@@ -71,10 +69,6 @@ class NsLpipsFixed(NsLpips):
 
 def _unit(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures squeezed to one side, bilinear: (B, C, SIDE, SIDE) in [0, 1]."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
     small = [picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for picture in pictures]
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).float() / 255
     return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)

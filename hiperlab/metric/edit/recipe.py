@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from hiperlab.errors import UserError, near
 from hiperlab.hub import first_line, hub_problem
+from hiperlab.metric.edit.extractor import KeyFeatures, LpipsFeatures, PixelFeatures, lpips_network
 from hiperlab.metric.encoder import Encoder, HubVision
+from hiperlab.metric.features import Features, VisionFeatures
 from hiperlab.metric.weights import MissingWeightsError, local_file, read_tensors
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
 
 # torchvision's ImageNet weights, over which LPIPS's own weights were learnt
 BACKBONES = {
@@ -39,8 +40,6 @@ class Pixels(Encoder):
 
     def load(self, key: str) -> Features:
         """Nothing to load."""
-        from hiperlab.metric.edit.extractor import PixelFeatures
-
         return PixelFeatures(self.size)
 
 
@@ -56,9 +55,6 @@ class HubKeys(HubVision):
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
-        from hiperlab.metric.edit.extractor import KeyFeatures
-        from hiperlab.metric.features import VisionFeatures
-
         loaded = super().load(key)
         assert isinstance(loaded, VisionFeatures)
         if not hasattr(loaded.network, "blocks"):
@@ -78,10 +74,6 @@ class TensorKeys(HubKeys):
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
-        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-
-        from hiperlab.metric.edit.extractor import KeyFeatures
-
         loaded, how = super().load(key), self.preprocess
         assert isinstance(loaded, KeyFeatures)
         resize = Resize(how.resize, InterpolationMode(how.interpolation), antialias=self.antialias)
@@ -107,13 +99,9 @@ class Lpips(Encoder):
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
-
-        from hiperlab.metric.edit.extractor import LpipsFeatures
-
         file = self._file(key)
         tensors = read_tensors(file, self._what)
-        network = _NoTrainLpips(net=self.net, pnet_rand=True)  # type: ignore[arg-type]
+        network = lpips_network(self.net)
         # Its slices keep torchvision's numbers: slices.1.3.squeeze.weight is features.3.squeeze.weight.
         names = {own: own.removeprefix("slices.").split(".", 1)[1] for own in network.net.state_dict()}
         try:
@@ -131,8 +119,6 @@ class Lpips(Encoder):
         return f"LPIPS's backbone {self.net}"
 
     def _file(self, key: str) -> Path:
-        import torch
-
         if self.path:
             return local_file(self.path, self._what, f"{key}.path")
         name = BACKBONES[self.net]

@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-    from torch import Tensor
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-    from hiperlab.metric.edit.distance import EditReference
-    from hiperlab.metric.features import Features
+from hiperlab.errors import UserError
+from hiperlab.metric.compare import text_similarity
+from hiperlab.metric.edit.distance import EditReference, direction, mse, psnr, ssim, structure_distance, truth_distance
+from hiperlab.metric.features import Features
 
 BATCH = 16  # pictures a pass of the costly encoders
 
@@ -48,10 +50,6 @@ class DirectionScore(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Cosines (B,)."""
-        import torch
-
-        from hiperlab.metric.edit.distance import direction
-
         words = features.texts([reference.source_text, *texts])
         every = [reference.source, *pictures]
         seen = torch.cat([features.images(every[at : at + BATCH]) for at in range(0, len(every), BATCH)])
@@ -68,10 +66,6 @@ class StructureScore(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,)."""
-        import torch
-
-        from hiperlab.metric.edit.distance import structure_distance
-
         source = features.patches([reference.source])
         parts = [
             structure_distance(features.patches(pictures[at : at + BATCH]), source)
@@ -124,10 +118,6 @@ class EditedTextScore(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Scores (B,)."""
-        import torch
-
-        from hiperlab.metric.compare import text_similarity
-
         kept = _kept(reference, edited=True)
         if kept is None:
             return _nothing(len(pictures))
@@ -146,8 +136,6 @@ class ReconstructionPsnr(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Decibels (B,)."""
-        from hiperlab.metric.edit.distance import psnr
-
         return psnr(features.pixels(pictures), features.pixels([reference.source]))
 
 
@@ -178,8 +166,6 @@ class BackgroundMse(_Background):
 
     def compare(self, pictures: Tensor, source: Tensor) -> Tensor:
         """Errors (B,)."""
-        from hiperlab.metric.edit.distance import mse
-
         return mse(pictures, source)
 
 
@@ -188,8 +174,6 @@ class BackgroundPsnr(_Background):
 
     def compare(self, pictures: Tensor, source: Tensor) -> Tensor:
         """Decibels (B,)."""
-        from hiperlab.metric.edit.distance import psnr
-
         return psnr(pictures, source)
 
 
@@ -198,8 +182,6 @@ class BackgroundSsim(_Background):
 
     def compare(self, pictures: Tensor, source: Tensor) -> Tensor:
         """In [-1, 1] (B,)."""
-        from hiperlab.metric.edit.distance import ssim
-
         return ssim(pictures, source)
 
 
@@ -213,10 +195,6 @@ class EditTruthScore(EditScore):
         self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,); where truths are known, the source is the truth of its own text."""
-        import torch
-
-        from hiperlab.metric.edit.distance import truth_distance
-
         known = dict(reference.truths)
         if known:
             known.setdefault(reference.source_text, reference.source)
@@ -230,8 +208,6 @@ class EditTruthScore(EditScore):
 
 def _perceptual(features: Features, pictures: Sequence[Image.Image], source: Image.Image) -> Tensor:
     """Perceptual distances (B,) to one picture."""
-    import torch
-
     for picture in pictures:
         _check_size(picture, source)
     parts = [
@@ -243,9 +219,6 @@ def _perceptual(features: Features, pictures: Sequence[Image.Image], source: Ima
 
 def _kept(reference: EditReference, edited: bool) -> np.ndarray | None:
     """Where the mask is white (edited) or black: uint8 (H, W, 1) of 0 and 1 at the source's size; None if nowhere."""
-    import numpy as np
-    from PIL import Image
-
     if reference.mask is None:
         return None
     mask = reference.mask.convert("L").resize(reference.source.size, Image.Resampling.NEAREST)
@@ -255,17 +228,12 @@ def _kept(reference: EditReference, edited: bool) -> np.ndarray | None:
 
 def _cut(picture: Image.Image, kept: np.ndarray, source: Image.Image) -> Image.Image:
     """The picture, black where nothing is kept."""
-    import numpy as np
-    from PIL import Image
-
     _check_size(picture, source)
     return Image.fromarray(np.asarray(picture) * kept)
 
 
 def _check_size(picture: Image.Image, source: Image.Image) -> None:
     """Refuse another size than the source's: resampling would be a change of its own."""
-    from hiperlab.errors import UserError
-
     if picture.size != source.size:
         raise UserError(
             f"a drawn picture has {picture.width} x {picture.height} pixels, its source {source.width} x "
@@ -275,6 +243,4 @@ def _check_size(picture: Image.Image, source: Image.Image) -> None:
 
 def _nothing(count: int) -> Tensor:
     """No score for so many pictures."""
-    import torch
-
     return torch.full((count,), torch.nan)

@@ -15,17 +15,18 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
 from hiperlab.metric.encoder import Encoder
+from hiperlab.metric.face.extractor import FaceFeatures, Found, largest
+from hiperlab.metric.features import Features
 from hiperlab.metric.protocol import ImageScore
+from hiperlab.metric.torchmetric import ImageSimilarity
 from hiperlab.metric.weights import MissingWeightsError
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
-    from hiperlab.metric.torchmetric import ImageSimilarity
 
 ALIGN = ("detect", "centre")
 CHANNELS = ("rgb", "bgr")
@@ -74,8 +75,6 @@ class OnnxFace(Encoder):
     def load(self, key: str) -> Features:
         """Both networks, on the CPU."""
         found = self._files(key)
-        from hiperlab.metric.face.extractor import FaceFeatures
-
         weights = hashlib.sha256()
         for file in found:
             weights.update(file.read_bytes())
@@ -108,8 +107,6 @@ class FoundScore(ImageScore):
 
     def build(self, features: Features) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.face.extractor import Found
-
         return Found(features, scale=self.scale, pairing=self.pairing)
 
 
@@ -141,9 +138,6 @@ def _detector(file: Path, confidence: float) -> Any:
         UserError: OpenCV refuses the file.
     """
     import cv2
-    import numpy as np
-
-    from hiperlab.metric.face.extractor import largest
 
     try:
         finder = cv2.FaceDetectorYN.create(str(file), "", (320, 320), confidence)

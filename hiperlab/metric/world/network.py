@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from hiperlab import files
@@ -82,8 +85,6 @@ class Judge(nn.Module):
 
 def save(judge: Judge, folder: Path) -> None:
     """Write a judge in half precision."""
-    from safetensors.torch import save as as_bytes
-
     tensors = {key: value.detach().half().cpu().contiguous() for key, value in judge.state_dict().items()}
     files.atomic_write(folder / WEIGHTS, as_bytes(tensors))
     files.write_json(folder / CONFIG, asdict(judge.shape))
@@ -95,9 +96,6 @@ def load(folder: Path) -> Judge:
     Raises:
         UserError: the folder does not hold one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         shape = Shape(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.metric.encoder import Encoder
+from hiperlab.metric.features import Features
 from hiperlab.metric.weights import MissingWeightsError
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
-    from hiperlab.metric.world.network import Judge
+from hiperlab.metric.world.extractor import IdentityFeatures, ReaderFeatures, TruthFeatures
+from hiperlab.metric.world.network import Judge, load
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,8 @@ class _FolderJudge(Encoder):
         return folder
 
     def _load(self, key: str, labelled: bool) -> Judge:
-        from hiperlab.metric.world import network as truth_judge
-
         folder = self._folder(key)
-        judge = truth_judge.load(folder)
+        judge = load(folder)
         if bool(judge.shape.labels) != labelled:
             wanted = "attributes" if labelled else "identity"
             raise UserError(f"{key}.path={folder} is the other judge: name judges/{wanted}.")
@@ -55,8 +51,6 @@ class FolderIdentity(_FolderJudge):
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
-        from hiperlab.metric.world.extractor import IdentityFeatures
-
         return IdentityFeatures(self._load(key, labelled=False))
 
 
@@ -66,8 +60,6 @@ class FolderReader(_FolderJudge):
 
     def load(self, key: str) -> Features:
         """Build it in float32."""
-        from hiperlab.metric.world.extractor import ReaderFeatures
-
         return ReaderFeatures(self._load(key, labelled=True))
 
 
@@ -93,6 +85,4 @@ class WorldTruth(Encoder):
 
     def load(self, key: str) -> Features:
         """Nothing to load but the drawing library."""
-        from hiperlab.metric.world.extractor import TruthFeatures
-
         return TruthFeatures(self.size, self.shifts, self.zooms)

@@ -6,13 +6,13 @@ Which attribute is said by the class, not by a setting, because a protocol check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from hiperlab.metric.features import Features
 from hiperlab.metric.protocol import TextScore
-
-if TYPE_CHECKING:
-    from hiperlab.metric.features import Features
-    from hiperlab.metric.torchmetric import Similarity
+from hiperlab.metric.torchmetric import Similarity
+from hiperlab.metric.world.attributes import AttributeMatch
+from hiperlab.metric.world.distance import TruthDistance
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,6 @@ class AttributeScore(TextScore):
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.world.attributes import AttributeMatch
-
         return AttributeMatch(features, self.scale, self.attribute)
 
 
@@ -72,6 +70,4 @@ class TruthScore(TextScore):
 
     def build(self, features: Features) -> Similarity:
         """The torchmetrics metric with these settings."""
-        from hiperlab.metric.world.distance import TruthDistance
-
         return TruthDistance(features, self.scale)
