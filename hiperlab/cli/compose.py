@@ -30,7 +30,6 @@ from hiperlab.errors import UserError, near
 
 STAGES = ("fit", "sample", "score", "summary")
 EXTRAS = {  # the module that a launcher or sweeper needs -> what installs it
-    "hydra_plugins.hydra_joblib_launcher": ("joblib", "hydra/launcher=joblib"),
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra/launcher=submitit_*"),
     "hydra_plugins.hiperlab_optuna": ("optuna", "hydra/sweeper=optuna"),
 }

@@ -50,13 +50,14 @@ def compare(sweep_dir: Path, jobs: Sequence[Job]) -> str:
     picture = _side_by_side(sweep_dir, jobs)
     lines = _lines(totals, keys)
     notes = [] if all(row["trained"] for row in totals) else ["The judge is UNTRAINED: these numbers measure nothing."]
-    body = [
-        f"<h1>{page.escape(sweep_dir.name)}</h1>",
-        page.notes(notes),
-        page.section("Scores over all concepts", page.table(lines[0], lines[1:], "95 % intervals by bootstrap.")),
-        page.section("Pictures", page.figure(picture, sweep_dir, "same prompt and seed")) if picture else "",
-    ]
-    files.atomic_write(sweep_dir / "comparison.html", page.page(f"hiperlab: {sweep_dir.name}", body))
+    html = page.render(
+        "comparison.html",
+        name=sweep_dir.name,
+        must_know=notes,
+        scores=page.Table(lines[0], lines[1:], "95 % intervals by bootstrap."),
+        picture=page.figure(picture, sweep_dir, "same prompt and seed") if picture else None,
+    )
+    files.atomic_write(sweep_dir / "comparison.html", html)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     return "\n".join([*text, *notes, str(sweep_dir / "comparison.html")])

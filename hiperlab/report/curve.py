@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from hiperlab.report.page import render
 
 _W, _H, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 240, 58, 34, 10, 10
 _MOST = 1200  # points drawn: more than the pixels there are
@@ -37,19 +38,22 @@ def curve(steps: Sequence[float], values: Sequence[float | None], label: str) ->
     def y(value: float) -> float:
         return _TOP + (high - value) / (high - low or 1) * (_H - _TOP - _BOTTOM)
 
-    def line(numbers: Sequence[float], name: str) -> str:
-        marks = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in list(zip(xs, numbers, strict=True))[::every])
-        return f'<polyline class="{name}" points="{marks}"/>'
+    def line(numbers: Sequence[float]) -> list[tuple[float, float]]:
+        return [(x(step), y(value)) for step, value in list(zip(xs, numbers, strict=True))[::every]]
 
-    parts = [f'<svg class="curve" viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(label)} over steps">']
-    for tick in y_ticks:
-        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in (tick for tick in x_ticks if xs[0] <= tick <= xs[-1]):
-        parts.append(f'<text x="{x(tick):.1f}" y="{_H - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(_LEFT + _W) / 2}" y="{_H - 2}" text-anchor="middle">optimizer steps</text>')
-    parts += [line([v for _, v in points], "raw"), line(smooth, "mean"), "</svg>"]
-    return "".join(parts)
+    return render(
+        "curve.svg",
+        label=label,
+        width=_W,
+        height=_H,
+        left=_LEFT,
+        right=_W - _RIGHT,
+        bottom=_H - _BOTTOM,
+        middle=(_LEFT + _W) / 2,
+        across=[(y(tick), f"{tick:g}") for tick in y_ticks],
+        below=[(x(tick), f"{tick:g}") for tick in x_ticks if xs[0] <= tick <= xs[-1]],
+        lines=[("raw", line([value for _, value in points])), ("mean", line(smooth))],
+    )
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -41,45 +41,37 @@ def write_report(
     """
     folder = Path(run_dir)
     name = " · ".join(str(results[key]) for key in ("method", "data", "model") if results.get(key)) or folder.name
-    body = [
-        f"<h1>{page.escape(name)}</h1>",
-        f'<p class="soft">hiperlab run {page.escape(folder.name)}</p>',
-        page.notes(list(notes)),
-        _what(folder, results),
-        page.section("Scores", _scores(results.get("scores") or aggregate(rows)), _per_prompt(rows)),
-        page.section("Pictures", *_pictures(folder)),
-        page.section("Training", *_losses(folder), *_training_samples(folder)),
-        page.section("Cost", *_cost(folder, results)),
-        _environment(folder),
-    ]
+    concepts = ", ".join(map(str, results.get("concepts") or ()))
+    what = [(key, results.get(key)) for key in ("status", "method", "model", "data", "seed", "steps")]
+    config = folder / "config.yaml"
+    strips = sorted([*folder.glob("grids/train-*.png"), *folder.glob("concepts/*/grids/train-*.png")])
+    html = page.render(
+        "report.html",
+        name=name,
+        folder=folder.name,
+        must_know=notes,
+        what=[*what, ("concepts", concepts)],
+        command=results.get("command"),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        scores=_scores(results.get("scores") or aggregate(rows)),
+        prompts=_per_prompt(rows),
+        pictures=_pictures(folder),
+        losses=_losses(folder),
+        samples=_training_samples(folder, strips),
+        drawn_samples=len(strips),
+        cost=_cost(results),
+        artifacts=_artifacts(folder),
+        **_environment(folder),
+    )
     target = folder / "report.html"
-    files.atomic_write(target, page.page(f"hiperlab: {name}", body))
+    files.atomic_write(target, html)
     return target
 
 
-def _what(folder: Path, results: Mapping[str, Any]) -> str:
-    concepts = ", ".join(map(str, results.get("concepts") or ()))
-    names = ("status", "method", "model", "data", "seed", "steps")
-    command = str(results.get("command") or "")
-    config = folder / "config.yaml"
-    return page.section(
-        "What was run",
-        page.facts([*((name, results.get(name)) for name in names), ("concepts", concepts)]),
-        f'<pre class="command">{page.escape(command)}</pre>' if command else "",
-        page.details("Composed config", config.read_text(encoding="utf-8") if config.is_file() else ""),
-    )
-
-
-def _scores(scores: Sequence[Mapping[str, Any]]) -> str:
+def _scores(scores: Sequence[Mapping[str, Any]]) -> page.Table:
     """The table of `metric.table.aggregate`, further columns (such as a variant) first."""
     known = {"metric", "concept", "mean", "low", "high", "n", "missed", "ceiling"}
-    known |= {
-        "protocol",
-        "protocol_hash",
-        "trained",
-        "weights",
-        "lower_is_better",
-    }  # said in the caption, or in the run's notes
+    known |= {"protocol", "protocol_hash", "trained", "weights", "lower_is_better"}  # in the caption, or in the notes
     more = [name for name in (scores[0] if scores else ()) if name not in known]
     head = [*more, "metric", "concept", "mean", "95 % interval", "n", "missed", "real pictures"]
     lines = []
@@ -102,11 +94,11 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> str:
         + "Real pictures: the references scored against each other, about as high as a score can honestly get."
     )
     classes = ["total" if score.get("concept") == "all" else "" for score in scores]
-    return page.table(head, lines, caption, classes)
+    return page.Table(head, lines, caption, classes)
 
 
-def _per_prompt(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Means per concept and prompt, one column per metric, folded away."""
+def _per_prompt(rows: Sequence[Mapping[str, Any]]) -> page.Table:
+    """Means per concept and prompt, one column per metric."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         if row.get("prompt") and row.get("picture") != REAL and row.get("value") is not None:
@@ -117,65 +109,62 @@ def _per_prompt(rows: Sequence[Mapping[str, Any]]) -> str:
         [concept, prompt, *(_number(fmean(place[metric])) if metric in place else "–" for metric in metrics)]
         for (concept, prompt), place in values.items()
     ]
-    table = page.table(["concept", "prompt", *metrics], lines)
-    return f"<details><summary>Per prompt</summary>{table}</details>" if table else ""
+    return page.Table(["concept", "prompt", *metrics], lines)
 
 
-def _pictures(folder: Path) -> list[str]:
+def _pictures(folder: Path) -> list[page.Figure]:
     """Every grid but those drawn while training."""
     paths = sorted(path for path in folder.glob("grids/*.png") if not path.name.startswith("train-"))
     return [page.figure(path, folder, path.stem) for path in paths]
 
 
-def _training_samples(folder: Path, most: int = 8) -> list[str]:
-    """A strip over steps: the first, the last and evenly chosen ones between."""
-    paths = sorted([*folder.glob("grids/train-*.png"), *folder.glob("concepts/*/grids/train-*.png")])
-    if not paths:
+def _training_samples(folder: Path, strips: Sequence[Path], most: int = 8) -> list[page.Figure]:
+    """Over steps: the first, the last and evenly chosen ones between."""
+    if not strips:
         return []
-    count = min(most, len(paths))
-    chosen = sorted({round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)})
-    steps = [(paths[i], int(paths[i].stem.removeprefix("train-"))) for i in chosen]
-    left_out = f" ({len(paths)} were drawn, all are in grids/)" if len(chosen) < len(paths) else ""
-    figures = [page.figure(path, folder, f"after {step} steps") for path, step in steps]
-    return [f"<h3>Samples while training{left_out}</h3>", page.flow(figures)]
+    count = min(most, len(strips))
+    chosen = sorted({round(i * (len(strips) - 1) / max(1, count - 1)) for i in range(count)})
+    return [page.figure(strips[i], folder, f"after {int(strips[i].stem.removeprefix('train-'))} steps") for i in chosen]
 
 
-def _losses(folder: Path) -> list[str]:
-    """The run's curve, or one per concept where they were trained one by one."""
-    return [_loss(folder), *(_loss(part, f" ({part.name})") for part in sorted(folder.glob("concepts/*")))]
+def _losses(folder: Path) -> list[tuple[str, str]]:
+    """The run's curve, or one per concept where they were trained one by one, each with whose it is."""
+    parts = [("", folder), *((f" ({part.name})", part) for part in sorted(folder.glob("concepts/*")))]
+    found = [(whose, _loss(part)) for whose, part in parts]
+    return [(whose, drawn) for whose, drawn in found if drawn]
 
 
-def _loss(folder: Path, whose: str = "") -> str:
+def _loss(folder: Path) -> str:
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row and row.get("step") is not None]
-    drawn = curve([row["step"] for row in rows], [row["loss"] for row in rows], "loss")
-    if not drawn:
-        return ""
-    caption = f"Loss{page.escape(whose)} of each step (pale), running mean. It depends mostly on the timesteps drawn."
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+    return curve([row["step"] for row in rows], [row["loss"] for row in rows], "loss")
 
 
-def _cost(folder: Path, results: Mapping[str, Any]) -> list[str]:
-    seconds = results.get("seconds") or {}
-    memory = results.get("peak_memory") or {}
+def _cost(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
     trained = results.get("trainable_parameters")
-    artifacts = sorted(path for path in folder.glob("artifacts/*") if path.is_file() and path.suffix != ".md")
-    cards: list[tuple[str, Any]] = [(f"{stage}, seconds", f"{float(value):.1f}") for stage, value in seconds.items()]
-    cards += [(f"peak memory, {kind}", _bytes(value)) for kind, value in memory.items()]
+    cards: list[tuple[str, Any]] = [
+        (f"{stage}, seconds", f"{float(value):.1f}") for stage, value in (results.get("seconds") or {}).items()
+    ]
+    cards += [(f"peak memory, {kind}", _bytes(value)) for kind, value in (results.get("peak_memory") or {}).items()]
     cards += [("trained parameters", f"{trained:,}".replace(",", "\N{THIN SPACE}") if trained is not None else None)]
-    lines = [[path.name, _bytes(path.stat().st_size)] for path in artifacts]
-    return [page.facts(cards), page.table(["artifact", "size"], lines)]
+    return cards
 
 
-def _environment(folder: Path) -> str:
+def _artifacts(folder: Path) -> page.Table:
+    artifacts = sorted(path for path in folder.glob("artifacts/*") if path.is_file() and path.suffix != ".md")
+    return page.Table(["artifact", "size"], [[path.name, _bytes(path.stat().st_size)] for path in artifacts])
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Where it ran, as cards, and the versions of its packages as text."""
     path = folder / "environment.json"
     if not path.is_file():
-        return ""
+        return {"environment": [], "packages": ""}
     values = json.loads(path.read_text(encoding="utf-8"))
     git = values.get("git") or {}
     state = git.get("commit", "")[:12] + (" with local changes" if git.get("dirty") else "")
     plain = {"commit": state, **{key: values.get(key) for key in ("hiperlab", "python", "device", "platform")}}
     versions = "\n".join(f"{name} {version}" for name, version in (values.get("packages") or {}).items() if version)
-    return page.section("Environment", page.facts(plain.items()), page.details("Package versions", versions))
+    return {"environment": list(plain.items()), "packages": versions}
 
 
 def _number(value: float | None) -> str:

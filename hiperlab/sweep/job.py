@@ -33,7 +33,7 @@ _SLURM_TASK = re.compile(r"SLURM_(NTASKS.*|NPROCS|TASKS_PER_NODE|PROCID|LOCALID|
 _STEERING = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|run|mode|job\.config|output_subdir|job\.name)\b")
 _ERROR_LINE = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
 # Our launcher files share their name with the plugin's own schema, which Hydra then fills in: just what we want.
-# Here, because this module is also what a joblib or submitit worker imports first.
+# Here, because this module is also what a submitit worker imports first.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/(launcher|sweeper)/.*validated against ConfigStore schema")
 
 

@@ -254,7 +254,7 @@ class FreshProcesses(Launcher):
 
 
 def foreign_job(cfg: DictConfig) -> float | None:
-    """What joblib, submitit and the basic launcher run: the same fresh process, whatever process they run it in.
+    """What submitit and the basic launcher run: the same fresh process, whatever process they run it in.
 
     A failed job returns None and is recorded; raising here would take the other jobs with it.
     """

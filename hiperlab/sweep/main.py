@@ -26,8 +26,8 @@ from hiperlab.errors import StoppedError, UserError
 from hiperlab.sweep import outcome as sweep
 from hiperlab.sweep.launcher import foreign_job
 
-# These do not hand out GPUs, and DDP inside their processes would restart the whole sweep's command line.
-ONE_DEVICE = ("hydra._internal.core_plugins.basic_launcher.", "hydra_plugins.hydra_joblib_launcher.")
+# It does not hand out GPUs, and DDP inside its process would restart the whole sweep's command line.
+ONE_DEVICE = "hydra._internal.core_plugins.basic_launcher."
 
 
 def run_sweep(hydra: Hydra, request: Request) -> int:
@@ -131,5 +131,5 @@ def _refuse_devices(master: DictConfig, cfg: DictConfig) -> None:
     if launcher.startswith(ONE_DEVICE) and not (one and nodes in (1, None)):
         raise UserError(
             f"trainer.devices={devices} in a sweep needs hydra/launcher=process (or submitit_slurm): "
-            "the basic and joblib launchers do not hand out devices."
+            "the basic launcher does not hand out devices."
         )

@@ -348,11 +348,11 @@ def test_an_absent_extra_is_named(here):
     """A Python in which the extras cannot be found."""
     code = (
         "import sys, importlib.util as u; find = u.find_spec;"
-        "gone = ('optuna', 'hydra_plugins.hydra_joblib_launcher');"
+        "gone = ('optuna', 'hydra_plugins.hydra_submitit_launcher');"
         "u.find_spec = lambda name, *a: None if name in gone else find(name, *a);"
         "from hiperlab.run.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    for words, extra in [("hydra/sweeper=optuna", "optuna"), ("hydra/launcher=joblib", "joblib")]:
+    for words, extra in [("hydra/sweeper=optuna", "optuna"), ("hydra/launcher=submitit_local", "slurm")]:
         command = [sys.executable, "-c", code, "--config-path", "conf", "-m", "seed=1,2", words]
         done = subprocess.run(command, env=bench.environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -362,7 +362,6 @@ def test_an_absent_extra_is_named(here):
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("joblib", "hydra_plugins.hydra_joblib_launcher"),
         ("submitit_local", "hydra_plugins.hydra_submitit_launcher"),
         ("basic", "hydra"),
     ],
