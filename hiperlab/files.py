@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 from hiperlab.errors import UserError
 
-LOCK_NAME = ".lock"
+LOCK_NAME, OWNER_NAME, MARKER_NAME = ".lock", ".lock.json", ".lock.marker"
 SHIPPED = "hiperlab:"  # begins a path inside the installed package
-_held: set[Path] = set()  # a POSIX lock never refuses its own process (two runs in one notebook), so we keep count
 
 
 def expand(path: str) -> Path:
@@ -124,8 +124,8 @@ def is_rank_zero() -> bool:
 class RunLock:
     """Holds a run folder for one run: a second run is refused, a dead run's lock is not in the way.
 
-    The kernel drops a POSIX lock when its process ends, however it ends, and forked workers do not inherit it. Where
-    the file system has no locks, the process number and host in the file decide.
+    The system drops a lock when its process ends, however it ends, and forked workers do not keep it. Where the file
+    system has no locks (some NFS), a marker file stands in. It counts while its process lives or is on another host.
 
     Args:
         folder: the run folder; made if missing.
@@ -135,7 +135,7 @@ class RunLock:
     def __init__(self, folder: str | Path, rank_zero: bool | None = None) -> None:
         self.folder = Path(folder).resolve()
         self.rank_zero = is_rank_zero() if rank_zero is None else rank_zero
-        self._file: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
 
     def acquire(self) -> RunLock:
         """Take the folder.
@@ -146,37 +146,38 @@ class RunLock:
         if not self.rank_zero:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOCK_NAME
-        if self.folder in _held:
-            raise self._refusal({"pid": os.getpid(), "host": socket.gethostname()})
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
-        file.seek(0)
-        owner = _owner(file.read())
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise self._refusal(owner) from None
-        except OSError:  # this file system has no locks (some NFS): ask whether the owner is alive
-            if _alive(owner):
-                file.close()
-                raise self._refusal(owner) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
-        file.flush()
-        _held.add(self.folder)
-        self._file = file
+            self._lock = self._locked()
+        except Timeout:
+            raise self._refusal() from None
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(self.folder / OWNER_NAME, owner)
         return self
 
     def release(self) -> None:
-        """Give the folder back. The empty file stays: deleting it would let two runs lock two different files."""
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None
-            _held.discard(self.folder)
+        """Give the folder back. The empty lock may stay: deleting it could let two runs lock two different files."""
+        if self._lock is not None:
+            (self.folder / OWNER_NAME).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
 
-    def _refusal(self, owner: dict[str, Any]) -> UserError:
+    def _locked(self) -> BaseFileLock:
+        """The lock, held, or `Timeout`."""
+        lock: BaseFileLock = FileLock(self.folder / LOCK_NAME, fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise
+        except OSError:  # no locks here
+            lock = SoftFileLock(self.folder / MARKER_NAME)
+            lock.acquire(timeout=1)  # seconds; a marker that somebody left is noticed at the second look
+        return lock
+
+    def _refusal(self) -> UserError:
+        try:
+            owner = json.loads((self.folder / OWNER_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            owner = {}  # it holds the folder and has not said yet who it is
         who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
         since = f" since {owner['since']}" if owner.get("since") else ""
         return UserError(
@@ -190,29 +191,6 @@ class RunLock:
         self.release()
 
 
-def _owner(text: str) -> dict[str, Any]:
-    try:
-        owner = json.loads(text)
-    except ValueError:
-        return {}  # empty after a release, or cut short by a crash: nobody's
-    return owner if isinstance(owner, dict) else {}
-
-
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the process may still run: certain on this host, assumed on another."""
-    if not isinstance(owner.get("pid"), int):
-        return False
-    if owner.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _umask() -> int:
     """The process's umask; it can only be read by setting it."""
     mask = os.umask(0o022)
@@ -222,6 +200,8 @@ def _umask() -> int:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut. Some network file systems cannot, and say so; the rename still holds."""
+    if os.name == "nt":  # it opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
 """Whole or absent, checked, and one run per folder."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -19,6 +19,7 @@ with RunLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
+HOLD_ERROR = "raise OSError(37, 'No locks available')"
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -80,16 +81,20 @@ def test_without_locks_the_process_number_decides(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
-    owner = {"pid": os.getppid(), "host": files.socket.gethostname(), "since": time.strftime("%F %T")}
-    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner))
-    with pytest.raises(UserError):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    without = f"import fcntl\ndef flock(*_):\n    {HOLD_ERROR}\nfcntl.flock = flock\n{HOLD}"
+    holder = subprocess.Popen([sys.executable, "-c", without, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline().strip() == "held"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"):
         files.RunLock(tmp_path).acquire()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner | {"pid": dead.pid}))
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / files.MARKER_NAME).is_file(), "a killed run cannot clean up"
     files.RunLock(tmp_path).acquire().release()
-    (tmp_path / files.LOCK_NAME).write_text(json.dumps(owner | {"pid": dead.pid, "host": "elsewhere"}))
+    with files.RunLock(tmp_path), pytest.raises(UserError):
+        files.RunLock(tmp_path).acquire()  # the same process, as in a notebook
+    (tmp_path / files.MARKER_NAME).write_text(f"{holder.pid}\nelsewhere\n")
+    files.write_json(tmp_path / files.OWNER_NAME, {"pid": holder.pid, "host": "elsewhere"})
     with pytest.raises(UserError, match="elsewhere"):
         files.RunLock(tmp_path).acquire()
 
