@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hiperlab import files
+from hiperlab.clock import Clock
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import SLOT, fill
 from hiperlab.data.images import ImageProblem, read_folder, read_image, to_pixels
@@ -150,10 +150,9 @@ class Prior:
                 "%d of %d class pictures %r are drawn%s",
                 len(missing), self.count, caption, f", kept in {place}" if place else "",
             )  # fmt: skip
-        shown = time.monotonic()
+        clock = Clock(SECONDS_BETWEEN_LINES)
         for start in range(0, len(missing), self.batch_size):
-            if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
-                shown = time.monotonic()
+            if clock.due():
                 log.info("class picture %d of %d", start, len(missing))
             seeds = missing[start : start + self.batch_size]
             for number, picture in zip(seeds, self._draw(model, caption, seeds), strict=True):

@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from hiperlab.clock import Clock
 from hiperlab.miniature import record
 from hiperlab.miniature.module import StageModule
 from hiperlab.miniature.plan import Workshop
@@ -44,15 +45,15 @@ class Watch(Callback):
         self.out_of_time = False
         self._sum: torch.Tensor | None = None
         self._count = 0
-        self._last = self._said = 0.0
+        self._last = 0.0
         self._start = 0
-        self._first = (0, 0.0)
+        self._clock = Clock(seconds)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._last = self._said = time.monotonic()
+        self._last = time.monotonic()
         self._start = trainer.global_step
-        self._first = (self._start, self._last)
+        self._clock = Clock(self.seconds, self._start)
         self.curve[:] = [point for point in self.curve if point[0] <= trainer.global_step]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
@@ -66,26 +67,25 @@ class Watch(Callback):
         self._last = now
         step, limit = trainer.global_step, pl_module.fit_settings.minutes
         if step == self._start + 1:
-            self._first = (step, now)  # the first step pays for compiling; leave it out of the speed
+            self._clock.restart(step)  # the first step pays for compiling; leave it out of the speed
         if limit is not None and pl_module.elapsed >= 60 * limit and step < pl_module.fit_settings.steps:
             self.out_of_time = trainer.should_stop = True
         last = trainer.should_stop or step == pl_module.fit_settings.steps
-        if last or now - self._said >= self.seconds or len(self.curve) < 2:
-            self._speak(step, now, pl_module)
+        if self._clock.due(last or len(self.curve) < 2):
+            self._speak(step, pl_module)
 
-    def _speak(self, step: int, now: float, module: StageModule) -> None:
+    def _speak(self, step: int, module: StageModule) -> None:
         """One line: `vae 1200/6000  loss 0.0712  11.20 step/s  2.1 min left`."""
         assert self._sum is not None
         mean = float(self._sum) / self._count
         self.curve.append([step, round(mean, 6)])
-        self._sum, self._count, self._said = None, 0, now
+        self._sum, self._count = None, 0
         parts = [f"{self.name} {step}/{module.fit_settings.steps}", f"loss {mean:.4f}"]
-        done, took = step - self._first[0], now - self._first[1]
-        if done > 0 and took > 0:
-            left = (module.fit_settings.steps - step) * took / done
+        if speed := self._clock.speed(step):
+            left = (module.fit_settings.steps - step) / speed
             if module.fit_settings.minutes is not None:
                 left = min(left, max(60 * module.fit_settings.minutes - module.elapsed, 0.0))
-            parts += [f"{done / took:.2f} step/s", f"{left / 60:.1f} min left"]
+            parts += [f"{speed:.2f} step/s", f"{left / 60:.1f} min left"]
         print("  ".join(parts), file=sys.stderr, flush=True)
 
 

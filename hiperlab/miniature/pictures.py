@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hiperlab import files
+from hiperlab.clock import Clock
 from hiperlab.errors import UserError
 from hiperlab.miniature import tokenizer as words
 from hiperlab.miniature.draw_shard import HEADS, Shard, Source, draw
@@ -93,15 +94,13 @@ def work(
 
 def _draw_all(shop: Workshop, missing: list[Shard], processes: int, budget: float | None) -> int:
     """Draw shards in order; returns how many were finished when the time was up."""
-    start = said = time.monotonic()
-    done = 0
+    clock, done = Clock(shop.say_every), 0
     for _ in _pool(missing, min(processes, len(missing))):
         done += 1
-        now = time.monotonic()
-        if now - said > shop.say_every:
-            said, left = now, (len(missing) - done) * (now - start) / done
+        if clock.due():
+            left = clock.left(done, len(missing)) or 0.0
             print(f"data {done}/{len(missing)} shards  {left / 60:.1f} min left", file=sys.stderr, flush=True)
-        if budget is not None and now - start > budget:
+        if budget is not None and clock.elapsed > budget:
             break
     return done
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any, TextIO
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
+
+from hiperlab.clock import Clock
 
 
 class StepProgress(ProgressBar):
@@ -29,8 +30,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
         self._seen = 0  # steps shown
         self._start = 0  # step the fit began at
-        self._first = (0, 0.0)  # step and time the speed is measured from
-        self._drawn = 0.0
+        self._clock = Clock(seconds)
 
     def enable(self) -> None:
         """Show progress (Lightning calls it)."""
@@ -44,9 +44,9 @@ class StepProgress(ProgressBar):
         """Open the bar where a resumed run left off."""
         stream = self.stream or sys.stderr
         self._seen = self._start = trainer.global_step
-        self._first = (trainer.global_step, time.monotonic())
-        self._drawn = time.monotonic()
+        self._clock = Clock(self.seconds, self._start)
         if self._enabled and stream.isatty():
+            self._clock.seconds = 0.5  # between two looks at the loss
             self._bar = tqdm(
                 total=trainer.max_steps, initial=self._seen, desc="fit", unit="step", file=stream, dynamic_ncols=True
             )
@@ -57,18 +57,15 @@ class StepProgress(ProgressBar):
         if not self._enabled or step == self._seen:
             return
         advance, self._seen = step - self._seen, step
-        now = time.monotonic()
         if step == self._start + 1:
-            self._first = (step, now)  # the first step pays for warming up; leave it out of the speed
-        last = step == trainer.max_steps
+            self._clock.restart(step)  # the first step pays for warming up; leave it out of the speed
+        due = self._clock.due(step == trainer.max_steps)
         if self._bar is not None:
-            if now - self._drawn > 0.5 or last:
+            if due:
                 self._bar.set_postfix_str(_loss(trainer), refresh=False)
-                self._drawn = now
             self._bar.update(advance)
-        elif now - self._drawn >= self.seconds or last:
-            self._drawn = now
-            print(self._line(trainer, step, now), file=self.stream or sys.stderr, flush=True)
+        elif due:
+            print(self._line(trainer, step), file=self.stream or sys.stderr, flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the terminal in order before the error is printed."""
@@ -86,13 +83,12 @@ class StepProgress(ProgressBar):
         else:
             print(text, file=self.stream or sys.stderr, flush=True)
 
-    def _line(self, trainer: Trainer, step: int, now: float) -> str:
+    def _line(self, trainer: Trainer, step: int) -> str:
         """The line of a job log: `fit 120/500  loss=0.1234  3.20 step/s  02:05 left`."""
-        done, seconds = step - self._first[0], now - self._first[1]
         parts = [f"fit {step}/{trainer.max_steps}", _loss(trainer)]
-        if done and seconds > 0:
-            left = tqdm.format_interval((trainer.max_steps - step) * seconds / done)
-            parts += [f"{done / seconds:.2f} step/s", f"{left} left"]
+        if speed := self._clock.speed(step):
+            left = tqdm.format_interval((trainer.max_steps - step) / speed)
+            parts += [f"{speed:.2f} step/s", f"{left} left"]
         return "  ".join(filter(None, parts))
 
     def _close(self) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hiperlab import files
 from hiperlab.base.method import Method
+from hiperlab.clock import Clock
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
 from hiperlab.metric.table import SOURCE
@@ -105,40 +105,23 @@ def draw_missing(
     missing = [record for record in records if not _is_there(session.folder, record)]
     if len(missing) < len(records):
         log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
-    start = time.monotonic()
     rank, world = _rank()
     mine = missing[rank::world]
-    progress = _Progress(len(mine))
+    clock, done = Clock(SECONDS_BETWEEN_LINES), 0
     for variant in dict.fromkeys(record["variant"] for record in mine):
         chosen = [record for record in mine if record["variant"] == variant]
         for at in range(0, len(chosen), session.cfg.sample.batch_size):
             batch = chosen[at : at + session.cfg.sample.batch_size]
             for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
                 _write(session.folder, record, picture)
-            progress.add(len(batch))
+            done += len(batch)
+            if clock.due(done == len(mine)):
+                each, left = clock.elapsed / done, clock.left(done, len(mine)) or 0.0
+                log.info("drew %d of %d, %.1f s a picture, %.0f s left", done, len(mine), each, left)
     if missing:
-        found["seconds_per_picture"] = round((time.monotonic() - start) / max(1, len(mine)), 3)
+        found["seconds_per_picture"] = round(clock.elapsed / max(1, len(mine)), 3)
     if world > 1:
         torch.distributed.barrier()
-
-
-class _Progress:
-    """Pictures drawn, speed and time left; a line every few seconds at most."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.start = self.shown = time.monotonic()
-
-    def add(self, count: int) -> None:
-        """Note `count` more pictures."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.shown < SECONDS_BETWEEN_LINES and self.done < self.total:
-            return
-        self.shown = now
-        rate = (now - self.start) / self.done
-        left = rate * (self.total - self.done)
-        log.info("drew %d of %d, %.1f s a picture, %.0f s left", self.done, self.total, rate, left)
 
 
 def _rank() -> tuple[int, int]:
