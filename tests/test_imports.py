@@ -20,6 +20,11 @@ HEAVY += ("diffusers.loaders", "hiperlab.world.draw")  # they load peft and skia
 QUICK = ("hiperlab.cli.", "hiperlab.run.main", "hiperlab.sweep.", "hiperlab.miniature.main")
 
 
+# Not on Windows: modules, and names of `os` and `signal`.
+POSIX = {"fcntl", "grp", "pwd", "resource", "syslog", "termios"}
+POSIX_NAMES = {"fork", "getpgid", "getuid", "killpg", "setsid", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2"}
+
+
 class Import(NamedTuple):
     """One imported module, whole, where `late` says whether inside a function."""
 
@@ -117,3 +122,26 @@ def test_late_imports_spare_something_heavy() -> None:
         if each.late and not f"{each.target}.".startswith(tuple(f"{heavy}." for heavy in HEAVY))
     ]
     assert not hidden, "\n".join(hidden)
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs while a module is imported, but for what a `try` guards: its functions' bodies do not."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Try):
+            yield node
+            yield from at_import(node)
+
+
+def test_windows_can_import_everything() -> None:
+    """Nothing that only POSIX has is needed to import a module."""
+    needed = []
+    for name, tree in modules().items():
+        for node in at_import(tree):
+            if isinstance(node, ast.Import):
+                found = {alias.name for alias in node.names} & POSIX
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found = {node.attr} & POSIX_NAMES if node.value.id in ("os", "signal") else set()
+            else:
+                continue
+            needed += [f"{name}: {each}" for each in found]
+    assert not needed, needed

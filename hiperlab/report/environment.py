@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,11 @@ from typing import Any
 import torch
 
 import hiperlab
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _PACKAGES = (
     "torch",
@@ -80,9 +84,14 @@ def command() -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Most bytes in use so far: "process" (resident) and, with CUDA, "cuda" (allocated on this process's device)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes on Linux
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Most bytes in use so far: "process" (resident) and, with CUDA, "cuda" (allocated on this process's device).
+
+    On Windows only the latter: its own count is not asked for.
+    """
+    peak = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes on Linux
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak

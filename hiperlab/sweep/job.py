@@ -122,6 +122,8 @@ class Running:
     def end(self) -> None:
         """Clear what a dead job left behind: ranks without a leader hold the GPU and wait for ever."""
         self.log.close()
+        if sys.platform == "win32":  # no process groups
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
             for _ in range(20):
                 try:
@@ -132,6 +134,9 @@ class Running:
 
     def kill(self) -> None:
         """Stop the whole group at once."""
+        if sys.platform == "win32":
+            self.process.kill()
+            return
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
