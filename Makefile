@@ -2,8 +2,10 @@
 RUN := python3 .ci/env.py
 export OMP_WAIT_POLICY := PASSIVE
 FOLDER ?= hiperlab/weights/mini
+PRESET ?= gpu
+PYTHON ?= $(RUN) python
 
-.PHONY: help setup format check test test-fast smoke notebook miniature-report clean
+.PHONY: help setup format check test test-fast smoke notebook miniature miniature-wheels miniature-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +37,14 @@ notebook:  ## execute the notebooks in place
 
 miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<export>
 	$(RUN) python -m hiperlab.miniature stages=[report] report.folder=$(FOLDER) out=outputs/world/report
+
+miniature:  ## train the miniature's U-Net and decoder on a GPU, in ten minutes (PRESET=cpu: in hours)
+	$(PYTHON) -m hiperlab.miniature preset=$(PRESET) stages=[data,latents,unet,decoder,export] $(ARGS)
+
+miniature-wheels:  ## collect into .whl/ what a GPU machine without network lacks (Python 3.12)
+	$(RUN) python -m pip wheel -q --no-deps -w .whl antlr4-python3-runtime==4.9.3
+	$(RUN) python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl \
+	  diffusers hydra-core omegaconf pytorch-lightning open_clip_torch ftfy wcwidth importlib_metadata skia-python
 
 clean:  ## remove caches (never outputs)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

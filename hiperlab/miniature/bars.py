@@ -55,8 +55,6 @@ BARS = {
     "pattern": Bar("pattern words", "%", 85, needs=66),
     "accessory": Bar("accessories", "%", 75, needs=66),
     "two": Bar("two subjects in one prompt, both there", "%", 50, needs=44),
-    "personalised": Bar("Textual Inversion of 5 held-out subjects: identity above the class prompt's", "",
-                        0.0, needs=5, digits=3),
     "seconds_per_picture": Bar("sampling one picture, 25 steps, guidance, 2 CPU threads", "s", 2.5, most=True,
                                needs=25),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from hiperlab.miniature.plan import Workshop
 from hiperlab.report.environment import environment
 
 
-def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]], missing: list[str]) -> None:
+def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Write both files.
 
     Args:
         shop: of the training.
         folder: the export.
         records: stage.json of every stage that was begun.
-        missing: judges that were not trained.
     """
-    keep = ("status", "adopted", "steps", "samples", "seconds", "device", "settings", "check")
-    stages = {name: {key: found[key] for key in keep if key in found} for name, found in records.items()}
+    keep = ("status", "steps", "samples", "seconds", "device", "settings", "check")
+    earlier = json.loads((shop.base / "card.json").read_text(encoding="utf-8"))
+    # what was not trained here keeps the record of the miniature it came from
+    stages = {name: {**found, "from_base": True} for name, found in earlier["stages"].items()}
+    stages |= {name: {key: found[key] for key in keep if key in found} for name, found in records.items()}
     for found in stages.values():
         start = found.get("settings", {}).get("start")
         if start:  # a card travels, folders do not
@@ -34,7 +37,6 @@ def write(shop: Workshop, folder: Path, records: Mapping[str, Mapping[str, Any]]
         "commit": shop.settings.get("commit"),
         "note": shop.settings.get("note"),
         "stages": stages,
-        "missing_judges": missing,
     }
     files.write_json(folder / "card.json", known)
     files.atomic_write(folder / "README.md", text(known))
@@ -55,13 +57,14 @@ def text(known: Mapping[str, Any]) -> str:
         "Plain `diffusers.StableDiffusionPipeline.from_pretrained(folder)` loads it; so does `model=pretrained "
         f"model.path=folder model.size={known['size']}`. It knows that world and nothing else.",
         "",
-        f"- Data: drawn by `hiperlab.world` with seed {known['seed']} ({counts} pictures). `main` trains the "
-        "miniature, `calm` (if there: one camera) its U-Net too, `judge` (other subjects) its judges; "
-        "`held` and `pairs` show subjects that nothing was trained on.",
+        f"- Data: drawn by `hiperlab.world` with seed {known['seed']} ({counts} pictures). `main`, `calm` (one camera) "
+        "and `two` (two subjects) train the miniature, `judge` and `judge_two` (other subjects) its judges; `held` and "
+        "`pairs` show subjects that nothing was trained on.",
         f"- Code: commit {commit}, torch {known['environment']['packages']['torch']}, "
         f"on {known['environment']['device']}.",
-        "- Judges: `judges/clip` (open_clip's form), `judges/identity`, `judges/attributes`; "
-        + (f"NOT trained: {', '.join(known['missing_judges'])}." if known["missing_judges"] else "all trained."),
+        "- Judges: `judges/clip` (open_clip's form), `judges/identity`, `judges/attributes`, trained on subjects of "
+        "their own.",
+        "- Names: `namer.safetensors` makes the vectors that stood for subjects in a share of the training's captions.",
         *([f"- Note: {known['note']}"] if known.get("note") else []),
         "- Scores measured from this folder alone: `report.md`, made by `stages=[report]`.",
         "",
@@ -69,7 +72,8 @@ def text(known: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, found in known["stages"].items():
+        ended = f"{found['status']}, earlier" if found.get("from_base") else found["status"]
         minutes = f"{found['seconds'] / 60:.1f}" if "seconds" in found else ""
         check = ", ".join(f"{key} {value}" for key, value in found.get("check", {}).items())
-        lines.append(f"| {name} | {found['status']} | {found.get('steps', '')} | {minutes} | {check} |")
+        lines.append(f"| {name} | {ended} | {found.get('steps', '')} | {minutes} | {check} |")
     return "\n".join(lines) + "\n"

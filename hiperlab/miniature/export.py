@@ -9,13 +9,12 @@ from typing import Any
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.miniature import card, clip, record, unet
-from hiperlab.miniature import tokenizer as words
-from hiperlab.miniature import vae as stage_vae
+from hiperlab.miniature import card, record, unet
+from hiperlab.miniature.parts import load_autoencoder, load_tokenizer
 from hiperlab.miniature.plan import ORDER, PRODUCTS, Workshop
 
 SHARD = "15MB"  # largest file of weights
@@ -28,18 +27,20 @@ def megabytes(folder: Path) -> float:
 
 
 def pipeline(shop: Workshop) -> Any:
-    """The trained parts as diffusers' pipeline, float16."""
-    learnt = str(shop.weights("unet"))
+    """The last trained parts as diffusers' pipeline, float16; what was not trained here is the base's."""
+    trained = record.done(shop.folder("unet"))
+    learnt = str(shop.weights("unet") if trained else shop.base)
     model: Any = UNet2DConditionModel.from_pretrained(learnt, subfolder="unet", local_files_only=True)
     text: Any = CLIPTextModel.from_pretrained(learnt, subfolder="text_encoder", local_files_only=True)
-    vae = stage_vae.load_last(shop).cpu().half()
-    vae.register_to_config(sample_size=shop.size)
+    earlier: Any = DDIMScheduler.from_pretrained(str(shop.base), subfolder="scheduler", local_files_only=True)
+    vae = load_autoencoder(shop).cpu().half()
+    vae.register_to_config(sample_size=8 * model.config.sample_size)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text.half(),
-        tokenizer=words.load(shop.weights("tokenizer")),
+        tokenizer=load_tokenizer(shop.base),
         unet=model.half(),
-        scheduler=DDIMScheduler(**unet.SCHEDULE),
+        scheduler=DDIMScheduler(**unet.SCHEDULE) if trained else earlier,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -60,21 +61,21 @@ def work(shop: Workshop, *, limit_mb: float) -> dict[str, Any]:
     draft = final.with_name("draft")
     shutil.rmtree(draft, ignore_errors=True)
     pipeline(shop).save_pretrained(draft, safe_serialization=True, max_shard_size=SHARD)
-    _image_encoder(shop, draft)
-    names = {key: value.half() for key, value in load_file(shop.weights("unet") / unet.NAMER).items()}
-    save_file(names, draft / unet.NAMER)
-    for part in ("text_encoder", "image_encoder"):
-        _load_in_float32(draft / part / "config.json")
+    names = shop.weights("unet") / unet.NAMER if record.done(shop.folder("unet")) else shop.base / unet.NAMER
+    if names.is_file():
+        save_file({key: value.half() for key, value in load_file(names).items()}, draft / unet.NAMER)
+    kept = ["image_encoder", *([] if record.done(shop.folder("unet")) else ["e4t"])]  # a domain belongs to its U-Net
+    for part in kept:
+        if (shop.base / part).is_dir():
+            shutil.copytree(shop.base / part, draft / part)
+    _load_in_float32(draft / "text_encoder" / "config.json")
     for part in ("unet", "vae"):
         _forget_where(draft / part / "config.json")
     records = {stage: found for stage in ORDER if (found := record.read(shop.folder(stage))) and stage not in PRODUCTS}
-    missing = []
     for stage, name in JUDGES.items():
-        if record.done(shop.folder(stage)):
-            shutil.copytree(shop.weights(stage), draft / "judges" / name)
-        else:
-            missing.append(name)
-    card.write(shop, draft, records, missing)
+        trained = record.done(shop.folder(stage))
+        shutil.copytree(shop.weights(stage) if trained else shop.base / "judges" / name, draft / "judges" / name)
+    card.write(shop, draft, records)
     weight = megabytes(draft)
     parts = {path.name: round(megabytes(path), 2) for path in sorted(draft.iterdir()) if path.is_dir()}
     if weight > limit_mb:
@@ -84,8 +85,7 @@ def work(shop: Workshop, *, limit_mb: float) -> dict[str, Any]:
         )
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
-    check = {"megabytes": round(weight, 2), "parts": parts, "missing_judges": missing}
-    return {"status": "finished", "check": check}
+    return {"status": "finished", "check": {"megabytes": round(weight, 2), "parts": parts}}
 
 
 def _load_in_float32(config: Path) -> None:
@@ -103,14 +103,3 @@ def _forget_where(config: Path) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
     values.pop("_name_or_path", None)
     files.write_json(config, values)
-
-
-def _image_encoder(shop: Workshop, folder: Path) -> None:
-    """The conditioning CLIP's picture tower, so that the report can measure retrieval from the folder alone."""
-    source = shop.weights("clip") / "image_encoder"
-    tower: Any = CLIPVisionModelWithProjection.from_pretrained(str(source), local_files_only=True)
-    tower.half().save_pretrained(folder / "image_encoder")
-    reads = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1], not CLIP's own statistics
-    files.write_json(folder / "image_encoder" / "preprocessor_config.json", reads)
-    tensors = {key: value.half() for key, value in load_file(source / clip.PROJECTION).items()}
-    save_file(tensors, folder / "image_encoder" / clip.PROJECTION)

@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hiperlab.metric.world import network as truth_judge
-from hiperlab.miniature.clip import top1
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.keys import stream
 from hiperlab.miniature.module import Fit, StageModule
 from hiperlab.miniature.pictures import Pictures, soften
 from hiperlab.miniature.plan import Workshop
 from hiperlab.miniature.recoded import Reading
+
+
+def top1(queries: Tensor, gallery: Tensor) -> float:
+    """Share of queries (N, D) whose most similar row of the gallery (N, D) is their own."""
+    found = (F.normalize(queries, dim=-1) @ F.normalize(gallery, dim=-1).T).argmax(dim=1)
+    return float((found == torch.arange(len(found), device=found.device)).float().mean())
 
 
 def supervised_contrastive(embeddings: Tensor, subjects: Tensor, temperature: float) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hiperlab import files
-from hiperlab.miniature import vae as stage_vae
+from hiperlab.miniature import record
+from hiperlab.miniature.parts import encoder_key, load_autoencoder
 from hiperlab.miniature.pictures import Pictures, whole
 from hiperlab.miniature.plan import Workshop
 
@@ -30,9 +31,9 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def work(shop: Workshop, *, batch: int) -> dict[str, Any]:
-    """The stage: one file per shard of the pictures; made anew for another autoencoder."""
-    vae = stage_vae.load(shop)
-    key = vae_key(shop)
+    """The stage: one file per shard of the pictures; made anew for another encoder."""
+    vae = load_autoencoder(shop)
+    key = encoder_key(vae)
     spread: list[float] = []
     counts: dict[str, int] = {}
     for name in (name for name in SETS if name == "main" or whole(shop.folder("data") / name)):
@@ -48,12 +49,7 @@ def work(shop: Workshop, *, batch: int) -> dict[str, Any]:
         if not old.name.startswith(f"{key}-"):
             old.unlink()
     check = {"pictures": counts, "standard_deviation": round(float(np.mean(spread)), 4)}
-    return {"status": "finished", "vae": key, "check": check}
-
-
-def vae_key(shop: Workshop) -> str:
-    """12 digits of the autoencoder's weights: latents belong to one."""
-    return files.sha256(shop.weights("vae") / "diffusion_pytorch_model.safetensors")[:12]
+    return {"status": "finished", "encoder": key, "check": check}
 
 
 def _paths(shop: Workshop, key: str, name: str) -> list[Path]:
@@ -65,5 +61,6 @@ def _paths(shop: Workshop, key: str, name: str) -> list[Path]:
 
 def load(shop: Workshop, name: str = "main") -> Tensor:
     """All moments of a set (N, 8, h, w) float16, on the device."""
-    paths = _paths(shop, vae_key(shop), name)
+    known: Any = record.read(shop.folder("latents"))
+    paths = _paths(shop, known["encoder"], name)
     return torch.cat([torch.from_numpy(np.load(path)) for path in paths]).to(shop.device)

@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from hiperlab import files
 from hiperlab.cli.compose import Request, compose, open_hydra
 from hiperlab.cli.flags import arguments, show, shows
 from hiperlab.cli.help import top_keys
@@ -27,25 +28,23 @@ from hiperlab.cli.process import config_dir, guarded
 from hiperlab.errors import UserError, near
 
 MODULES = {  # stage -> module with its `work`
-    "tokenizer": "tokenizer",
     "data": "pictures",
-    **{name: name for name in ("vae", "latents", "clip", "decoder", "unet")},
-    **{name: name for name in ("recoded", "identity", "reader", "scorer", "export", "report")},
+    **{name: name for name in ("latents", "unet", "decoder", "recoded", "identity", "reader", "scorer")},
+    "export": "export",
+    "report": "report",
 }
 USAGE = """\
 Train the miniature Stable Diffusion on the procedural world.
 
 usage: python -m hiperlab.miniature [preset=gpu|cpu|smoke] [stages=[…]] [budget_minutes=…] [out=…] [key=value …]
 
-  python -m hiperlab.miniature preset=gpu out=outputs/miniature/gpu          every stage, one folder out
-  python -m hiperlab.miniature preset=cpu stages=[tokenizer,data,vae]    some of them
-  python -m hiperlab.miniature stages=[report] report.folder=<folder>    measure an exported miniature
-  python -m hiperlab.miniature stages=[data,latents,unet,export] parts_from=hiperlab:weights/mini \\
-                                 unet.start=<folder>
-                                                                           train one part on, keep the shipped others
+  python -m hiperlab.miniature preset=gpu out=outputs/miniature/gpu             every stage, one folder out
+  python -m hiperlab.miniature preset=cpu stages=[data,latents,decoder,export]  one part trained on
+  python -m hiperlab.miniature stages=[report] report.folder=<folder>           measure an exported miniature
   python -m hiperlab.miniature --cfg job                                 show the config
 
-Finished stages are not done again; a stopped one goes on where it was.
+Finished stages are not done again; a stopped one goes on where it was. What no stage trains (tokenizer, encoder,
+picture tower) comes from the miniature named by `base`.
 
 settings:"""
 
@@ -56,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+
     args = arguments(argv)
     conf = Path(args.config_path) if args.config_path else config_dir() / "miniature"
     if args.help:
@@ -126,12 +126,11 @@ def run(settings: dict[str, Any], command: str) -> int:
     stages = check(settings)
     import torch
 
-    from hiperlab import files
-    from hiperlab.miniature.adopt import adopt
     from hiperlab.miniature.plan import Workshop, run_stage, share_budget
 
     shop = Workshop(
         out=Path(settings["out"]).expanduser(),
+        base=_base(settings["base"]),
         seed=settings["seed"],
         size=settings["size"],
         reading_size=settings["reading_size"],
@@ -152,14 +151,23 @@ def run(settings: dict[str, Any], command: str) -> int:
         torch.backends.cudnn.benchmark = True
     each = share_budget({name: settings[name] for name in MODULES}, stages, settings["budget_minutes"])
     with files.RunLock(shop.out), shop.signals:
-        if settings["parts_from"]:
-            taken = adopt(shop, files.expand(settings["parts_from"]), stages)
-            print(f"hiperlab: taken from {settings['parts_from']}: {', '.join(taken) or 'nothing'}", flush=True)
         for name in stages:
             shop.signals.check("stopped between two stages")
             did = run_stage(shop, name, each[name], _work(name))
             print(f"hiperlab: {name}: {_line(shop, name)}{'' if did else '  (done before)'}", flush=True)
     return 0
+
+
+def _base(named: str) -> Path:
+    """The folder of the miniature to start from.
+
+    Raises:
+        UserError: it is none.
+    """
+    folder = files.expand(named)
+    if not (folder / "model_index.json").is_file() or not (folder / "card.json").is_file():
+        raise UserError(f"base={named} is no exported miniature: it has no model_index.json or no card.json.")
+    return folder
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from hiperlab.optim import muon
 
@@ -146,8 +146,3 @@ class StageModule(LightningModule, ABC):
     def frozen_parts(self) -> tuple[str, ...]:
         """Names of the parts that come from earlier stages."""
         return ()
-
-
-def freeze(network: nn.Module) -> nn.Module:
-    """A network that does not learn."""
-    return network.eval().requires_grad_(False)

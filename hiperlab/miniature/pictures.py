@@ -23,7 +23,7 @@ from torch import Tensor
 from hiperlab import files
 from hiperlab.clock import Clock
 from hiperlab.errors import UserError
-from hiperlab.miniature import tokenizer as words
+from hiperlab.miniature import parts
 from hiperlab.miniature.draw_shard import HEADS, Shard, Source, draw
 from hiperlab.miniature.plan import Workshop
 
@@ -186,11 +186,11 @@ class Pictures:
             named: of the captions with names, one a picture, instead.
         """
         captions = [[text] for text in self.named] if named else self.captions
-        path = self.folder / f"{'named' if named else 'tokens'}-{words.name_of(tokenizer)}.npy"
+        path = self.folder / f"{'named' if named else 'tokens'}-{parts.name_of(tokenizer)}.npy"
         if not path.is_file() or len(np.load(path, mmap_mode="r")) != len(self):
             flat = [text for texts in captions for text in texts]
-            parts = [words.encode(tokenizer, flat[i : i + 20000]) for i in range(0, len(flat), 20000)]
-            ids = np.concatenate(parts).reshape(len(self), -1, words.LENGTH).astype(np.int16)
+            encoded = [parts.encode_texts(tokenizer, flat[i : i + 20000]) for i in range(0, len(flat), 20000)]
+            ids = np.concatenate(encoded).reshape(len(self), -1, parts.LENGTH).astype(np.int16)
             files.atomic_write(path, lambda file: np.save(file, ids))
         return torch.from_numpy(np.load(path)).to(self.device)  # int16: made long where used
 

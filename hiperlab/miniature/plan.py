@@ -18,18 +18,15 @@ from hiperlab.report.signals import StopSignals
 
 # stage -> what must have been finished before
 NEEDS: dict[str, tuple[str, ...]] = {
-    "tokenizer": (),
     "data": (),
-    "vae": ("data",),
-    "latents": ("data", "vae"),
-    "clip": ("tokenizer", "data"),
-    "decoder": ("data", "vae", "latents", "clip"),
-    "unet": ("tokenizer", "data", "vae", "latents", "clip"),
-    "recoded": ("data", "vae"),
+    "latents": ("data",),
+    "unet": ("data", "latents"),
+    "decoder": ("data", "latents"),
+    "recoded": ("data",),
     "identity": ("data",),
     "reader": ("data",),
-    "scorer": ("tokenizer", "data"),
-    "export": ("tokenizer", "vae", "clip", "unet"),
+    "scorer": ("data",),
+    "export": (),
     "report": (),
 }
 ORDER = tuple(NEEDS)
@@ -43,6 +40,7 @@ class Workshop:
 
     Attributes:
         out: the folder of the whole training.
+        base: an exported miniature, from which comes whatever is not trained here.
         seed: every random choice follows from it.
         size: picture side in pixels.
         reading_size: side at which judges and the picture tower read them; it divides `size`.
@@ -58,6 +56,7 @@ class Workshop:
     """
 
     out: Path
+    base: Path
     seed: int
     size: int
     reading_size: int

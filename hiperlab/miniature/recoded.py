@@ -18,9 +18,9 @@ from torch import Tensor
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.miniature import record
-from hiperlab.miniature import vae as stage_vae
 from hiperlab.miniature.draw_shard import JUDGING
 from hiperlab.miniature.keys import stream
+from hiperlab.miniature.parts import load_autoencoder
 from hiperlab.miniature.pictures import Pictures, reduced, whole
 from hiperlab.miniature.plan import Workshop
 
@@ -45,7 +45,7 @@ def work(shop: Workshop, *, batch: int, pictures: int) -> dict[str, Any]:
         batch: pictures at a time.
         pictures: most of each set, rounded up to whole shards; the others are read as they are.
     """
-    vae = stage_vae.load_last(shop)
+    vae = load_autoencoder(shop)
     counts: dict[str, int] = {}
     for name in (name for name in JUDGING if whole(shop.folder("data") / name)):
         source = Pictures(shop.folder("data") / name, shop.device)

@@ -24,7 +24,8 @@ from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.metric.world import network as truth_judge
 from hiperlab.metric.world.attributes import read_attributes
-from hiperlab.miniature import bars, clip, identity, personal, vae
+from hiperlab.miniature import bars, identity
+from hiperlab.miniature.decoder import psnr
 from hiperlab.miniature.draw_shard import HEADS, Source, truth, wording
 from hiperlab.miniature.pictures import reduced
 from hiperlab.miniature.plan import Workshop
@@ -128,10 +129,10 @@ def measure_coding(folder: Path, pixels: Tensor, pairs: Tensor) -> dict[str, flo
         found[name] = float((embed(coded(folder, own)) @ embed(seen).T).mean())
     first, second = pairs[:400:2], pairs[1:400:2]
     return {
-        "coded_psnr": float(vae.psnr(reduced(coded(folder, pixels), 64), reduced(pixels, 64)).mean()),
+        "coded_psnr": float(psnr(reduced(coded(folder, pixels), 64), reduced(pixels, 64)).mean()),
         "coded_identity": statistics.mean(found.values()),
         "coded_identity_worst": min(found.values()),
-        "coded_retrieval": 100 * clip.top1(embed(coded(folder, first)), embed(second)),
+        "coded_retrieval": 100 * identity.top1(embed(coded(folder, first)), embed(second)),
     }
 
 
@@ -250,7 +251,6 @@ def work(
     batch: int,
     speed_steps: int,
     speed_repeats: int,
-    personal: dict[str, Any],
 ) -> dict[str, Any]:
     """The stage: prints the table, writes report.md and report.json into the measured folder, pictures beside.
 
@@ -265,7 +265,6 @@ def work(
         batch: samples at a time; does not change them beyond rounding.
         speed_steps: of the timed picture (25).
         speed_repeats: timed pictures; their median counts.
-        personal: of the personalised subjects, as `personal.measure` takes them; no subjects, no measurement.
 
     Raises:
         UserError: there is no export, or drawing is not possible here.
@@ -290,26 +289,12 @@ def work(
     notes["plain_kind"] = notes.get("plain_kind", f"all prompts: {steps} steps, guidance {guidance}")
     seconds = measure_speed(place, speed_steps, speed_repeats)
     values["seconds_per_picture"] = seconds
-    if personal["identity_seeds"]:
-        _note(values, notes, ("personalised",), lambda: _personal(shop, place, size, personal, notes))
     asked = {"coded_psnr": pictures, "reader_accuracy": pictures, "coded_retrieval": min(subjects, 200)}
-    asked |= {"identity_retrieval": subjects, "personalised": len(personal["identity_seeds"])}
-    asked |= {"seconds_per_picture": speed_steps}
+    asked |= {"identity_retrieval": subjects, "seconds_per_picture": speed_steps}
     asked |= {key: len(texts[key.split("_")[0] if key.split("_")[0] in texts else "styled"]) for key in SAMPLED}
     found = bars.rows(values, notes, asked)
     _write(shop, place, found, images, f"{size} px, {environment()['device']}, seed {SEED}.")
     return {"status": "finished", "check": {row["key"]: row["value"] for row in found}}
-
-
-def _personal(
-    shop: Workshop, place: Path, size: int, settings: dict[str, Any], notes: dict[str, str]
-) -> dict[str, float]:
-    """The sure part of the gain; what it is made of goes into the notes, pictures beside the report."""
-    gain, pictures = personal.measure(place, size, **settings)
-    notes["personalised"] = str(gain)
-    sheet = grid(pictures, 3)
-    files.atomic_write(shop.folder("report") / "personalised.png", lambda file: sheet.save(file, format="PNG"))
-    return {"personalised": gain.sure}
 
 
 def _note(

@@ -7,7 +7,8 @@ a cosine schedule (Nichol & Dhariwal 2021, eq. 17), and most timesteps are drawn
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from transformers import CLIPTextModel
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line
-from hiperlab.miniature import clip, latents
-from hiperlab.miniature import tokenizer as words
-from hiperlab.miniature import vae as stage_vae
-from hiperlab.miniature.draw_shard import Source
+from hiperlab.miniature import latents
+from hiperlab.miniature.decoder import centre
+from hiperlab.miniature.draw_shard import HEADS, Source
 from hiperlab.miniature.fit import train
 from hiperlab.miniature.keys import normals, rows, stream
-from hiperlab.miniature.module import Fit, StageModule, freeze
+from hiperlab.miniature.module import Fit, StageModule
 from hiperlab.miniature.names import Namer, features, put
+from hiperlab.miniature.parts import encode_texts, freeze, load_autoencoder, load_tokenizer, token_ids
 from hiperlab.miniature.pictures import Pictures
 from hiperlab.miniature.plan import Workshop
 from hiperlab.model.noise import add_noise, alphas_cumprod, sample_posterior, target
@@ -46,6 +47,7 @@ SCHEDULE: dict[str, Any] = {  # of the miniature, as a diffusers scheduler confi
 }
 PEAK, REACH = 0.7, 0.25  # of the timesteps that count twice: a triangle, in parts of the schedule
 NAMER = "namer.safetensors"
+PHOTO, PHOTO_SETS = "photo", ("main", "calm")  # photos show a coat best: they may have a share of their own
 
 
 def ema_decay(step: int, largest: float) -> float:
@@ -128,7 +130,7 @@ class UnetModule(StageModule):
         named: token ids of the captions with names (N, 77), the word for the kind in the name's place.
         identities: `names.features` (N, F).
         nouns: ids of the kinds' words (N,).
-        parts: rows of a batch that are taken from each set, and the set's first row and length: (count, start, length).
+        parts: how many rows of a batch are taken from which rows: (count, (R,) int64).
         empty: token ids of the empty prompt (77,).
         dropout: share of captions left empty, for classifier-free guidance.
         names: share of captions with a name.
@@ -153,7 +155,7 @@ class UnetModule(StageModule):
         named: Tensor,
         identities: Tensor,
         nouns: Tensor,
-        parts: Sequence[tuple[int, int, int]],
+        parts: Sequence[tuple[int, Tensor]],
         empty: Tensor,
         dropout: float,
         names: float,
@@ -162,19 +164,20 @@ class UnetModule(StageModule):
         centred: float,
     ) -> None:
         super().__init__(fit, seed)
+        self.keep: Callable[[Learner], None] | None = None  # what to do with the mean at every checkpoint
         self.learner = learner
         self.mean: Any = freeze(copy.deepcopy(learner))
         self.moments, self.ids, self.named = moments, ids, named
         self.identities, self.nouns, self.parts, self.empty = identities, nouns, tuple(parts), empty
         self.dropout, self.names, self.focus, self.decay = dropout, names, focus, decay
         self.register_buffer("alpha_bar", alphas_cumprod(SCHEDULE), persistent=False)
-        self.register_buffer("middle", stage_vae.centre(*moments.shape[2:], centred), persistent=False)
+        self.register_buffer("middle", centre(*moments.shape[2:], centred), persistent=False)
 
     def choose(self, step: int) -> Tensor:
         """The step's rows (B,), those of one set side by side."""
         parts = [
-            start + rows(self.seed, f"unet {number}", step, length, count)
-            for number, (count, start, length) in enumerate(self.parts)
+            source[rows(self.seed, f"unet {number}", step, len(source), count)]
+            for number, (count, source) in enumerate(self.parts)
         ]
         return torch.cat(parts)
 
@@ -213,6 +216,12 @@ class UnetModule(StageModule):
     def _texts(self, chosen: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, with_name = self.captions(chosen, step)
         return ids, chosen, with_name
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the mean beside the checkpoint, so that a training that is cut off leaves what it has."""
+        super().on_save_checkpoint(checkpoint)
+        if self.keep is not None:
+            self.keep(self.mean)
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Step, then move the mean; here because a checkpoint is written before the batch's own hook is called."""
@@ -260,6 +269,16 @@ def begin_with(learner: Learner, folder: str) -> None:
         ) from error
 
 
+def rows_by_set(sets: Mapping[str, Pictures]) -> dict[str, Tensor]:
+    """Set -> row numbers when the sets stand one after another; `PHOTO` are the plain photos of one subject."""
+    lengths = [len(pictures) for pictures in sets.values()]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    found = {name: torch.arange(end - n, end) for name, n, end in zip(sets, lengths, ends)}
+    style = HEADS["style"].index(PHOTO)
+    photos = [found[name][sets[name].labels["style"] == style] for name in PHOTO_SETS if name in sets]
+    return {**found, **({PHOTO: torch.cat(photos)} if photos else {})}
+
+
 def share_out(shares: Mapping[str, float], batch: int) -> dict[str, int]:
     """Rows of a batch by set; rounded, and the first set takes what is left.
 
@@ -294,16 +313,16 @@ def work(
     Raises:
         UserError: `start` names no networks of these sizes; shares that do not add up; a kind's word in pieces.
     """
-    tokenizer = words.load(shop.weights("tokenizer"))
-    pieces = [words.pieces(tokenizer, kind) for kind in KINDS]
+    tokenizer = load_tokenizer(shop.base)
+    pieces = [token_ids(tokenizer, kind) for kind in KINDS]
     if any(len(each) > 1 for each in pieces):
         raise UserError("unet.names: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
     counts = {name: count for name, count in share_out(shares, fit["batch"]).items() if count}
-    sets = [Pictures(shop.folder("data") / name, shop.device) for name in counts]
-    lengths = [len(pictures) for pictures in sets]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    names_of_sets = [name for name in latents.SETS if name in counts or (name in PHOTO_SETS and PHOTO in counts)]
+    sets = {name: Pictures(shop.folder("data") / name, shop.device) for name in names_of_sets}
+    where = rows_by_set(sets)
     torch.manual_seed(shop.seed + 2)
-    text = clip.load_text(shop).train().requires_grad_(True)
+    text = CLIPTextModel.from_pretrained(str(shop.base), subfolder="text_encoder", local_files_only=True).float()
     unet: Any = build(shop.size // 8, text.config.hidden_size, channels, heads, groups)
     learner = Learner(unet.to(memory_format=torch.channels_last), text, Namer(text.config.hidden_size))
     if start is not None:
@@ -312,24 +331,25 @@ def work(
         Fit(**fit),
         shop.seed,
         learner=learner,
-        moments=torch.cat([latents.load(shop, name) for name in counts]),
-        ids=torch.cat([pictures.tokens(tokenizer) for pictures in sets]),
-        named=torch.cat([pictures.tokens(tokenizer, named=True) for pictures in sets])[:, 0],
-        identities=torch.cat([_identities(shop, name, n) for name, n in zip(counts, lengths)]),
-        nouns=torch.tensor(pieces)[torch.cat([pictures.labels["kind"] for pictures in sets]), 0],
-        parts=list(zip(counts.values(), starts, lengths)),
-        empty=torch.from_numpy(words.encode(tokenizer, [""]))[0],
+        moments=torch.cat([latents.load(shop, name) for name in sets]),
+        ids=torch.cat([pictures.tokens(tokenizer) for pictures in sets.values()]),
+        named=torch.cat([pictures.tokens(tokenizer, named=True) for pictures in sets.values()])[:, 0],
+        identities=torch.cat([_identities(shop, name, len(pictures)) for name, pictures in sets.items()]),
+        nouns=torch.tensor(pieces)[torch.cat([pictures.labels["kind"] for pictures in sets.values()]), 0],
+        parts=[(count, where[name]) for name, count in counts.items()],
+        empty=torch.from_numpy(encode_texts(tokenizer, [""]))[0],
         dropout=dropout,
         names=names,
         focus=focus,
         decay=ema,
         centred=centred,
     )
+    module.keep = functools.partial(save, folder=shop.weights("unet"))
     outcome = train(shop, "unet", module)
     module.float().to(shop.device)
     save(module.mean, shop.weights("unet"))
     held = Pictures(shop.folder("data") / "held", shop.device)
-    loss = held_out_loss(module, stage_vae.load(shop), held, tokenizer, check_pictures)
+    loss = held_out_loss(module, load_autoencoder(shop), held, tokenizer, check_pictures)
     return outcome | {"check": {"held_out_loss": round(loss, 5), "pictures": min(len(held), check_pictures)}}
 
 

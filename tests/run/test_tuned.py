@@ -9,9 +9,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from hiperlab.cli.model_defaults import apply, line
 from hiperlab.errors import UserError
-from hiperlab.run import door
-from hiperlab.run.door_tuned import apply, line
+from hiperlab.run import main as door
 from tests.composed import METHODS
 from tests.run import bench
 

@@ -1,0 +1,50 @@
+"""Runs and artifacts of November 2026 (tests/earlier): what can still be drawn is, what cannot says why."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hiperlab.run import main as door
+
+EARLIER = Path(__file__).parents[1] / "earlier"
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """Call the command line on a copy of an earlier run."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *words: str) -> tuple[int, Path]:
+        folder = tmp_path / name
+        shutil.copytree(EARLIER / name, folder)
+        return door.main([f"run_dir={folder}", *words]), folder
+
+    return call
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_an_earlier_run_draws_what_it_drew(again) -> None:
+    code, folder = again("lora_tiny", "stages=[sample,summary]", "sample.prompts=1")
+    assert code == 0
+    kept = EARLIER / "lora_tiny" / "samples" / "cats" / "00_0.png"
+    assert np.abs(pixels(folder / "samples" / "cats" / "00_0.png") - pixels(kept)).max() <= 1
+
+
+def test_an_artifact_whose_settings_have_earlier_names_loads(again, tmp_path) -> None:
+    """Its settings name `hiperlab.editing.PromptToPrompt`, and its tensors `place` and `made`."""
+    code, folder = again("null_text_tiny", "stages=[sample,summary]", "sample.seeds=[1]")
+    assert code == 0 and len(list((folder / "samples" / "standing_dog").glob("*_1.png"))) == 2
+
+
+def test_what_the_first_miniature_learnt_is_refused_by_name(again, capsys) -> None:
+    code, _ = again("ti_mini", "stages=[sample]", "sample.seeds=[1]")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and "the first miniature (64 px, predicts noise)" in said and "Train it again" in said
