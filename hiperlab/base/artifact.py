@@ -21,6 +21,10 @@ from hiperlab.base.method import Method, Subject
 from hiperlab.errors import UserError
 from hiperlab.model.stack import Base
 
+MOVED = {  # what settings in artifacts of 2026 name -> where it is now
+    "hiperlab.prior.Prior": "hiperlab.base.prior_preservation.Prior",
+    "hiperlab.editing.PromptToPrompt": "hiperlab.edit.prompt_to_prompt.PromptToPrompt",
+}
 FORMAT = "hiperlab/1"
 
 
@@ -102,11 +106,21 @@ def read(path: Path) -> Artifact:
     base["fingerprint"] = tuple(base["fingerprint"])
     return Artifact(
         tensors,
-        json.loads(metadata["settings"]),
+        with_todays_names(json.loads(metadata["settings"])),
         Base(**base),
         Subject(**{**subject, "targets": tuple(subject.get("targets", ()))}),
         int(metadata["steps"]),
     )
+
+
+def with_todays_names(settings: Any) -> Any:
+    """Settings of an artifact with every `_target_` that has moved since under its name of today."""
+    if isinstance(settings, dict):
+        return {
+            key: MOVED.get(value, value) if key == "_target_" else with_todays_names(value)
+            for key, value in settings.items()
+        }
+    return [with_todays_names(each) for each in settings] if isinstance(settings, list) else settings
 
 
 def is_own(path: Path) -> bool:

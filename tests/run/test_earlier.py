@@ -44,6 +44,15 @@ def test_an_artifact_whose_settings_have_earlier_names_loads(again, tmp_path) ->
     assert code == 0 and len(list((folder / "samples" / "standing_dog").glob("*_1.png"))) == 2
 
 
+def test_earlier_settings_build_the_method_again(tmp_path, monkeypatch) -> None:
+    """Drawn together, concepts are built from the settings they were kept with: these name `hiperlab.prior.Prior`."""
+    monkeypatch.chdir(tmp_path)
+    kept = EARLIER / "lora_tiny" / "artifacts" / "cats.safetensors"
+    words = [f"artifacts=[{kept}]", 'sample.texts=["a photo of a <cats>"]', "model=tiny", "stages=[sample]"]
+    assert door.main([*words, "sample.seeds=[0]", "sampler.steps=2", "logger=csv", "run_dir=run"]) == 0
+    assert len(list((tmp_path / "run" / "samples").rglob("*.png"))) == 1
+
+
 def test_what_the_first_miniature_learnt_is_refused_by_name(again, capsys) -> None:
     code, _ = again("ti_mini", "stages=[sample]", "sample.seeds=[1]")
     said = capsys.readouterr().err.strip().splitlines()[-1]
