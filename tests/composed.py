@@ -40,6 +40,11 @@ def config(name: str) -> DictConfig:
         return compose("config", overrides=[f"method={name}", "model=tiny", "hydra/launcher=basic"])
 
 
+def trains(name: str) -> bool:
+    """Whether a method has anything to train: its published schedule has steps."""
+    return bool(OmegaConf.load(ROOT / "conf" / "method" / f"{name}.yaml").fit.steps)
+
+
 def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
     """The method around `stack`, with its published settings but for `changes` (and the length of its phases)."""
     settings = OmegaConf.merge(config(name).method, QUICK.get(name, {}), changes)

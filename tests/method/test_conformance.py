@@ -16,7 +16,7 @@ from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
-from tests.composed import METHODS, SUBJECTS, batch, build, config, train
+from tests.composed import METHODS, SUBJECTS, batch, build, config, train, trains
 
 CATS = SUBJECTS[:1]
 
@@ -26,7 +26,7 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[name for name in METHODS if config(name).fit.steps])
+@pytest.fixture(params=[name for name in METHODS if trains(name)])
 def trainee(request) -> str:
     """A method that has something to train."""
     return request.param
@@ -100,7 +100,7 @@ def test_artifact_round_trip(name, stack, tmp_path) -> None:
     subjects = SUBJECTS[:2] if method_class(name).stacks_concepts else SUBJECTS[1:2]
     place = len(subjects) - 1
     method = build(name, stack, subjects)
-    if config(name).fit.steps:
+    if trains(name):
         train(method, 2)
     path = tmp_path / "concept.safetensors"
     artifact.write(path, method, place, {"_target_": config(name).method._target_}, steps=2)
