@@ -20,7 +20,7 @@ from hiperlab.metric.world.network import Judge, split
 from hiperlab.world.identity import Identity
 from hiperlab.world.subjects import EDITS, SEEDS, edit, held_out, subject
 
-WORLD = "world-1"  # raise it when the world draws otherwise
+WORLD = "world-2"  # raise it when the world draws otherwise
 
 
 def prepared(size: int) -> Preprocess:
