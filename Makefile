@@ -36,7 +36,7 @@ notebook:  ## execute the notebooks in place
 	$(RUN) jupyter-execute --inplace notebooks/*.ipynb
 
 miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<export>
-	$(RUN) python -m hiperlab.miniature stages=[report] report.folder=$(FOLDER) out=outputs/world/report
+	$(RUN) python -m hiperlab.miniature stages=[report] report.folder=$(FOLDER) out=outputs/miniature/report
 
 miniature:  ## train the miniature's U-Net and decoder on a GPU, in ten minutes (PRESET=cpu: in hours)
 	$(PYTHON) -m hiperlab.miniature preset=$(PRESET) stages=[data,latents,unet,decoder,export] $(ARGS)

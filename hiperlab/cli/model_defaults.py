@@ -59,7 +59,7 @@ _MISSING = object()
 
 
 def line(cfg: Mapping[str, Any], model: str) -> str:
-    """What was put in, for people: `mini: method.optimizer.lr 0.005 instead of the published 0.0001; …`; may be ""."""
+    """What was put in, for people: `mini: fit.steps 300 (published 5000); defaults=…`; may be ""."""
     put = cfg.get("tuned") or {}
     if not put:
         return ""

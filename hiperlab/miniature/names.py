@@ -2,7 +2,7 @@
 
 Captions name kinds, colours and patterns only; a text tower that has read nothing else cannot say "this cat". So in a
 share of its captions the subject has a name: all that makes its identity, made a token embedding by a small network
-that learns with the U-Net. The network ships with nothing. A personalisation method looks for such a vector, of a
+that learns with the U-Net and no method ever sees. A personalisation method looks for such a vector, of a
 subject that no name was ever learnt from.
 """
 

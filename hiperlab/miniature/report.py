@@ -26,9 +26,10 @@ from hiperlab.metric.world import network as truth_judge
 from hiperlab.metric.world.attributes import read_attributes
 from hiperlab.miniature import bars, identity
 from hiperlab.miniature.decoder import psnr
-from hiperlab.miniature.draw_shard import HEADS, Source, truth, wording
+from hiperlab.miniature.draw_shard import HEADS, Source, truth
 from hiperlab.miniature.pictures import reduced
 from hiperlab.miniature.plan import Workshop
+from hiperlab.miniature.recoded import recode
 from hiperlab.report.environment import environment
 from hiperlab.world.caption import article, parse, true_picture
 from hiperlab.world.draw import render
@@ -81,27 +82,17 @@ def questions(count: int) -> dict[str, list[str]]:
     }
 
 
-def drawn(name: str, views: int, count: int, size: int) -> tuple[Tensor, list[str], dict[str, Tensor]]:
-    """The report's own pictures (N, 3, H, W) in [-1, 1], captions and labels."""
+def drawn(name: str, views: int, count: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The report's own pictures (N, 3, H, W) in [-1, 1] and their labels."""
     source = Source(name, SEED, views)
-    pixels, captions = [], []
+    pixels = []
     labels: dict[str, list[int]] = {head: [] for head in HEADS}
     for number in range(count):
         shot = source.picture(number)
-        pixels.append(torch.from_numpy(render(shot.who, shot.now, size).rgb))
-        captions.append(wording(source, number, 0, shot))
+        pixels.append(_pixels(render(shot.who, shot.now, size).rgb))
         for head, value in truth(shot).items():
             labels[head].append(HEADS[head].index(value))
-    stacked = torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return stacked, captions, {head: torch.tensor(column) for head, column in labels.items()}
-
-
-@torch.no_grad()
-def coded(folder: Path, pixels: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] as the autoencoder gives them back, in the same range."""
-    network: Any = AutoencoderKL.from_pretrained(str(folder / "vae"), local_files_only=True).float()
-    parts = [network.decode(network.encode(p).latent_dist.mean).sample.clamp(-1, 1) for p in pixels.split(16)]
-    return torch.cat(parts)
+    return torch.stack(pixels), {head: torch.tensor(column) for head, column in labels.items()}
 
 
 @torch.no_grad()
@@ -116,6 +107,11 @@ def measure_coding(folder: Path, pixels: Tensor, pairs: Tensor) -> dict[str, flo
     judge = truth_judge.load(folder / "judges" / "identity")
     small = judge.shape.size
 
+    vae: Any = AutoencoderKL.from_pretrained(str(folder / "vae"), local_files_only=True).float()
+
+    def coded(pictures: Tensor) -> Tensor:
+        return torch.cat([recode(vae, part).clamp(-1, 1) for part in pictures.split(16)])
+
     def embed(pictures: Tensor) -> Tensor:
         parts = [judge(reduced(part, small))["embedding"] for part in pictures.split(100)]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)
@@ -126,13 +122,13 @@ def measure_coding(folder: Path, pixels: Tensor, pairs: Tensor) -> dict[str, flo
         who = subject(name).who
         own = torch.stack([_pixels(true_picture(who, text.format(who.kind), 101, size).rgb) for text in photos])
         seen = torch.stack([_pixels(np.asarray(view)) for view in views(name, size)])
-        found[name] = float((embed(coded(folder, own)) @ embed(seen).T).mean())
+        found[name] = float((embed(coded(own)) @ embed(seen).T).mean())
     first, second = pairs[:400:2], pairs[1:400:2]
     return {
-        "coded_psnr": float(psnr(reduced(coded(folder, pixels), 64), reduced(pixels, 64)).mean()),
+        "coded_psnr": float(psnr(reduced(coded(pixels), 64), reduced(pixels, 64)).mean()),
         "coded_identity": statistics.mean(found.values()),
         "coded_identity_worst": min(found.values()),
-        "coded_retrieval": 100 * identity.top1(embed(coded(folder, first)), embed(second)),
+        "coded_retrieval": 100 * identity.top1(embed(coded(first)), embed(second)),
     }
 
 
@@ -261,7 +257,7 @@ def work(
         subjects: held-out subjects for the identity encoder (400).
         samples: prompts to sample.
         steps: of the sampling.
-        guidance: of the sampling (5).
+        guidance: of the sampling.
         batch: samples at a time; does not change them beyond rounding.
         speed_steps: of the timed picture (25).
         speed_repeats: timed pictures; their median counts.
@@ -277,7 +273,7 @@ def work(
     size = int(json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]) * 8
     values: dict[str, float | None] = {}
     notes: dict[str, str] = {}
-    pixels, _, labels = drawn("held", 1, pictures, size)
+    pixels, labels = drawn("held", 1, pictures, size)
     pairs = drawn("pairs", 2, 2 * subjects, size)[0]
     texts = questions(samples)
     pipe = load_pipeline(place, shop.device)

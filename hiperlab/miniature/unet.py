@@ -191,13 +191,13 @@ class UnetModule(StageModule):
         has_name = ((draws >= self.dropout) & (draws < self.dropout + self.names))[:, 0]
         return ids, has_name.nonzero()[:, 0]
 
-    def states(self, learner: Any, ids: Tensor, chosen: Tensor, with_name: Tensor) -> Tensor:
+    def states(self, ids: Tensor, chosen: Tensor, with_name: Tensor) -> Tensor:
         """Text states (B, 77, D) of a batch on the device; `with_name` says which rows bear names."""
         which = chosen[with_name]
         nouns = self.nouns[which]
         places = torch.stack([with_name, put(ids[with_name], nouns)])
         parts = (ids, self.identities[which], places, nouns)
-        return self.fast("states", learner.states)(*(part.to(self.device) for part in parts))
+        return self.fast("states", self.learner.states)(*(part.to(self.device) for part in parts))
 
     def loss(self, step: int) -> Tensor:
         """Mean squared error of the predicted velocity."""
@@ -208,14 +208,11 @@ class UnetModule(StageModule):
         noise = normals(self.seed, "unet noise", step, shape, self.device)
         timestep = timesteps(self.seed, step, len(chosen), self.focus, len(self.alpha_bar)).to(self.device)
         alpha_bar = self.alpha_bar[timestep]
-        states = self.states(self.learner, *self._texts(chosen, step))
+        ids, with_name = self.captions(chosen, step)
+        states = self.states(ids, chosen, with_name)
         predicted = self.fast("predict", self.learner.forward)(add_noise(z0, noise, alpha_bar), timestep, states)
         wanted = target(z0, noise, alpha_bar, PREDICTION)
         return ((predicted.float() - wanted).square() * self.middle).mean()
-
-    def _texts(self, chosen: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, with_name = self.captions(chosen, step)
-        return ids, chosen, with_name
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the mean beside the checkpoint, so that a training that is cut off leaves what it has."""
@@ -241,9 +238,9 @@ def held_out_loss(module: UnetModule, vae: Any, pictures: Pictures, tokenizer: A
     for index, part in enumerate(torch.arange(count).split(64)):
         z0 = latents.encode(vae, pictures.batch(part))[:, :4]
         noise = normals(0, "unet check", index, tuple(z0.shape), module.device)
-        alpha_bar = module.alpha_bar[((part * 1000 + 500) // count).to(module.device)]
-        states = module.mean.text(input_ids=ids[part].to(module.device)).last_hidden_state
         timestep = ((part * 1000 + 500) // count).to(module.device)
+        alpha_bar = module.alpha_bar[timestep]
+        states = module.mean.text(input_ids=ids[part].to(module.device)).last_hidden_state
         predicted = module.mean(add_noise(z0, noise, alpha_bar), timestep, states)
         wanted = target(z0, noise, alpha_bar, PREDICTION)
         total += float((predicted.float() - wanted).square().mean((1, 2, 3)).sum())
@@ -316,7 +313,7 @@ def work(
     tokenizer = load_tokenizer(shop.base)
     pieces = [token_ids(tokenizer, kind) for kind in KINDS]
     if any(len(each) > 1 for each in pieces):
-        raise UserError("unet.names: the tokenizer cuts the word of a kind into pieces; train it on more captions.")
+        raise UserError(f"base={shop.base}: its tokenizer cuts a kind into pieces; a name needs one token.")
     counts = {name: count for name, count in share_out(shares, fit["batch"]).items() if count}
     names_of_sets = [name for name in latents.SETS if name in counts or (name in PHOTO_SETS and PHOTO in counts)]
     sets = {name: Pictures(shop.folder("data") / name, shop.device) for name in names_of_sets}
