@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTokenizer
@@ -52,7 +53,8 @@ def load_autoencoder(shop: Workshop) -> Any:
     """The autoencoder with its last decoder, frozen, float32, on the device: this training's if it has one."""
     trained = record.done(shop.folder("decoder"))
     folder = shop.weights("decoder") if trained else shop.base / "vae"
-    return freeze(AutoencoderKL.from_pretrained(str(folder), local_files_only=True).float().to(shop.device))
+    autoencoder: Any = AutoencoderKL.from_pretrained(str(folder), local_files_only=True).float()
+    return freeze(autoencoder.to(shop.device, memory_format=torch.channels_last))  # codes 1.6 times as fast on a CPU
 
 
 def encoder_key(vae: Any) -> str:

@@ -255,7 +255,7 @@ def begin_with(learner: Learner, folder: str) -> None:
     """
     try:
         for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
-            earlier: Any = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+            earlier: Any = kind.from_pretrained(str(files.expand(folder)), subfolder=part, local_files_only=True)
             getattr(learner, part.split("_")[0]).load_state_dict(earlier.float().state_dict())
         path = files.expand(folder) / NAMER
         if path.is_file():
