@@ -21,7 +21,7 @@ def fill(text: str, word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Advice:
+class EditSettings:
     """How a data set's authors drew an edit by its attention maps; methods of that kind may follow it, none must.
 
     Attributes:
@@ -48,14 +48,14 @@ class Edit:
         truths: the true picture of each target where the world knows it, else None; empty where none is known.
         mask: white where an edit may change the picture, black where it must not, grey where nobody is sure; None
             where nobody knows.
-        advice: how its authors drew it; None where nobody said.
+        settings: how its authors drew it; None where nobody said.
     """
 
     source: str
     targets: tuple[str, ...]
     truths: tuple[Image.Image | None, ...] = ()
     mask: Image.Image | None = None
-    advice: Advice | None = None
+    settings: EditSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.source.strip() or not self.targets or not all(text.strip() for text in self.targets):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from PIL import Image
 
@@ -47,41 +48,80 @@ class DataSet:
             raise UserError(f"data.flip={self.flip} is no probability: use 0 to 1.")
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The word settings that all loaders take.
+class ConceptSettings(TypedDict):
+    """The settings that every loader of concepts takes and hands on to `data_set`: a new one is added here.
 
     Attributes:
+        placeholder: the new word (None: "<name>"), a list with several concepts.
+        word: class noun, for all or a list (None: the loader's own).
         property: "object" or "style", chooses the training templates.
-        prompts: evaluation prompts (a list's name, a file, the prompts), or None for the loader's own choice.
+        prompts: evaluation prompts, see `load_prompts`, or None for the loader's own choice.
         class_noun: where the class noun follows the placeholder ("a {} cat"): "none"; "prompts" = evaluation prompts,
             as DreamBooth's list is printed; "all" = training templates too.
+        max_views: at most so many pictures per concept, or None.
+        center_crop: see `DataSet`.
+        flip: see `DataSet`.
     """
 
+    placeholder: str | Sequence[str] | None
+    word: str | Sequence[str] | None
     property: str
     prompts: str | Sequence[str] | None
     class_noun: str
+    max_views: int | None
+    center_crop: bool
+    flip: float
 
-    def concept(
-        self,
-        name: str,
-        placeholder: str,
-        word: str,
-        pictures: tuple[Sequence[Image.Image], Sequence[str]],
-        default_prompts: str,
-        note: str = "",
-    ) -> Concept:
-        """A concept of these pictures (views, sources) with its templates and prompts."""
-        if self.class_noun not in CLASS_NOUN:
-            raise UserError(f"data.class_noun={self.class_noun!r} is unknown.{near(str(self.class_noun), CLASS_NOUN)}")
-        train = templates(self.property)
-        test = load_prompts(default_prompts if self.prompts is None else self.prompts)
-        if self.class_noun == "all":
-            train = with_class(train, word)
-        if self.class_noun != "none":
-            test = with_class(test, word)
-        views, sources = pictures
-        return Concept(name, placeholder, word, tuple(views), tuple(sources), train, test, note)
+
+@dataclass(frozen=True)
+class Found:
+    """A concept as its loader found it.
+
+    Attributes:
+        name: as in `Concept`.
+        word: its class noun where the user gives none.
+        read: most pictures (None: all) -> the pictures and what messages call each.
+        prompts: its evaluation prompts where the user gives none.
+        note: as in `Concept`.
+    """
+
+    name: str
+    word: str
+    read: Callable[[int | None], tuple[Sequence[Image.Image], Sequence[str]]]
+    prompts: str | Sequence[str]
+    note: str = ""
+
+
+def data_set(concepts: Sequence[Found], **settings: Unpack[ConceptSettings]) -> DataSet:
+    """The concepts with their pictures, texts and words.
+
+    Raises:
+        UserError: unusable pictures or texts, an unknown choice, a list of another length than the concepts'.
+    """
+    noun, names = settings["class_noun"], [each.name for each in concepts]
+    if noun not in CLASS_NOUN:
+        raise UserError(f"data.class_noun={noun!r} is unknown.{near(str(noun), CLASS_NOUN)}")
+    words = per_concept(settings["word"], names, "word")
+    placeholders = per_concept(settings["placeholder"], names, "placeholder")
+    made = []
+    for each, word, placeholder in zip(concepts, words, placeholders, strict=True):
+        word = word or each.word
+        views, sources = each.read(settings["max_views"])
+        train = templates(settings["property"])
+        test = load_prompts(each.prompts if settings["prompts"] is None else settings["prompts"])
+        made.append(
+            Concept(
+                each.name,
+                placeholder or default_placeholder(each.name),
+                word,
+                tuple(views),
+                tuple(sources),
+                with_class(train, word) if noun == "all" else train,
+                test if noun == "none" else with_class(test, word),
+                each.note,
+            )
+        )
+    return DataSet(tuple(made), settings["center_crop"], settings["flip"])
 
 
 def per_concept(value: str | Sequence[str] | None, names: Sequence[str], key: str) -> list[str | None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
-from hiperlab.data.dataset import DataSet, Texts, default_placeholder, folder_of, names_of, per_concept
+from hiperlab.data.dataset import ConceptSettings, DataSet, Found, data_set, folder_of, names_of
 from hiperlab.data.images import OnBad, read_folder
 from hiperlab.errors import UserError, near
 
@@ -17,32 +19,20 @@ def load(
     dir: str | None,
     subject: str | None,
     concepts: str | Sequence[str] | None,
-    placeholder: str | Sequence[str] | None,
-    word: str | Sequence[str] | None,
-    property: str,
-    prompts: str | Sequence[str] | None,
-    class_noun: str,
     on_bad_image: OnBad,
-    max_views: int | None,
-    center_crop: bool,
-    flip: float,
+    **settings: Unpack[ConceptSettings],
 ) -> DataSet:
     """Read one subject (`subject`) or several (`concepts`) of the released data set.
+
+    The class noun is the released one ("stuffed animal") unless `word` says otherwise, the evaluation prompts are
+    dreambooth_live for cats and dogs, else dreambooth_object, unless `prompts` does.
 
     Args:
         dir: the folder that holds prompts_and_classes.txt, or the one above ("dataset" in the authors' repository).
         subject: e.g. "cat2".
         concepts: several subjects; excludes `subject`.
-        placeholder: the new word (None: "<cat2>"), a list with several subjects.
-        word: class noun (None: the released class, e.g. "stuffed animal").
-        property: "object" or "style".
-        prompts: evaluation prompts, see `load_prompts` (None: dreambooth_live for cats
-            and dogs, else dreambooth_object).
-        class_noun: see `Texts`.
         on_bad_image: "stop" or "skip".
-        max_views: at most so many pictures per subject, or None.
-        center_crop: see `DataSet`.
-        flip: see `DataSet`.
+        settings: see `ConceptSettings`.
 
     Raises:
         UserError: not this layout, unknown subject, unusable pictures.
@@ -50,22 +40,19 @@ def load(
     root = _root(folder_of(dir, "data.dir=dreambooth/dataset"))
     classes = read_classes(root / CLASSES_FILE)
     names = _chosen(subject, concepts, classes)
-    words, placeholders = per_concept(word, names, "word"), per_concept(placeholder, names, "placeholder")
-    texts = Texts(property, prompts, class_noun)
-    made = []
-    for name, given_word, given_placeholder in zip(names, words, placeholders, strict=True):
+    for name in names:
         if not (root / name).is_dir():
             raise UserError(f"{root} lists subject {name} but has no folder of that name: complete the download.")
-        made.append(
-            texts.concept(
-                name,
-                given_placeholder or default_placeholder(name),
-                given_word or classes[name],
-                read_folder(root / name, on_bad_image, max_views),
-                "dreambooth_live" if classes[name] in LIVE_CLASSES else "dreambooth_object",
-            )
+    found = [
+        Found(
+            name,
+            classes[name],
+            partial(read_folder, root / name, on_bad_image),
+            "dreambooth_live" if classes[name] in LIVE_CLASSES else "dreambooth_object",
         )
-    return DataSet(tuple(made), center_crop, flip)
+        for name in names
+    ]
+    return data_set(found, **settings)
 
 
 def read_classes(path: Path) -> dict[str, str]:

@@ -7,12 +7,14 @@ exact text back. So edit methods read plain texts, and concept methods run on th
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypedDict, Unpack
 
 from PIL import Image
 
 from hiperlab.data.concept import SLOT, Concept, Edit, fill
-from hiperlab.data.dataset import DataSet
+from hiperlab.data.dataset import DataSet, default_placeholder, per_concept
 from hiperlab.errors import UserError
 
 
@@ -50,6 +52,33 @@ def edit_concept(
         )
     prompts = tuple(slotted(text, word) for text in edit.targets)
     return Concept(name, placeholder, word, (picture,), (where,), (source,), prompts, note, edit)
+
+
+class EditDataSettings(TypedDict):
+    """The settings that every loader of edits takes and hands on to `edit_set`: a new one is added here.
+
+    Attributes:
+        placeholder: the new word of concept methods (None: "<name>"), a list with several edits.
+        flip: probability of mirroring; edit methods never mirror.
+    """
+
+    placeholder: str | Sequence[str] | None
+    flip: float
+
+
+def edit_set(edits: Mapping[str, Callable[[str], Concept]], **settings: Unpack[EditDataSettings]) -> DataSet:
+    """The edits, which see their picture as the papers crop it.
+
+    Args:
+        edits: name -> what makes the concept of that name for a placeholder.
+        settings: see `EditDataSettings`.
+    """
+    given = per_concept(settings["placeholder"], list(edits), "placeholder")
+    made = [
+        make(placeholder or default_placeholder(name))
+        for (name, make), placeholder in zip(edits.items(), given, strict=True)
+    ]
+    return DataSet(tuple(made), center_crop=False, flip=settings["flip"], short_side=True)
 
 
 def as_edits(dataset: DataSet) -> DataSet:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import ast
 import csv
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from hiperlab.data.concept import Advice, Concept, Edit
-from hiperlab.data.dataset import DataSet, default_placeholder, file_name, folder_of, per_concept
-from hiperlab.data.edit import edit_concept
+from PIL import Image
+
+from hiperlab.data.concept import Concept, Edit, EditSettings
+from hiperlab.data.dataset import DataSet, file_name, folder_of
+from hiperlab.data.edit import EditDataSettings, edit_concept, edit_set
 from hiperlab.data.edit_loaders import last_word, read
 from hiperlab.errors import UserError, near
 
@@ -33,8 +36,7 @@ def load(
     dir: str | None,
     item: str | int | Sequence[str | int] | None,
     masks: str | None,
-    placeholder: str | Sequence[str] | None,
-    flip: float,
+    **settings: Unpack[EditDataSettings],
 ) -> DataSet:
     """Edits of a CSV file, one concept a row, called <case number>-<picture>.
 
@@ -46,8 +48,7 @@ def load(
         item: case numbers to take, one or several (None: all).
         masks: a folder of the authors' foreground masks, "<case number> <prompt>.png", white where the edited thing
             is (None: no masks).
-        placeholder: the new word of concept methods (None: "<name>"), a list with several edits.
-        flip: probability of mirroring; edit methods never mirror.
+        settings: see `EditDataSettings`.
 
     Raises:
         UserError: a file is missing, lacks a column, or a cell cannot be read.
@@ -59,24 +60,23 @@ def load(
     path = Path(file).expanduser()
     folder = folder_of(dir, "data.dir=StyleDiffusion") if dir else path.parent
     rows = _chosen(_rows(path), item, path)
-    given = per_concept(placeholder, list(rows), "placeholder")
     shapes = folder_of(masks, "data.masks=fgmask") if masks else None
-    made = tuple(
-        _concept(case, row, folder, shapes, word, f"row {case} of {path.name}")
-        for (case, row), word in zip(rows.items(), given, strict=True)
-    )
-    return DataSet(made, center_crop=False, flip=flip, short_side=True)
+    edits = {}
+    for case, row in rows.items():
+        where = f"row {case} of {path.name}"
+        picture = _picture(folder, row["image_path"], where)
+        mask = read(shapes / f"{case} {row['prompt']}.png").convert("L") if shapes else None
+        name = file_name(f"{case}-{picture.stem}")
+        edits[name] = partial(_concept, name, row, picture, mask, where)
+    return edit_set(edits, **settings)
 
 
-def _concept(case: str, row: Row, folder: Path, masks: Path | None, placeholder: str | None, where: str) -> Concept:
+def _concept(name: str, row: Row, picture: Path, mask: Image.Image | None, where: str, placeholder: str) -> Concept:
     source, target = row["prompt"], row["target"]
-    advice = _advice(row, where)
-    word = advice.blend[0] if advice.blend else last_word(source)
-    picture = _picture(folder, row["image_path"], where)
-    mask = read(masks / f"{case} {source}.png").convert("L") if masks else None
-    called = file_name(f"{case}-{picture.stem}")
-    edit = Edit(source, (target,), mask=mask, advice=advice)
-    return edit_concept(called, placeholder or default_placeholder(called), word, read(picture), picture.name, edit)
+    settings = _edit_settings(row, where)
+    word = settings.blend[0] if settings.blend else last_word(source)
+    edit = Edit(source, (target,), mask=mask, settings=settings)
+    return edit_concept(name, placeholder, word, read(picture), picture.name, edit)
 
 
 def _picture(folder: Path, written: str, where: str) -> Path:
@@ -88,7 +88,7 @@ def _picture(folder: Path, written: str, where: str) -> Path:
     raise UserError(f"{where}: neither {places[0]} nor {places[1]} is there: name the pictures' folder, data.dir=…")
 
 
-def _advice(row: Row, where: str) -> Advice:
+def _edit_settings(row: Row, where: str) -> EditSettings:
     """What the row says beside texts and picture."""
     kind = _cell(row, "edit_type")
     if kind and kind not in MODES:
@@ -97,7 +97,7 @@ def _advice(row: Row, where: str) -> Advice:
     blend, equalizer = pairs["blend_word"], pairs["eq_params"]
     if blend and not all(len(words) == 1 and isinstance(words[0], str) for words in blend):
         raise UserError(f"{where}: blend_word must name one word of each text, as [('cat',),('tiger',)].")
-    return Advice(
+    return EditSettings(
         MODES[kind] if kind else None,
         (blend[0][0], blend[1][0]) if blend else None,
         tuple((str(word), float(factor)) for word, factor in zip(*equalizer, strict=False)) if equalizer else (),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from hiperlab.data.concept import Concept, Edit
-from hiperlab.data.dataset import DataSet, default_placeholder, file_name, folder_of, names_of, per_concept
-from hiperlab.data.edit import edit_concept
+from hiperlab.data.dataset import DataSet, file_name, folder_of, names_of
+from hiperlab.data.edit import EditDataSettings, edit_concept, edit_set
 from hiperlab.data.images import ImageProblem, read_image
 from hiperlab.errors import UserError, near
 from hiperlab.world.caption import true_picture
@@ -29,9 +31,8 @@ def load(
     targets: str | Sequence[str] | None,
     word: str | None,
     name: str | None,
-    placeholder: str | None,
     mask: str | None,
-    flip: float,
+    **settings: Unpack[EditDataSettings],
 ) -> DataSet:
     """One picture of one's own.
 
@@ -41,9 +42,8 @@ def load(
         targets: what its edits should show, one text or several.
         word: the noun in the source text that concept methods replace (None: its last word).
         name: the edit's name (None: the picture's).
-        placeholder: the new word of concept methods (None: "<name>").
         mask: a picture of the same shape, white where edits may change it (None: nobody knows).
-        flip: probability of mirroring; edit methods never mirror.
+        settings: see `EditDataSettings`.
 
     Raises:
         UserError: something is missing or unreadable.
@@ -57,9 +57,8 @@ def load(
     path = Path(image).expanduser()
     called = name or file_name(path.stem)
     edit = Edit(source, tuple(names_of(targets)), mask=_mask(mask) if mask else None)
-    new_word = placeholder or default_placeholder(called)
-    concept = edit_concept(called, new_word, word or last_word(source), read(path), path.name, edit)
-    return DataSet((concept,), center_crop=False, flip=flip, short_side=True)
+    noun, picture = word or last_word(source), read(path)
+    return edit_set({called: lambda given: edit_concept(called, given, noun, picture, path.name, edit)}, **settings)
 
 
 def load_tedbench(
@@ -68,8 +67,7 @@ def load_tedbench(
     source: str | None,
     word: str | None,
     targets: str | Sequence[str] | None,
-    placeholder: str | None,
-    flip: float,
+    **settings: Unpack[EditDataSettings],
 ) -> DataSet:
     """One picture of TEdBench as released: `input_list.json` and `originals/`, with its own target texts.
 
@@ -79,8 +77,7 @@ def load_tedbench(
         source: what the picture shows; the benchmark has no source texts.
         word: as in `load`.
         targets: other texts than the benchmark's (None: all of the picture's).
-        placeholder: as in `load`.
-        flip: as in `load`.
+        settings: as in `load`.
 
     Raises:
         UserError: the layout is another, or there is no such item.
@@ -107,21 +104,17 @@ def load_tedbench(
     texts = tuple(names_of(targets)) if targets else tuple(wanted[chosen])
     called = file_name(Path(chosen).stem)
     picture = read(folder / "originals" / chosen)
-    new_word = placeholder or default_placeholder(called)
-    concept = edit_concept(called, new_word, word or last_word(source), picture, chosen, Edit(source, texts))
-    return DataSet((concept,), center_crop=False, flip=flip, short_side=True)
+    noun, edit = word or last_word(source), Edit(source, texts)
+    return edit_set({called: lambda given: edit_concept(called, given, noun, picture, chosen, edit)}, **settings)
 
 
-def load_world(
-    edits: str | Sequence[str], placeholder: str | Sequence[str] | None, resolution: int, flip: float
-) -> DataSet:
+def load_world(edits: str | Sequence[str], resolution: int, **settings: Unpack[EditDataSettings]) -> DataSet:
     """Edits of the world, whose true results are known.
 
     Args:
         edits: one or several of `hiperlab.world.subjects.EDITS`.
-        placeholder: the new word of concept methods (None: "<name>"), a list with several edits.
         resolution: side of the pictures in pixels.
-        flip: as in `load`.
+        settings: as in `load`.
 
     Raises:
         UserError: there is no such edit.
@@ -129,18 +122,14 @@ def load_world(
     names = names_of(edits)
     if unknown := [name for name in names if name not in EDITS]:
         raise UserError(f"data.edits names {unknown[0]!r}, which is no edit of the world.{near(unknown[0], EDITS)}")
-    given = per_concept(placeholder, names, "placeholder")
-    made = tuple(_world(name, new_word, resolution) for name, new_word in zip(names, given, strict=True))
-    return DataSet(made, center_crop=False, flip=flip, short_side=True)
+    return edit_set({name: partial(_world, name, resolution) for name in names}, **settings)
 
 
-def _world(name: str, placeholder: str | None, size: int) -> Concept:
+def _world(name: str, size: int, placeholder: str) -> Concept:
     one = world_edit(name)
     truths = tuple(one.targets(size))
     edit = Edit(one.source_prompt, one.target_prompts, truths, world_mask(one, size))
-    return edit_concept(
-        name, placeholder or default_placeholder(name), one.who.kind, one.source(size), name, edit, WORLD_NOTE
-    )
+    return edit_concept(name, placeholder, one.who.kind, one.source(size), name, edit, WORLD_NOTE)
 
 
 def world_mask(one: WorldEdit, size: int) -> Image.Image | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
-from hiperlab.data.dataset import DataSet, Texts, default_placeholder, file_name, folder_of, names_of, per_concept
+from hiperlab.data.dataset import ConceptSettings, DataSet, Found, data_set, file_name, folder_of, names_of
 from hiperlab.data.images import OnBad, picture_files, read_folder
 from hiperlab.errors import UserError, near
 
@@ -16,15 +18,8 @@ def load(
     dir: str | None,
     concepts: str | Sequence[str] | None,
     name: str | None,
-    placeholder: str | Sequence[str] | None,
-    word: str | Sequence[str],
-    property: str,
-    prompts: str | Sequence[str] | None,
-    class_noun: str,
     on_bad_image: OnBad,
-    max_views: int | None,
-    center_crop: bool,
-    flip: float,
+    **settings: Unpack[ConceptSettings],
 ) -> DataSet:
     """Read the pictures in `dir` as one concept, or those in its sub-folders `concepts` as one concept each.
 
@@ -32,15 +27,8 @@ def load(
         dir: folder of pictures, or of sub-folders of pictures together with `concepts`.
         concepts: names of sub-folders, or None.
         name: the concept's name (None: the folder's); sub-folders always give their own.
-        placeholder: the new word (None: "<name>"), a list with several concepts.
-        word: class noun, for all or a list.
-        property: "object" or "style".
-        prompts: evaluation prompts, see `load_prompts` (None: neti).
-        class_noun: see `Texts`.
         on_bad_image: "stop" or "skip".
-        max_views: at most so many pictures per concept, or None.
-        center_crop: see `DataSet`.
-        flip: see `DataSet`.
+        settings: see `ConceptSettings`.
 
     Raises:
         UserError: nothing usable there; the message says what is there.
@@ -54,13 +42,8 @@ def load(
         folders, names = [_sub_folder(folder, c) for c in chosen], [file_name(c) for c in chosen]
     elif not picture_files(folder):
         raise UserError(_nothing_here(folder))
-    words, placeholders = per_concept(word, names, "word"), per_concept(placeholder, names, "placeholder")
-    texts = Texts(property, prompts, class_noun)
-    made = [
-        texts.concept(n, p or default_placeholder(n), w or "", read_folder(f, on_bad_image, max_views), PROMPTS)
-        for f, n, w, p in zip(folders, names, words, placeholders, strict=True)
-    ]
-    return DataSet(tuple(made), center_crop, flip)
+    pairs = zip(folders, names, strict=True)
+    return data_set([Found(n, "", partial(read_folder, f, on_bad_image), PROMPTS) for f, n in pairs], **settings)
 
 
 def _sub_folders(folder: Path) -> dict[str, Path]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
-from hiperlab.data.concept import Advice, Concept, Edit
-from hiperlab.data.dataset import DataSet, default_placeholder, file_name, folder_of, names_of, per_concept
-from hiperlab.data.edit import edit_concept
+from hiperlab.data.concept import Concept, Edit, EditSettings
+from hiperlab.data.dataset import DataSet, file_name, folder_of, names_of
+from hiperlab.data.edit import EditDataSettings, edit_concept, edit_set
 from hiperlab.data.edit_loaders import last_word, read
 from hiperlab.errors import UserError, near
 
@@ -30,8 +31,7 @@ def load(
     dir: str | None,
     item: str | int | Sequence[str | int] | None,
     kinds: str | int | Sequence[str | int] | None,
-    placeholder: str | Sequence[str] | None,
-    flip: float,
+    **settings: Unpack[EditDataSettings],
 ) -> DataSet:
     """Edits of the benchmark, one concept each, called as in its list.
 
@@ -41,8 +41,7 @@ def load(
         dir: the folder with `mapping_file.json` and `annotation_images/`.
         item: names in the list ("000000000002"), or numbers in its order from 0; one or several.
         kinds: instead of items all edits of some of `KINDS`, by name or number; "all" for the whole benchmark.
-        placeholder: the new word of concept methods (None: "<name>"), a list with several edits.
-        flip: probability of mirroring; edit methods never mirror.
+        settings: see `EditDataSettings`.
 
     Raises:
         UserError: the layout is another, there is no such item or kind, or a picture or mask is broken.
@@ -50,9 +49,7 @@ def load(
     folder = folder_of(dir, "data.dir=PIE-Bench/data")
     rows = _mapping(folder)
     names = _chosen(rows, item, kinds, folder)
-    given = per_concept(placeholder, names, "placeholder")
-    made = tuple(_concept(folder, name, rows[name], word) for name, word in zip(names, given, strict=True))
-    return DataSet(made, center_crop=False, flip=flip, short_side=True)
+    return edit_set({file_name(name): partial(_concept, folder, name, rows[name]) for name in names}, **settings)
 
 
 def decode_mask(runs: Sequence[int], side: int = SIDE) -> np.ndarray:
@@ -79,7 +76,7 @@ def decode_mask(runs: Sequence[int], side: int = SIDE) -> np.ndarray:
     return mask
 
 
-def _concept(folder: Path, name: str, row: Mapping[str, Any], placeholder: str | None) -> Concept:
+def _concept(folder: Path, name: str, row: Mapping[str, Any], placeholder: str) -> Concept:
     where = f"item {name} of {folder / 'mapping_file.json'}"
     if lacking := [key for key in _NEEDED if key not in row]:
         raise UserError(f"{where} lacks {', '.join(lacking)}: take PIE-Bench's own file.")
@@ -96,23 +93,24 @@ def _concept(folder: Path, name: str, row: Mapping[str, Any], placeholder: str |
     source, target = (str(row[key]).replace("[", "").replace("]", "") for key in ("original_prompt", "editing_prompt"))
     try:
         mask = Image.fromarray(decode_mask(row["mask"]) * 255)
-        edit = Edit(source, (target,), mask=mask, advice=_advice(str(row.get("blended_word", "")), source, target))
+        edit = Edit(
+            source, (target,), mask=mask, settings=_edit_settings(str(row.get("blended_word", "")), source, target)
+        )
     except (UserError, TypeError) as error:
         raise UserError(f"{where}: {error}") from None
-    word = edit.advice.blend[0] if edit.advice and edit.advice.blend else last_word(source)
-    called = file_name(name)
-    return edit_concept(called, placeholder or default_placeholder(called), word, picture, path.name, edit)
+    word = edit.settings.blend[0] if edit.settings and edit.settings.blend else last_word(source)
+    return edit_concept(file_name(name), placeholder, word, picture, path.name, edit)
 
 
-def _advice(blended: str, source: str, target: str) -> Advice | None:
+def _edit_settings(blended: str, source: str, target: str) -> EditSettings | None:
     """The benchmark's Prompt-to-Prompt: always refined, the blend words' regions only, the target's word doubled.
 
     Words that a text does not hold say nothing; the authors' code passes over them too.
     """
     words = blended.split()
     if len(words) < 2 or words[0] not in source.split(" ") or words[1] not in target.split(" "):
-        return Advice("refine")
-    return Advice("refine", (words[0], words[1]), ((words[1], EMPHASIS),))
+        return EditSettings("refine")
+    return EditSettings("refine", (words[0], words[1]), ((words[1], EMPHASIS),))
 
 
 def _chosen(rows: Mapping[str, Mapping[str, Any]], item: Any, kinds: Any, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hiperlab.data import edit_csv
-from hiperlab.data.concept import Advice
+from hiperlab.data.concept import EditSettings
 from hiperlab.data.dataset import DataSet
 from hiperlab.errors import UserError
 
@@ -50,12 +50,12 @@ def test_rows_are_edits_with_their_settings(folder: Path) -> None:
     cat, dog = load(write(folder, CAT, DOG)).concepts
     assert (cat.name, cat.placeholder, cat.word) == ("0-my-cat", "<0-my-cat>", "cat")
     assert cat.edit and cat.edit.source == CAT["prompt"] and cat.edit.targets == (CAT["target"],)
-    assert cat.edit.advice == Advice(
+    assert cat.edit.settings == EditSettings(
         "replace", ("cat", "tiger"), (("tiger", 2.0),), {"v": 0.5, "c": 0.6, "s": 0.8, "u": 0.5}
     )
     assert cat.views[0].size == (40, 30) and cat.edit.mask is None
     assert (dog.name, dog.word, dog.templates, dog.prompts) == ("7-dog", "dog", ("{}",), ("a sitting {}",))
-    assert dog.edit and dog.edit.advice == Advice(), "empty cells say nothing"
+    assert dog.edit and dog.edit.settings == EditSettings(), "empty cells say nothing"
 
 
 def test_pictures_are_found_from_the_repository_or_by_name(folder: Path) -> None:
@@ -73,7 +73,7 @@ def test_items_masks_and_plain_numbers(folder: Path) -> None:
     )
     Image.linear_gradient("L").save(folder / "7 dog.png")
     (dog,) = load(path, item=7, masks=str(folder)).concepts
-    assert dog.edit and dog.edit.advice == Advice("refine", None, (("dog", 8.0),), {"v": 0.1, "u": 0.0})
+    assert dog.edit and dog.edit.settings == EditSettings("refine", None, (("dog", 8.0),), {"v": 0.1, "u": 0.0})
     assert dog.edit.mask and dog.edit.mask.getextrema() == (0, 255) and dog.edit.mask.getpixel((0, 128)) == 128
     assert [c.name for c in load(path, item=["7", 0]).concepts] == ["7-dog", "0-my-cat"]
     with pytest.raises(UserError, match=r"data\.item=8 is no case number"):

@@ -128,7 +128,7 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_world_knows_results_and_masks() -> None:
-    data = edit_loaders.load_world(list(EDITS), None, 64, 0.5)
+    data = edit_loaders.load_world(list(EDITS), 64, placeholder=None, flip=0.5)
     assert len(data.concepts) >= 7
     for concept in data.concepts:
         edit = concept.edit
@@ -145,4 +145,4 @@ def test_the_world_knows_results_and_masks() -> None:
 
 def test_unknown_edits_of_the_world() -> None:
     with pytest.raises(UserError, match=r"(?i)no edit of the world.*standing_dog"):
-        edit_loaders.load_world("standing_dogs", None, 64, 0.5)
+        edit_loaders.load_world("standing_dogs", 64, placeholder=None, flip=0.5)

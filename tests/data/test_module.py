@@ -22,7 +22,10 @@ SIZE = 16
 
 
 def cats(*names: str, flip: float = 0.5) -> DataSet:
-    return load_named(list(names), None, None, "object", None, "none", None, 64, False, flip)
+    return load_named(
+        list(names), 64, placeholder=None, word=None, property="object", prompts=None, class_noun="none",
+        max_views=None, center_crop=False, flip=flip,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

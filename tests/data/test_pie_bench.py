@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hiperlab.data import pie_bench
-from hiperlab.data.concept import Advice
+from hiperlab.data.concept import EditSettings
 from hiperlab.data.dataset import DataSet
 from hiperlab.errors import UserError
 
@@ -56,7 +56,7 @@ def write(folder: Path, rows: Any) -> Path:
 
 
 def load(folder: Path | str | None, item: Any = None, kinds: Any = None, placeholder: Any = None) -> DataSet:
-    return pie_bench.load(folder and str(folder), item, kinds, placeholder, 0.0)
+    return pie_bench.load(folder and str(folder), item, kinds, placeholder=placeholder, flip=0.0)
 
 
 def test_an_item_is_an_edit(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_item_is_an_edit(folder: Path) -> None:
     edit = concept.edit
     assert edit and edit.source == "a slanted bicycle on the road" and edit.mask
     assert edit.targets == ("a slanted rusty bicycle on the road",)
-    assert edit.advice == Advice("refine", ("bicycle", "bicycle"), (("bicycle", 2.0),))
+    assert edit.settings == EditSettings("refine", ("bicycle", "bicycle"), (("bicycle", 2.0),))
     assert concept.templates == ("a slanted {} on the road",) and concept.views[0].size == (512, 512)
     inside = np.asarray(edit.mask)[1:-1, 1:-1] > 0
     where = np.argwhere(inside) + 1
@@ -75,9 +75,11 @@ def test_an_item_is_an_edit(folder: Path) -> None:
 
 def test_words_that_a_text_lacks_advise_nothing(folder: Path) -> None:
     first, second = load(folder, ["111000000001", 2]).concepts
-    assert first.word == "sitting" and first.edit and first.edit.advice == Advice("refine")
+    assert first.word == "sitting" and first.edit and first.edit.settings == EditSettings("refine")
     assert first.edit.source == "a cat, sitting" and first.edit.targets == ("a dog, sitting",)
-    assert second.word == "road" and second.edit and second.edit.advice == Advice("refine"), "no bike in the source"
+    assert second.word == "road" and second.edit and second.edit.settings == EditSettings("refine"), (
+        "no bike in the source"
+    )
 
 
 @pytest.mark.parametrize(
