@@ -11,33 +11,32 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from hiperlab.base.capability import ReadsPicture
 from hiperlab.base.method import Method, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.draws import normal
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-CLASS = {"count": 2, "folder": None, "steps": 1}  # two class pictures of one step, kept in memory
-QUICK = {
-    "e4t": {"batch_size": 2},
-    "imagic": {"steps": 2, "batch_size": 2},  # both of its phases within the suite's two steps of two rows
-    "lora": {"prior": {**CLASS, "weight": 1.0}},
-    "dreambooth": {"prior": CLASS},
-    "custom_diffusion": {"prior": CLASS},
-    "ddim_inversion": {"steps": 2, "cache": None},
-    "prompt_to_prompt": {"steps": 2},
-    "null_text": {"steps": 2, "cache": None},
-    "style_diffusion": {"steps": 2, "cache": None},
-}
+SHORT = ("fit.steps=2", "fit.batch_size=2", "sampler.steps=2")  # of the suite's trainings and pictures
+CLASS = {"count": 2, "folder": None, "steps": 1, "weight": 1.0}  # two class pictures of one step, kept in memory
 WORDS = ("cat", "dog", "toy", "vase")
 SUBJECTS = [Subject(f"my-{word}", f"<my-{word}>", word) for word in WORDS]
 
 
 @functools.cache
-def config(name: str) -> DictConfig:
-    """The composed configuration of `method=<name> model=tiny`."""
+def config(name: str, *changes: str) -> DictConfig:
+    """The composed configuration of `method=<name> model=tiny`, with further overrides."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return compose("config", overrides=[f"method={name}", "model=tiny", "hydra/launcher=basic"])
+        return compose("config", overrides=[f"method={name}", "model=tiny", "hydra/launcher=basic", *changes])
+
+
+def quick(name: str) -> dict[str, Any]:
+    """The method's settings in a short run that keeps nothing on disk; derived, so that no method is listed here."""
+    settings: Any = OmegaConf.to_container(config(name, *SHORT).method, resolve=True)
+    if "prior" in settings:
+        settings["prior"] |= CLASS
+    return settings | {key: None for key in ("cache",) if key in settings}
 
 
 def trains(name: str) -> bool:
@@ -46,11 +45,12 @@ def trains(name: str) -> bool:
 
 
 def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
-    """The method around `stack`, with its published settings but for `changes` (and the length of its phases)."""
-    settings = OmegaConf.merge(config(name).method, QUICK.get(name, {}), changes)
+    """The method around `stack`, with its published settings but for `changes` and what `quick` shortens."""
+    settings = OmegaConf.merge(quick(name), changes)
     method = instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
-    for index, subject in enumerate(subjects):
-        method.meet(index, picture(subject, 0, stack.size))
+    if isinstance(method, ReadsPicture):
+        for index, subject in enumerate(subjects):
+            method.set_reference(index, picture(subject, 0, stack.size))
     return method
 
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 from hydra.utils import get_class
 
+from hiperlab.base.capability import Composable
 from hiperlab.base.composition import Composition
 from hiperlab.base.method import Method, Subject
 from hiperlab.errors import UserError
 from hiperlab.model.offsets import Added, LowRank, Offsets
 from hiperlab.model.tiny import tiny
-from hiperlab.model.weight_changes import Done, Multiplied, Summed, add_up
+from hiperlab.model.weight_changes import Materialised, Multiplied, Sum, sum_changes
 from tests.composed import METHODS, SUBJECTS, build, config
 
 CAT, DOG = SUBJECTS[:2]
 BOTH = "a <my-cat> next to a <my-dog>"
-JOINABLE = [name for name in METHODS if not get_class(config(name).method._target_).alone]
+JOINABLE = [name for name in METHODS if issubclass(get_class(config(name).method._target_), Composable)]
 PAIRS = [("ti", "lora"), ("ti", "dreambooth"), ("neti", "custom_diffusion"), ("hiper", "lora"), ("ti", "e4t")]
 
 
@@ -99,7 +100,7 @@ def test_words_of_different_lengths_layers_and_times(stack) -> None:
 def test_offsets_of_one_weight_add_up(stack) -> None:
     one, two = kept("lora", stack, CAT, 1, text_encoder=True), kept("lora", stack, DOG, 2, text_encoder=True)
     joined = Composition([one, two])
-    joined.work_out_weights()
+    joined.materialise_weights()
     name = next(iter(one.changed_weights("").unet.changes))
     frozen = stack.unet.get_parameter(name)
     deltas = [method.changed_weights("").unet.changes[name].apply(frozen) - frozen for method in (one, two)]
@@ -114,14 +115,19 @@ def test_offsets_of_one_weight_add_up(stack) -> None:
 def test_sum_of_changes_by_hand() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     column, row = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.5], [1.0]])
-    parts = (Added(torch.ones(2, 2)), LowRank(row.mT, column, 2.0), Multiplied(column, row), Done(torch.zeros(2, 2)))
+    parts = (
+        Added(torch.ones(2, 2)),
+        LowRank(row.mT, column, 2.0),
+        Multiplied(column, row),
+        Materialised(torch.zeros(2, 2)),
+    )
     # W + 1 + [[1, 2], [0, 0]] + W * [[0.5, 1], [0, 0]] - W
-    torch.testing.assert_close(Summed(parts).apply(weight), torch.tensor([[2.5, 5.0], [1.0, 1.0]]))
-    halves = Summed((Added(torch.full((1,), 1e-4)), Added(torch.full((1,), 9.9e-3)))).apply(torch.ones(1).bfloat16())
+    torch.testing.assert_close(Sum(parts).apply(weight), torch.tensor([[2.5, 5.0], [1.0, 1.0]]))
+    halves = Sum((Added(torch.full((1,), 1e-4)), Added(torch.full((1,), 9.9e-3)))).apply(torch.ones(1).bfloat16())
     assert halves.dtype == torch.bfloat16 and halves.item() == torch.tensor(1.01).bfloat16().item()
-    assert add_up([None, Offsets({})]) is None
-    assert isinstance(add_up([Offsets({"a": parts[0]}), Offsets({"a": parts[1]})]).changes["a"], Summed)
-    assert add_up([Offsets({"a": parts[0]}), None]).changes["a"] is parts[0]
+    assert sum_changes([None, Offsets({})]) is None
+    assert isinstance(sum_changes([Offsets({"a": parts[0]}), Offsets({"a": parts[1]})]).changes["a"], Sum)
+    assert sum_changes([Offsets({"a": parts[0]}), None]).changes["a"] is parts[0]
 
 
 def test_pictures_do_not_depend_on_their_batch(stack) -> None:

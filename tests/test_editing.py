@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hiperlab.data.concept import Advice
+from hiperlab.data.concept import EditSettings
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit
 from hiperlab.edit.token_alignment import bounds, replacement, word_indices, word_tokens
 from hiperlab.errors import UserError
@@ -88,8 +88,8 @@ def test_mistakes_are_named(make, message) -> None:
 
 
 def test_the_data_authors_advice_wins_where_they_gave_it() -> None:
-    advice = Advice("refine", ("cat", "tiger"), (("tiger", 2.0),), {"c": 0.2, "u": 0.5})
-    found = settings().following(advice)
+    advice = EditSettings("refine", ("cat", "tiger"), (("tiger", 2.0),), {"c": 0.2, "u": 0.5})
+    found = settings().with_settings(advice)
     assert (found.mode, found.tau_c, found.tau_s, found.tau_u) == ("refine", 0.2, 0.6, 0.5)
     assert found.blend == ("cat", "tiger") and found.equalizer == {"tiger": 2.0}
-    assert settings(advice=False).following(advice).mode == "auto" and settings().following(None).tau_c == 0.6
+    assert settings(advice=False).with_settings(advice).mode == "auto" and settings().with_settings(None).tau_c == 0.6

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hiperlab import files
+from hiperlab.base.capability import Exportable
 from hiperlab.base.method import Method, Subject
 from hiperlab.errors import UserError
 from hiperlab.model.stack import Base
@@ -25,7 +26,9 @@ MOVED = {  # what settings in artifacts of 2026 name -> where it is now
     "hiperlab.prior.Prior": "hiperlab.base.prior_preservation.Prior",
     "hiperlab.editing.PromptToPrompt": "hiperlab.edit.prompt_to_prompt.PromptToPrompt",
 }
-FORMAT = "hiperlab/1"
+FORMAT = "hiperlab/2"
+EARLIER = "hiperlab/1"  # the same but for these names of tensors
+RENAMED = {"place": "path_step", "made": "num_updates"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def write(
         UserError: a number is too large for float16.
     """
     subject = asdict(method.concepts[index])
-    del subject["advice"]  # of the data, not of what was learnt
+    del subject["edit_settings"]  # of the data, not of what was learnt
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(settings),
@@ -94,7 +97,9 @@ def read(path: Path) -> Artifact:
         raise UserError(
             f"artifact {path} cannot be read ({error}). Give a .safetensors file of a hiperlab run."
         ) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") == EARLIER:
+        tensors = {RENAMED.get(name, name): value for name, value in tensors.items()}
+    elif metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is no hiperlab artifact (format {metadata.get('format')!r}, expected {FORMAT!r}). Files of other "
             "tools load too, under their own names: learned_embeds.safetensors, *.bin, *.pt."
@@ -143,6 +148,8 @@ def load_into(method: Method, index: int, path: Path) -> None:
     if not is_own(path):
         if not path.is_file():
             raise UserError(f"artifact={path} does not exist.")
+        if not isinstance(method, Exportable):
+            raise UserError(f"{path.name}: {type(method).__name__} reads hiperlab's own artifacts (.safetensors) only.")
         method.load_foreign(index, path)
         return
     artifact = read(path)
@@ -151,7 +158,7 @@ def load_into(method: Method, index: int, path: Path) -> None:
     if theirs != mine:
         raise UserError(f"{path} was learnt by {theirs}, this run uses {mine}. Choose that method: method=…")
     method.model.base.check(artifact.base, str(path))
-    for name in method.must_agree:
+    for name in method.fixed_settings:
         learnt, here = artifact.settings.get(name, getattr(method, name)), getattr(method, name)
         if learnt != here:
             raise UserError(f"{path} was learnt with method.{name}={learnt}, this run has {here}: set it to the same.")

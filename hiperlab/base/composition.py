@@ -12,13 +12,14 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
+from hiperlab.base.capability import Composable, EditsPicture
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import Sampler, ddim, generate
 from hiperlab.model.text import final_norm, with_weights
-from hiperlab.model.weight_changes import add_up, work_out
+from hiperlab.model.weight_changes import materialise, sum_changes
 
 
 class Composition:
@@ -39,14 +40,17 @@ class Composition:
         assert all(len(method.concepts) == 1 for method in methods), "one concept each"
         self.methods, self.model = tuple(methods), methods[0].model
         self.subjects = tuple(method.concepts[0] for method in methods)
+        self.contributors: list[Composable] = []
         for method in self.methods:
             method.eval()
-            if method.alone and len(methods) > 1:
+            if not isinstance(method, Composable):
                 raise UserError(
-                    f"{type(method).__name__} ({method.concepts[0].name}) cannot be drawn with others: {method.alone}."
+                    f"{type(method).__name__} ({method.concepts[0].name}) cannot be drawn with others: what it learns "
+                    "is one whole text or picture. Draw it by itself with artifact=."
                 )
+            self.contributors.append(method)
         _check_apart(self.subjects)
-        ends = [method for method in self.methods if method.edits]
+        ends = [method for method in methods if isinstance(method, EditsPicture)]
         if len(ends) > 1:
             names = " and ".join(method.concepts[0].name for method in ends)
             raise UserError(f"{names} both replace the last rows of the text: draw one edit at a time.")
@@ -58,21 +62,21 @@ class Composition:
     def shown(self, text: str) -> list[Subject]:
         """The concepts that a text asks for: those it names, and an edit's picture."""
         pairs = zip(self.methods, self.subjects, strict=True)
-        return [subject for method, subject in pairs if method.edits or subject.placeholder in text]
+        return [subject for method, subject in pairs if isinstance(method, EditsPicture) or subject.placeholder in text]
 
-    def work_out_weights(self) -> None:
+    def materialise_weights(self) -> None:
         """Add up what the methods change in the weights; `sample` does so once for all its pictures."""
-        changed = [method.changed_weights(method.variants[0]) for method in self.methods]
-        unet, text = (add_up(each) for each in zip(*changed, strict=True))
-        self._unet = None if unet is None else work_out(unet, self.model.unet)
+        changed = [each.changed_weights(each.variants[0]) for each in self.contributors]
+        unet, text = (sum_changes(each) for each in zip(*changed, strict=True))
+        self._unet = None if unet is None else materialise(unet, self.model.unet)
         self._text = {} if text is None else text.weights(self.model.text_module)
 
     def condition(self, step: Step) -> Conditioning:
-        """All parts in one text (L, R, N, D) and all changes of the U-Net, as `work_out_weights` left them."""
+        """All parts in one text (L, R, N, D) and all changes of the U-Net, as `materialise_weights` left them."""
         parts, slots, first = [], {}, [0]
-        for method, subject in zip(self.methods, self.subjects, strict=True):
-            nobody = torch.zeros_like(step.timestep)
-            part = method.part(replace(step, concept=nobody, variant=method.variants[0]))
+        for method, subject in zip(self.contributors, self.subjects, strict=True):
+            first_concept = torch.zeros_like(step.timestep)
+            part = method.composition_part(replace(step, concept=first_concept, variant=method.variants[0]))
             step = replace(step, prompts=part.prompts)
             count = 0 if part.vectors is None else part.vectors.shape[2]
             if count:
@@ -132,7 +136,7 @@ class Composition:
         batch_size: int = 8,
     ) -> Tensor:
         """Draw one picture (3, H, W) in [0, 1] per (prompt, seed), on the CPU; see `Method.sample`."""
-        self.work_out_weights()
+        self.materialise_weights()
 
         def condition(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Conditioning:
             when = t.expand(len(rows))

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import files
-from hiperlab.base.method import Method, Step, Subject, WordMaps
+from hiperlab.base.capability import EditsPicture, ReadsPicture, ShowsAttention, WordMaps
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.edit import described
 from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit
 from hiperlab.edit.token_alignment import word_tokens, words
@@ -39,7 +41,20 @@ log = logging.getLogger(__name__)
 Conditions = Callable[[int], Conditioning]  # sampling step i -> conditioning of the rows
 
 
-class EditingMethod(Method):
+class EditingSettings(TypedDict):
+    """What every editing method is built with; see `EditingMethod`."""
+
+    model: FrozenStack
+    concepts: Sequence[Subject]
+    optimizer: Callable[..., Optimizer]
+    seed: int
+    steps: int
+    p2p: PromptToPrompt
+    inject_source_latents: bool
+    cache: str | None
+
+
+class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     """Edits one picture by drawing its source text and its targets together from its inverted noise.
 
     The inversion is made when it is first needed, once per picture, and kept on disk by content. The source text
@@ -57,9 +72,8 @@ class EditingMethod(Method):
     """
 
     stacks_concepts = False
-    edits = True
     seeded = False
-    one_picture = True
+    sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "inject_source_latents", "cache")
 
     noise: Tensor
 
@@ -79,7 +93,7 @@ class EditingMethod(Method):
         self.timesteps = timesteps(steps, model.num_timesteps)[::-1]  # t_0 .. t_{T-1}, the noisiest first
         self.cache = files.expand(cache) if cache else None
         self.source = concepts[0].source or described(concepts[0].word)
-        self.p2p = p2p.following(concepts[0].advice)
+        self.p2p = p2p.with_settings(concepts[0].edit_settings)
         self.p2p.check(model.tokenizer, self.source, [text for text in concepts[0].targets if text != self.source])
         self.encode = TextCache(model)
         self.register_buffer("noise", torch.zeros(model.latent_shape))  # the pivot's end, all that editing needs
@@ -111,7 +125,7 @@ class EditingMethod(Method):
 
     # ---- the inversion -----------------------------------------------------------------------------------------------
 
-    def meet(self, index: int, picture: Tensor) -> None:
+    def set_reference(self, index: int, picture: Tensor) -> None:
         """Take the picture (3, 8H, 8W) in [-1, 1]; it is inverted when first needed, on the method's device then."""
         self._picture, self._inversion = picture.detach().cpu().float(), None
         self.noise.zero_()
@@ -139,26 +153,28 @@ class EditingMethod(Method):
         """The path (T+1, C, H, W), from the picture to its noise."""
         return self.inversion.latents[:, 0]
 
-    def _met(self) -> Tensor:
+    def _reference(self) -> Tensor:
         if self._picture is None:
-            raise UserError(f"{type(self).__name__} has met no picture: call meet(0, picture) or load an artifact.")
+            raise UserError(
+                f"{type(self).__name__} has no picture: call set_reference(0, picture) or load an artifact."
+            )
         return self._picture
 
     @torch.no_grad()
     def _invert(self) -> Inversion:
-        mean = self.model.encode_moments(self._met()[None]).chunk(2, dim=1)[0]
+        mean = self.model.encode_moments(self._reference()[None]).chunk(2, dim=1)[0]
         latents = self.model.scale(mean).to(self.noise)
         log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
         return invert(self.model, latents, Conditioning(self.encode([self.source])[None]), self.steps, wanted)
 
-    def _place(self) -> Path | None:
+    def _cache_path(self) -> Path | None:
         """The file that keeps the inversion, named by all it depends on."""
         if self.cache is None:
             return None
         model = self.model
-        picture = hashlib.sha256(self._met().numpy().tobytes()).hexdigest()
+        picture = hashlib.sha256(self._reference().numpy().tobytes()).hexdigest()
         parts = (model.text, model.unet, model.vae.encoder)
         kinds = [str(next(part.parameters()).dtype) for part in parts]
         settings = [
@@ -169,7 +185,7 @@ class EditingMethod(Method):
         return self.cache / f"{name}.safetensors"
 
     def _read(self) -> Inversion | None:
-        path = self._place()
+        path = self._cache_path()
         if path is None or not path.is_file():
             return None
         try:
@@ -186,7 +202,7 @@ class EditingMethod(Method):
         return found
 
     def _write(self, found: Inversion) -> Inversion:
-        path = self._place()
+        path = self._cache_path()
         if path is not None:
             tensors = {"latents": found.latents, **{layer.name: maps for layer, maps in found.maps.items()}}
             content = save({name: value.cpu().contiguous() for name, value in tensors.items()})
@@ -204,18 +220,18 @@ class EditingMethod(Method):
         return True
 
     @property
-    def drawn_with(self) -> str:
+    def sampling_key(self) -> str:
         """The settings of how maps are taken over, as JSON: they change pictures, not what was learnt."""
         return json.dumps([vars(self.p2p), self.inject_source_latents], default=list, sort_keys=True)
 
     def condition(self, step: Step) -> Conditioning:
         """The plain texts: (1, R, N, D). What a step of the path adds comes from `edit_conditions`."""
-        places = zip(step.prompts, step.concept.tolist(), strict=True)
-        return Conditioning(self.encode([self.concepts[place].plain(prompt) for prompt, place in places])[None])
+        texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
+        return Conditioning(self.encode(texts)[None])
 
-    def own_tensors(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """Own tensors by name, (1, ...) each: a concept axis of one in front, as views, so loading changes them."""
-        return {name: value[None] for name, value in super().own_tensors().items()}
+        return {name: value[None] for name, value in super().trainable_state().items()}
 
     def artifact(self, index: int) -> dict[str, Tensor]:
         """The inverted noise (C, H, W) and what was fitted along the path: enough to edit without the picture."""
@@ -246,7 +262,7 @@ class EditingMethod(Method):
             UserError: another sampler or number of steps than the path's.
         """
         self._check_sampler(steps, sampler)
-        texts = [self.concepts[0].plain(prompt) for prompt in prompts]
+        texts = [self.concepts[0].with_class_noun(prompt) for prompt in prompts]
         keys = [(text, seed if self.seeded else 0) for text, seed in zip(texts, seeds, strict=True)]
         found: dict[tuple[str, int], Tensor] = {}
         with self._evaluating():
@@ -257,7 +273,7 @@ class EditingMethod(Method):
         return torch.stack([found[key] for key in keys])
 
     @torch.no_grad()
-    def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
+    def attention_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
         """Maps (words, s, s) of the source and of each prompt's text, drawn together.
 
         A target's are its maps after editing.
@@ -267,7 +283,7 @@ class EditingMethod(Method):
             seed: of the pictures.
             guidance: classifier-free guidance scale.
         """
-        texts = list(dict.fromkeys([self.source, *(self.concepts[0].plain(prompt) for prompt in prompts)]))
+        texts = list(dict.fromkeys([self.source, *(self.concepts[0].with_class_noun(prompt) for prompt in prompts)]))
         try:
             places = [word_tokens(text, self.model.tokenizer) for text in texts]
         except UserError as error:

@@ -1,5 +1,6 @@
-"""The contract: all that the run, the report and the tests may ask of a personalisation method.
+"""The contract: what the run, the report and the tests may ask of every personalisation method.
 
+What only some of them can do stands in `hiperlab.base.capability`.
 Axes: R rows of a micro batch (concept-major), L cross-attention layers, N tokens, D text width, C latent channels.
 """
 
@@ -9,8 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,12 +19,11 @@ from torch.optim import Optimizer
 
 from hiperlab import draws
 from hiperlab.data.batch import Batch
-from hiperlab.data.concept import Advice
+from hiperlab.data.concept import EditSettings
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept
 from hiperlab.model import noise as diffusion
-from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.offsets import Offsets
+from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import Sampler, ddim, generate
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_placeholder
@@ -40,7 +39,7 @@ class Subject:
         word: the class noun or super category, one token, e.g. "cat".
         source: what its picture shows, in plain words ("a standing dog"); None where nobody said.
         targets: the plain texts it will be edited to; empty where there are none.
-        advice: how the data's authors drew its edits; None where nobody said. Artifacts do not keep it.
+        edit_settings: how the data's authors drew its edits; None where nobody said. Artifacts do not keep it.
     """
 
     name: str
@@ -48,13 +47,13 @@ class Subject:
     word: str
     source: str | None = None
     targets: tuple[str, ...] = ()
-    advice: Advice | None = None
+    edit_settings: EditSettings | None = None
 
-    def plain(self, prompt: str) -> str:
+    def with_class_noun(self, prompt: str) -> str:
         """The prompt with the class noun in the placeholder's place: the text as a person would write it."""
         return prompt.replace(self.placeholder, self.word)
 
-    def spelled(self, prompt: str, words: str) -> str:
+    def with_words(self, prompt: str, words: str) -> str:
         """The prompt with `words`, which end in the class noun, for the placeholder and a noun right behind it.
 
         "a <rex> on a sofa" and "a <rex> dog on a sofa" both become "a sks dog on a sofa" for `words` "sks dog".
@@ -86,35 +85,6 @@ class Step:
     variant: str = ""
 
 
-class ChangedWeights(NamedTuple):
-    """Changes of the stack's weights while a concept is drawn.
-
-    Attributes:
-        unet: of the U-Net, or None.
-        text: of the text encoder (`FrozenStack.text_module`), or None.
-    """
-
-    unet: Offsets | None = None
-    text: Offsets | None = None
-
-
-@dataclass(frozen=True)
-class WordMaps:
-    """Where the words of a text looked while its picture was drawn.
-
-    Args:
-        text: the text, as a person would write it.
-        picture: what was drawn (3, H, W) in [0, 1].
-        words: its words in order.
-        maps: one map (s, s) per word, sums of probabilities; only their proportions mean anything.
-    """
-
-    text: str
-    picture: Tensor
-    words: tuple[str, ...]
-    maps: Tensor
-
-
 class Method(pl.LightningModule, ABC):
     """A personalisation method: a LightningModule around the frozen stack, which trains only its own parameters.
 
@@ -131,13 +101,9 @@ class Method(pl.LightningModule, ABC):
     stacks_concepts: ClassVar[bool] = True  # False: the run trains one concept after the other
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
-    edits: ClassVar[bool] = False  # True: learns one picture together with its plain source text
-    seeded: ClassVar[bool] = True  # False: a picture does not depend on its seed, so one per prompt is drawn
-    per_target: ClassVar[bool] = False  # True: a fit serves one target text only
-    must_agree: ClassVar[tuple[str, ...]] = ()  # settings, kept as attributes, that a concept only works with
-    alone: ClassVar[str] = "it does not say what it gives"  # why others cannot be drawn with it; "" if they can: `part`
+    fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
+    sampling_settings: ClassVar[tuple[str, ...]] = ()  # only drawing reads them: a resumed training may change them
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
-    one_picture: bool = False  # True: it trains on each concept's first picture alone, not mirrored
 
     def __init__(
         self,
@@ -169,16 +135,13 @@ class Method(pl.LightningModule, ABC):
     def condition(self, step: Step) -> Conditioning:
         """Conditioning (L or 1, R, N, D) for the step's R rows: the one thing every method writes."""
 
-    def meet(self, index: int, picture: Tensor) -> None:
-        """See concept `index`'s first picture (3, H, W) in [-1, 1], before training; by default nothing happens."""
-
     @property
     def finished(self) -> bool:
         """Whether training has nothing left to do, however many steps were asked."""
         return False
 
     @property
-    def drawn_with(self) -> str:
+    def sampling_key(self) -> str:
         """Settings, besides the variant's, that change the pictures of a trained concept; "" for none."""
         return ""
 
@@ -186,7 +149,7 @@ class Method(pl.LightningModule, ABC):
         """Parameter groups for the optimizer; by default all that requires grad."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    def compose(self, batch: Batch) -> Batch:
+    def prepare_batch(self, batch: Batch) -> Batch:
         """What a step trains on: the batch's rows, then any more; by default the batch as it comes."""
         return batch
 
@@ -194,7 +157,7 @@ class Method(pl.LightningModule, ABC):
         """The denoising losses by name, one number per row of the batch as it came; "" is the method's own.
 
         Args:
-            step: of all rows that `compose` gave.
+            step: of all rows that `prepare_batch` gave.
             prediction: the U-Net's output for them (R', C, H, W).
             target: what it is compared with, noise or velocity, same shape.
         """
@@ -208,14 +171,6 @@ class Method(pl.LightningModule, ABC):
             z0: clean latents (R, C, H, W), scaled.
         """
         return {}
-
-    def export(self, index: int, folder: Path, steps: int) -> list[Path]:
-        """Write concept `index` after `steps` optimizer steps in other tools' formats; returns the files (none)."""
-        return []
-
-    def exports_at(self, steps: int) -> bool:
-        """Whether the state after `steps` optimizer steps is exported on the way; by default only the last one is."""
-        return False
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
         """Unit normals (R, *shape) of the VAE's posterior; by default fresh ones for every sample."""
@@ -231,41 +186,15 @@ class Method(pl.LightningModule, ABC):
             found.append(self._moments[key])
         return torch.stack(found)
 
-    def word_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
-        """Attention of pictures of one concept, for methods that edit by it; by default none.
-
-        Args:
-            prompts: texts with placeholders in place.
-            seed: of the pictures.
-            guidance: classifier-free guidance scale.
-        """
-        return []
-
     def encode_negative(self, text: str, variant: str) -> Tensor:
         """Text states (1, N, D) of guidance's unconditional branch; by default the frozen text encoder's."""
         return self.model.encode_text([text])
-
-    def part(self, step: Step) -> Part:
-        """What its one concept gives to texts of several concepts, see `Part`; used in sampling, if `alone` is ""."""
-        raise NotImplementedError(f"{type(self).__name__}.part")
-
-    def changed_weights(self, variant: str) -> ChangedWeights:
-        """What sampling changes in the weights besides; by default nothing."""
-        return ChangedWeights()
-
-    def load_foreign(self, index: int, path: Path) -> None:
-        """Load concept `index` from another tool's file.
-
-        Raises:
-            UserError: this method knows no such format.
-        """
-        raise UserError(f"{path.name}: {type(self).__name__} reads hiperlab's own artifacts (.safetensors) only.")
 
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One micro batch: the sum, 0-d, over concepts of each concept's mean loss (Ho et al. 2020, algorithm 1)."""
-        rows = self.compose(batch)
+        rows = self.prepare_batch(batch)
         z0 = self.clean_latents(rows)
         noise = draws.normal(self.seed, "noise", rows.sample, z0.shape[1:]).to(z0)
         t = draws.integers(self.seed, "timestep", rows.sample, self.model.num_timesteps).to(z0.device)
@@ -322,13 +251,13 @@ class Method(pl.LightningModule, ABC):
 
     # ---- keeping ---------------------------------------------------------------------------------------------------
 
-    def own_tensors(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """Trained parameters and persistent buffers by name, (K, ...) each for K concepts; never the stack's."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def artifact(self, index: int) -> dict[str, Tensor]:
-        """What is worth keeping of concept `index`: its slice (...,) of each of `own_tensors`, on the CPU."""
-        return {name: value[index].detach().cpu().clone() for name, value in self.own_tensors().items()}
+        """What is worth keeping of concept `index`: its slice (...,) of each of `trainable_state`, on the CPU."""
+        return {name: value[index].detach().cpu().clone() for name, value in self.trainable_state().items()}
 
     @torch.no_grad()
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -337,7 +266,7 @@ class Method(pl.LightningModule, ABC):
         Raises:
             UserError: a tensor is missing, superfluous or of another shape.
         """
-        own = self.own_tensors()
+        own = self.trainable_state()
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [name for name in own.keys() & tensors.keys() if own[name][index].shape != tensors[name].shape]
         if wrong:

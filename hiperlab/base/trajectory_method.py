@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import EditingMethod
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import EditingMethod, EditingSettings
 from hiperlab.data.batch import Batch
-from hiperlab.edit.prompt_to_prompt import PromptToPrompt
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import predict_noise, previous
-from hiperlab.model.stack import FrozenStack
 
 log = logging.getLogger(__name__)
+RENAMED = {"place": "path_step", "made": "num_updates"}  # buffers of November 2026
 Found = TypeVar("Found")
+
+
+class PathSettings(EditingSettings):
+    """What every method that follows a path is built with; see `TrajectoryMethod`."""
+
+    guidance: float
 
 
 class TrajectoryMethod(EditingMethod):
@@ -37,34 +41,23 @@ class TrajectoryMethod(EditingMethod):
     update, so that a checkpoint, written after an optimizer step, always holds a consistent state, also half-way.
 
     Args:
-        model, concepts, optimizer, seed, steps, p2p, inject_source_latents, cache: as in `EditingMethod`.
         guidance: w that the path is followed with.
+        settings: as in `EditingMethod`.
     """
 
-    place: Tensor  # i, the sampling step that is being fitted
-    made: Tensor  # updates made at it
+    path_step: Tensor  # i, the sampling step that is being fitted
+    num_updates: Tensor  # updates made at it
     last_loss: Tensor  # of its last update, before that update
     latents: Tensor  # z at i (C, H, W)
-    progress: ClassVar[tuple[str, ...]] = ("made", "last_loss", "latents")  # of checkpoints, not of artifacts
+    progress: ClassVar[tuple[str, ...]] = ("num_updates", "last_loss", "latents")  # of checkpoints, not of artifacts
 
-    def __init__(
-        self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        guidance: float,
-        p2p: PromptToPrompt,
-        inject_source_latents: bool,
-        cache: str | None,
-    ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents, cache)
+    def __init__(self, guidance: float, **settings: Unpack[EditingSettings]) -> None:
+        super().__init__(**settings)
         self.guidance = float(guidance)
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
-        self.register_buffer("made", torch.zeros((), dtype=torch.long))
+        self.register_buffer("path_step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("last_loss", torch.full((), torch.inf))
-        self.register_buffer("latents", torch.zeros(model.latent_shape))
+        self.register_buffer("latents", torch.zeros(self.model.latent_shape))
         self._running: Optimizer | None = None
         self._rates: list[float] = []
         self._memory: dict[Hashable, Any] = {}
@@ -108,16 +101,16 @@ class TrajectoryMethod(EditingMethod):
     @property
     def finished(self) -> bool:
         """Whether the last step of the path is done."""
-        return int(self.place) == self.steps - 1 and self._done()
+        return int(self.path_step) == self.steps - 1 and self._done()
 
     def reached(self, step: int) -> int:
         """The fitted step whose parameters serve step i: itself, or the last one that training came to."""
-        return min(step, int(self.place))
+        return min(step, int(self.path_step))
 
     def prepare(self) -> None:
         """Invert the picture; training starts from its noise."""
         super().prepare()
-        if int(self.place) == 0 and int(self.made) == 0:
+        if int(self.path_step) == 0 and int(self.num_updates) == 0:
             self.latents.copy_(self.noise)
 
     def remembered(self, name: Hashable, make: Callable[[], Found]) -> Found:
@@ -145,31 +138,31 @@ class TrajectoryMethod(EditingMethod):
         assert not self.finished, "the path has ended"
         if self._done():
             self._advance()
-        step = int(self.place)
+        step = int(self.path_step)
         losses = self.inner_losses(step, self.latents[None])
         total = torch.stack(list(losses.values())).sum()
-        self.made += 1
+        self.num_updates += 1
         self.last_loss.copy_(total.detach())
         self.last_timesteps = torch.tensor([self.timesteps[step]])
         self._note_losses({"": total[None], **{name: value[None] for name, value in losses.items() if len(losses) > 1}})
         return total
 
     def _done(self) -> bool:
-        step = int(self.place)
-        return int(self.made) >= self.inner_steps(step) or float(self.last_loss) < self.stop_below(step)
+        step = int(self.path_step)
+        return int(self.num_updates) >= self.inner_steps(step) or float(self.last_loss) < self.stop_below(step)
 
     @torch.no_grad()
     def _advance(self) -> None:
         """One step of denoising with what was found; the next step starts there with a new optimizer."""
-        step = int(self.place)
+        step = int(self.path_step)
         if float(self.last_loss) >= self.stop_below(step):
             self._above += 1
-        log.debug("step %d: %d updates, loss %.3g", step, int(self.made), float(self.last_loss))
+        log.debug("step %d: %d updates, loss %.3g", step, int(self.num_updates), float(self.last_loss))
         noise = self.guided(step, self.latents[None])
         self.latents.copy_(previous(self.model, self.latents[None], noise, self.timesteps[step], self.steps)[0])
         self._memory.clear()
-        self.place += 1
-        self.made.zero_()
+        self.path_step += 1
+        self.num_updates.zero_()
         self.last_loss.fill_(torch.inf)
         self.begin(step + 1)
         if self._running is not None:
@@ -186,14 +179,14 @@ class TrajectoryMethod(EditingMethod):
     def _set_rates(self) -> None:
         assert self._running is not None
         for group, rate in zip(self._running.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self.rate(int(self.place))
+            group["lr"] = rate * self.rate(int(self.path_step))
 
     def on_fit_end(self) -> None:
         """Say how far and how well the path was followed."""
-        if int(self.place) < self.steps - 1:
+        if int(self.path_step) < self.steps - 1:
             log.warning(
                 "training ended at step %d of the path's %d: those behind take what it found. fit.steps=%d would do.",
-                int(self.place), self.steps, sum(self.inner_steps(step) for step in range(self.steps)),
+                int(self.path_step), self.steps, sum(self.inner_steps(step) for step in range(self.steps)),
             )  # fmt: skip
         if self._above:
             log.warning(
@@ -203,9 +196,15 @@ class TrajectoryMethod(EditingMethod):
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
-    def own_tensors(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """Own tensors by name, (1, ...) each, without those that only a resumed training needs (`progress`)."""
-        return {name: value for name, value in super().own_tensors().items() if name not in self.progress}
+        return {name: value for name, value in super().trainable_state().items() if name not in self.progress}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read checkpoints of format 1, too, whose buffers had other names."""
+        states = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {RENAMED.get(name, name): value for name, value in states.items()}
+        super().on_load_checkpoint(checkpoint)
 
     def plain_noise(self, text: str, step: int, latents: Tensor) -> Tensor:
         """The frozen model's noise (1, C, H, W) for a plain text at step i, without a gradient."""

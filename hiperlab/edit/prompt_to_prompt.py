@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hiperlab.data.concept import Advice
+from hiperlab.data.concept import EditSettings
 from hiperlab.edit.attention_maps import CrossEdit, blend, blend_mask, square, tokens_mask
 from hiperlab.edit.token_alignment import (
     Window,
@@ -87,15 +87,15 @@ class PromptToPrompt:
         self.blend_threshold, self.align_tail = float(blend_threshold), align_tail
         self.map_pixels, self.advice = map_pixels, advice
 
-    def following(self, advice: Advice | None) -> PromptToPrompt:
+    def with_settings(self, given: EditSettings | None) -> PromptToPrompt:
         """These settings, with an edit's own where its authors named them and `advice` is on."""
-        if advice is None or not self.advice:
+        if given is None or not self.advice:
             return self
-        tau = advice.tau
+        tau = given.tau
         return PromptToPrompt(
-            advice.mode or self.mode,
+            given.mode or self.mode,
             tau.get("c", self.tau_c), tau.get("s", self.tau_s), tau.get("u", self.tau_u),
-            self.tau_words, dict(advice.equalizer) or self.equalizer, advice.blend or self.blend,
+            self.tau_words, dict(given.equalizer) or self.equalizer, given.blend or self.blend,
             self.blend_except, self.blend_threshold, self.align_tail, self.map_pixels, False,
         )  # fmt: skip
 

@@ -45,7 +45,7 @@ def read(path: Path) -> Tensor:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of another tool's safetensors file.
+    """All tensors, of any shape, of another tool's safetensors file.
 
     Raises:
         UserError: it is missing or broken.
@@ -59,7 +59,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
 def _parameters(content: Any) -> Any:
     if isinstance(content, Mapping) and "string_to_param" in content:
         content = content["string_to_param"]
-    if isinstance(content, pickles.Bag):  # a ParameterDict of any torch version keeps its tensors here
+    if isinstance(content, pickles.Stub):  # a ParameterDict of any torch version keeps its tensors here
         content = content.__dict__.get("_parameters", {})
     return content
 

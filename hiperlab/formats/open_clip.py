@@ -26,7 +26,7 @@ BLOCK = {
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a tower's tensors and split its joint query-key-value projections.
+    """Rename a tower's tensors and split its joint query-key-value projections (3D, D) into three (D, D).
 
     Args:
         state: OpenCLIP's visual tower without its projection: `conv1.weight`, `transformer.resblocks.0. ...`, ...
@@ -55,7 +55,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way: transformers' names -> OpenCLIP's."""
+    """The other way: transformers' names -> OpenCLIP's, of any shape."""
     plain = {theirs: ours for ours, theirs in PLAIN.items()}
     block = {theirs: ours for ours, theirs in BLOCK.items()}
     found: dict[str, Tensor] = {}

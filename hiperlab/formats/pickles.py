@@ -15,7 +15,7 @@ from hiperlab.errors import UserError
 MOST_BYTES = 2 * 1024**3  # no concept file is larger; a 1.9 MB zip was seen to unpack to 6.3 GB
 
 
-class Bag:
+class Stub:
     """Stands in for a class we do not have: keeps the pickled state, has no behaviour."""
 
     def __setstate__(self, state: Any) -> None:
@@ -27,7 +27,7 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
 
     Args:
         path: the file.
-        stand_ins: full names of classes to read as a `Bag`.
+        stand_ins: full names of classes to read as a `Stub`.
         most: bytes it may unpack to; None for what a concept may (`MOST_BYTES`).
 
     Raises:
@@ -42,7 +42,7 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
     if size > (most or MOST_BYTES):
         raise UserError(f"{path.name} unpacks to {size / 1e9:.1f} GB, concepts are far smaller: not loaded.")
     # One class per name: torch looks the stand-ins up by class.
-    allowed = [(type(name.rsplit(".", 1)[-1], (Bag,), {}), name) for name in stand_ins]
+    allowed = [(type(name.rsplit(".", 1)[-1], (Stub,), {}), name) for name in stand_ins]
     try:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)

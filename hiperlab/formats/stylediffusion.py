@@ -90,7 +90,7 @@ def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, Mapping):
         yield from ((name, value) for name, value in module.items() if isinstance(value, Tensor))
         return
-    inside = vars(module) if isinstance(module, pickles.Bag) else {}
+    inside = vars(module) if isinstance(module, pickles.Stub) else {}
     for name, value in inside.get("_parameters", {}).items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value

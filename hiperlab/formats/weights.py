@@ -18,7 +18,7 @@ TEXT = Path("text_encoder") / "model.safetensors"
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """A network's tensors by their names, float32, without the text model's "text_model.".
+    """A network's tensors, of any shape, by their names, float32, without the text model's "text_model.".
 
     Raises:
         UserError: the file is missing, broken, unsafe, or holds something else.
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Theirs - ours for every weight of ours, float32 on the CPU.
+    """Theirs - ours for every weight of ours, same shape, float32 on the CPU.
 
     Args:
         theirs: tensors of a file.
@@ -53,7 +53,7 @@ def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], name: 
 
 
 def write_unet(folder: Path, unet: Any, changed: Mapping[str, Tensor]) -> Path:
-    """`unet/` as `UNet2DConditionModel.from_pretrained` reads it, some weights replaced by `changed`."""
+    """`unet/` as `UNet2DConditionModel.from_pretrained` reads it, some weights replaced by `changed`, same shapes."""
     path = folder / UNET
     path.parent.mkdir(parents=True, exist_ok=True)
     unet.save_config(path.parent)
@@ -62,7 +62,7 @@ def write_unet(folder: Path, unet: Any, changed: Mapping[str, Tensor]) -> Path:
 
 
 def write_text(folder: Path, text: Any, changed: Mapping[str, Tensor]) -> Path:
-    """`text_encoder/` as `CLIPTextModel.from_pretrained` reads it, some weights replaced by `changed`."""
+    """`text_encoder/` as `CLIPTextModel.from_pretrained` reads it, some weights replaced by `changed`, same shapes."""
     path = folder / TEXT
     text.save_pretrained(path.parent, state_dict=_replaced(text, changed))
     return path

@@ -12,7 +12,7 @@ from hiperlab import draws
 
 
 def uniform_init(seed: int, purpose: str, shape: tuple[int, ...], bound: float) -> Tensor:
-    """Uniform in [-bound, bound), float32, a pure function of (seed, purpose)."""
+    """Uniform in [-bound, bound), float32 of the given shape, a pure function of (seed, purpose)."""
     numbers = draws.generator(seed, f"init/{purpose}").random(shape, dtype="float32")
     return torch.from_numpy(numbers) * (2 * bound) - bound
 

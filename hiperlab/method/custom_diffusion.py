@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.capability import ChangedWeights
+from hiperlab.base.method import Step, Subject
 from hiperlab.base.prior_preservation import Prior
+from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.data.batch import Batch
-from hiperlab.data.concept import fill
 from hiperlab.data.crop_augmentation import Placement, drawn, latent_mask, placed, still
 from hiperlab.errors import UserError
 from hiperlab.formats import custom_diffusion as files
@@ -42,7 +43,7 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (mask * (prediction - target).square()).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
-class CustomDiffusion(Method):
+class CustomDiffusion(RareTokenMethod):
     """Offsets of 16 x {to_k, to_v} and one word vector; prompts say "<cats> cat" for the placeholder.
 
     Args:
@@ -58,9 +59,6 @@ class CustomDiffusion(Method):
         prior: class pictures that hold the class.
     """
 
-    stacks_concepts = False  # rows of one U-Net call share its weights
-    alone = ""
-
     def __init__(
         self,
         model: FrozenStack,
@@ -74,7 +72,7 @@ class CustomDiffusion(Method):
         compress: float | None,
         prior: Prior,
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed)
+        super().__init__(model, concepts, optimizer, seed, concepts[0].placeholder, template, prior)
         if weights not in WEIGHTS:
             raise UserError(f"method.weights={weights!r} is unknown. Choose {', '.join(WEIGHTS)}.")
         if compress is not None and not 0 < compress <= 1:
@@ -82,27 +80,23 @@ class CustomDiffusion(Method):
         names = [
             name for name in parameter_names(model.unet, "cross") if any(part in name for part in WEIGHTS[weights])
         ]
-        subject = concepts[0]
-        self.words = f"{subject.placeholder} {subject.word}"
-        self.template, self.augment, self.compress, self.prior = template, augment, compress, prior
-        self.slots = numbered_slots([subject.placeholder])
+        self.augment, self.compress = augment, compress
+        self.slots = numbered_slots([concepts[0].placeholder])
         self.word = nn.Parameter(_start(model, init_word)[None])  # (1, D)
         self.kv = zeros(model.unet, names)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def compose(self, batch: Batch) -> Batch:
-        """The published prompt; pictures moved at random, with words that say so; then the class rows unchanged."""
-        if self.template is not None:
-            prompt = fill(self.template, self.concepts[0].placeholder)
-            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
-        if self.augment:
-            places = [self._place(sample) for sample in batch.sample.tolist()]
-            batch = batch._replace(
-                pixels=torch.stack([placed(row, at) for row, at in zip(batch.pixels, places, strict=True)]),
-                prompts=[at.words + prompt for prompt, at in zip(batch.prompts, places, strict=True)],
-            )
-        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
+    def instance_rows(self, batch: Batch) -> Batch:
+        """The published prompt; pictures moved at random, with words that say so."""
+        batch = super().instance_rows(batch)
+        if not self.augment:
+            return batch
+        crops = [self._place(sample) for sample in batch.sample.tolist()]
+        return batch._replace(
+            pixels=torch.stack([placed(row, crop) for row, crop in zip(batch.pixels, crops, strict=True)]),
+            prompts=[crop.words + prompt for prompt, crop in zip(batch.prompts, crops, strict=True)],
+        )
 
     def _place(self, sample: int) -> Placement:
         return drawn(self.seed, sample, self.model.size) if self.augment else still(self.model.size)
@@ -125,7 +119,7 @@ class CustomDiffusion(Method):
         """Losses "" and "prior", (R,) each: `masked_loss` of instance rows, weighted mean square of class rows.
 
         Args:
-            step: of all rows that `compose` gave.
+            step: of all rows that `prepare_batch` gave.
             prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
             target: same shape.
         """
@@ -139,21 +133,18 @@ class CustomDiffusion(Method):
 
     def condition(self, step: Step) -> Conditioning:
         """The new word before the class noun, the offsets, and no gradient through token 0: (1, R, N, D)."""
-        tokens = self.model.tokenize(self._texts(step), self.slots)
+        tokens = self.model.tokenize(self.texts(step), self.slots)
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.word[slots][None])
         return Conditioning(self.model.normalise_text(states), offsets=self.offsets(), detach_first=True)
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """The texts with the new word before the class noun, and its vector (1, 1, 1, D)."""
-        return Part(self._texts(step), self.word[None, :, None])
+        return Part(self.texts(step), self.word[None, :, None])
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets of the keys' and values' projections."""
         return ChangedWeights(self.offsets())
-
-    def _texts(self, step: Step) -> list[str]:
-        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def offsets(self) -> Offsets:
         """The weights' differences by the U-Net's own names."""
@@ -169,10 +160,6 @@ class CustomDiffusion(Method):
         """The base model's weights that have offsets, by the U-Net's names."""
         names = [name.replace("/", ".") for name in self.kv]
         return {name: self.model.unet.get_parameter(name) for name in names}
-
-    def on_fit_start(self) -> None:
-        """Draw the class pictures before the first step."""
-        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
 
     # ---- files of the authors and of diffusers -----------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.capability import ChangedWeights
+from hiperlab.base.method import Step, Subject
 from hiperlab.base.prior_preservation import Prior
-from hiperlab.data.batch import Batch
-from hiperlab.data.concept import fill
+from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.errors import UserError
 from hiperlab.formats import weights as files
-from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.offsets import added, parameter_names, say_cost, zeros
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import added, log_cost, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import TextCache
@@ -30,7 +30,7 @@ from hiperlab.optim.weight_decay import decay_whole_weights
 log = logging.getLogger(__name__)
 
 
-class DreamBooth(Method):
+class DreamBooth(RareTokenMethod):
     """Every weight of the U-Net gets an offset, which is fine-tuning it; prompts say "sks dog" for the placeholder.
 
     Args:
@@ -46,9 +46,7 @@ class DreamBooth(Method):
         prior: class pictures that hold the class.
     """
 
-    stacks_concepts = False  # rows of one U-Net call share its weights
-    must_agree = ("identifier",)
-    alone = ""
+    fixed_settings = ("identifier",)
 
     def __init__(
         self,
@@ -63,51 +61,27 @@ class DreamBooth(Method):
         export_weights: bool,
         prior: Prior,
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed)
-        self.identifier = check_identifier(model.tokenizer, identifier)
-        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
-        self.template, self.prior, self.export_weights = template, prior, export_weights
+        identifier = check_identifier(model.tokenizer, identifier)
+        super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
+        self.identifier = identifier
+        self.export_weights = export_weights
         self.plain_text = TextCache(model)
         self.unet_offsets = zeros(model.unet, parameter_names(model.unet, weights))
         every = [name for name, _ in model.text_module.named_parameters()] if text_encoder else []
         self.text_offsets = zeros(model.text_module, every)
         if weights == "all":
-            say_cost(
+            log_cost(
                 sum(value.numel() for value in [*self.unet_offsets.values(), *self.text_offsets.values()]),
                 "weights=cross and method=lora are far smaller.",
             )
 
-    def compose(self, batch: Batch) -> Batch:
-        """The published training prompt for every row, then the class rows."""
-        if self.template is not None:
-            prompt = fill(self.template, self.concepts[0].placeholder)
-            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
-        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
-
-    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
-
-        Args:
-            step: of all rows that `compose` gave.
-            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
-            target: same shape.
-        """
-        return self.prior.losses(prediction, target)
-
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        return Conditioning(self._encode(self._texts(step))[None], offsets=added(self.unet_offsets))
-
-    def part(self, step: Step) -> Part:
-        """The text with "sks dog" in the placeholder's place."""
-        return Part(self._texts(step))
+        return Conditioning(self._encode(self.texts(step))[None], offsets=added(self.unet_offsets))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets of the U-Net and of the text encoder."""
         return ChangedWeights(added(self.unet_offsets), added(self.text_offsets))
-
-    def _texts(self, step: Step) -> list[str]:
-        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def encode_negative(self, text: str, variant: str) -> Tensor:
         """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
@@ -130,10 +104,6 @@ class DreamBooth(Method):
             )
             for name, offset in offsets.items()
         ]
-
-    def on_fit_start(self) -> None:
-        """Draw the class pictures before the first step."""
-        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
 
     # ---- whole networks, as diffusers keeps them ---------------------------------------------------------------------
 

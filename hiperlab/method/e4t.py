@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from hiperlab import draws, files
 from hiperlab.base import artifact
-from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.capability import ChangedWeights, Composable, Exportable, ReadsPicture
+from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.images import ImageProblem, read_image, to_pixels
 from hiperlab.errors import UserError, near
@@ -29,12 +30,12 @@ from hiperlab.layer.image_encoder import LayerHead, PatchHead, pool
 from hiperlab.layer.weight_offset import WeightOffset
 from hiperlab.model import vision_loader as towers
 from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.offsets import Added, Change, Offsets, parameter_names, say_cost, zeros
+from hiperlab.model.offsets import Added, Change, Offsets, log_cost, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
-from hiperlab.model.unet_encoder import first_half, map_channels
+from hiperlab.model.unet_encoder import encoder_features, map_channels
 from hiperlab.model.vision_tower import Seen, SeenCache, VisionTower
-from hiperlab.model.weight_changes import InTurn, Multiplied, work_out
+from hiperlab.model.weight_changes import Multiplied, Sequential, materialise
 from hiperlab.optim.weight_decay import decay_whole_weights
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ CHOICES = {
 DOMAIN = ("weight_offsets.", "head.", "class_word")  # what a domain hands on to its concepts
 
 
-class E4T(Method):
+class E4T(Method, ReadsPicture, Composable, Exportable):
     """A word that is e_c + s E(picture, U-Net's view of z_t), in a U-Net whose q, k, v weights are W (1 + delta).
 
     The encoder runs at every step on the picture and the noisy latents, so a word differs by row and by step. Both
@@ -80,8 +81,7 @@ class E4T(Method):
     stacks_concepts = False  # rows of one U-Net call share its weights
     time_dependent = True
     reads_latents = True
-    alone = ""
-    must_agree = ("encoder", "encoder_unet", "embed_scale")
+    fixed_settings = ("encoder", "encoder_unet", "embed_scale")
 
     class_word: Tensor
     picture: Tensor
@@ -141,7 +141,7 @@ class E4T(Method):
             self.weight_offsets.requires_grad_(False)
         if whole:
             count = sum(value.numel() for value in self.unet_offsets.values())
-            say_cost(count, "tune=offsets is far smaller.", "method.tune=all")
+            log_cost(count, "tune=offsets is far smaller.", "method.tune=all")
         self._start(folder, foreign)
         self._words: Tensor | None = None
         self._own_seen: tuple[Tensor, int, Seen] | None = None
@@ -150,12 +150,12 @@ class E4T(Method):
 
     def _new_head(self) -> nn.Module:
         channels, ends = map_channels(self.model.unet)
-        eyes = self.see.tower
+        tower = self.see.tower
         if self.encoder == "patch_tokens":
-            return PatchHead(self.model.width, eyes.width, 1 + eyes.patches // 2, sum(channels))
-        if eyes.layers < 2:
-            raise UserError(f"method.encoder=cls_layers reads every 2nd layer, the tower has {eyes.layers}.")
-        return LayerHead(self.model.width, eyes.width, sum(channels[end] for end in ends))
+            return PatchHead(self.model.width, tower.width, 1 + tower.patches // 2, sum(channels))
+        if tower.layers < 2:
+            raise UserError(f"method.encoder=cls_layers reads every 2nd layer, the tower has {tower.layers}.")
+        return LayerHead(self.model.width, tower.width, sum(channels[end] for end in ends))
 
     # ---- where it starts ---------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class E4T(Method):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def meet(self, index: int, picture: Tensor) -> None:
+    def set_reference(self, index: int, picture: Tensor) -> None:
         """Keep the picture (3, H, W) in [-1, 1] for the encoder: in tuning always, else where no other is given."""
         self.picture = picture.to(self.picture)
 
@@ -251,7 +251,7 @@ class E4T(Method):
         states = self.model.hidden_states(tokens, words[rows][None])
         return Conditioning(self.model.normalise_text(states), offsets=changes)
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """The word's vectors w (1, R, 1, D); the encoder reads the U-Net with E4T's changes only, as in training."""
         assert step.latents is not None, "E4T reads z_t"
         words, _ = self.words(step.latents, step.timestep, self._seen(step), self.changes())
@@ -274,16 +274,16 @@ class E4T(Method):
         states = empty.expand(len(latents), -1, -1)
         if self.encoder_unet == "base":
             with torch.no_grad():
-                maps = first_half(unet, latents, timestep, states, {})
+                maps = encoder_features(unet, latents, timestep, states, {})
         else:
-            maps = first_half(unet, latents, timestep, states, changes.weights(unet))
-        kind = self.class_word.dtype
-        maps = tuple(each.to(kind) for each in maps)  # before their means: a half-precision U-Net's would be rounded
+            maps = encoder_features(unet, latents, timestep, states, changes.weights(unet))
+        dtype = self.class_word.dtype
+        maps = tuple(each.to(dtype) for each in maps)  # before their means: a half-precision U-Net's would be rounded
         if self.encoder == "cls_layers":
             features = pool([maps[end] for end in map_channels(unet)[1]])
-            found = self.head(seen.classes.to(kind), features)
+            found = self.head(seen.classes.to(dtype), features)
         else:
-            found = self.head(seen.pooled.to(kind), seen.tokens.to(kind), pool(maps))
+            found = self.head(seen.pooled.to(dtype), seen.tokens.to(dtype), pool(maps))
         offset = self.embed_scale * found
         return self.class_word + offset, offset
 
@@ -296,8 +296,8 @@ class E4T(Method):
         }
         for name, offset in self.weight_offsets.items():
             key, factor = f"{name.replace('/', '.')}.weight", Multiplied(*offset())
-            found[key] = InTurn((found[key], factor)) if key in found else factor
-        made = work_out(Offsets(found), self.model.unet)
+            found[key] = Sequential((found[key], factor)) if key in found else factor
+        made = materialise(Offsets(found), self.model.unet)
         self._kept = made if self._sampling else None
         return made
 
@@ -309,7 +309,7 @@ class E4T(Method):
         kept = self._own_seen
         if kept is None or kept[0] is not self.picture or kept[1] != self.picture._version:
             if not self.picture.any():
-                raise UserError("E4T has met no picture: call meet(0, picture), load an artifact, or give images.")
+                raise UserError("E4T has no picture: call set_reference(0, picture), load an artifact, or give images.")
             kept = self._own_seen = (self.picture, self.picture._version, self.see(self.picture[None]))
         return Seen(*(each.expand(len(step.prompts), *each.shape[1:]) for each in kept[2]))
 
@@ -361,9 +361,9 @@ class E4T(Method):
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
-    def own_tensors(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """Own tensors by name, (1, ...) each: a concept axis of one in front, as views, so loading changes them."""
-        return {name: value[None] for name, value in super().own_tensors().items()}
+        return {name: value[None] for name, value in super().trainable_state().items()}
 
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put tensors (...,) as `artifact` gave them in place; the tower must be the one they were trained with."""
@@ -375,10 +375,10 @@ class E4T(Method):
         """With `export_files`, the reimplementation's files (SD 1.x: 3.7 GB pre-trained, 6.9 GB tuned)."""
         if not self.export_files:
             return []
-        subject, eyes = self.concepts[index], self.see.tower
+        subject, tower = self.concepts[index], self.see.tower
         config = {
             "pretrained_model_name_or_path": self.model.name,
-            "clip_model_name_or_path": "ViT-H-14::laion2b_s32b_b79k" if eyes.width == 1280 else f"width {eyes.width}",
+            "clip_model_name_or_path": "ViT-H-14::laion2b_s32b_b79k" if tower.width == 1280 else f"width {tower.width}",
             "placeholder_token": subject.placeholder,
             "domain_class_token": self.domain_word,
             "domain_embed_scale": self.embed_scale,
@@ -394,12 +394,12 @@ class E4T(Method):
             for name, module in self.weight_offsets.items()
             for part, value in module.state_dict().items()
         }
-        tower = {name.removeprefix("vision_model."): v for name, v in eyes.network.state_dict().items()}
+        vision = {name.removeprefix("vision_model."): v for name, v in tower.network.state_dict().items()}
         unet = None
         if self.unet_offsets:
             added = {name.replace("/", "."): Added(value[0]) for name, value in self.unet_offsets.items()}
             unet = {**self.model.unet.state_dict(), **Offsets(added).weights(self.model.unet)}
-        return formats.write(folder, config, offsets, self.head.state_dict(), tower, unet, self.picture)
+        return formats.write(folder, config, offsets, self.head.state_dict(), vision, unet, self.picture)
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
@@ -418,7 +418,7 @@ class E4T(Method):
             raise UserError(
                 f"{found.picture} cannot be read ({error}). Remove it to use the data's picture."
             ) from error
-        self.meet(index, to_pixels(image, self.model.size, center_crop=True, flip=False))
+        self.set_reference(index, to_pixels(image, self.model.size, center_crop=True, flip=False))
 
 
 def _domain_beside(folder: str | None, word: str) -> str | None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hiperlab.base.capability import Composable, EditsPicture, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
 from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.posterior import check_latent, posterior_noise
+from hiperlab.model.noise import check_latent, posterior_noise
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -38,7 +39,7 @@ def replace_tail(text: Tensor, tail: Tensor) -> Tensor:
     return torch.cat([text[:, : text.shape[1] - tail.shape[1]], tail.to(text.dtype)], dim=1)
 
 
-class HiPer(Method):
+class HiPer(Method, EditsPicture, Composable, Exportable):
     """N free rows per picture behind the words of any text; every network stays as it is.
 
     Training reads [tau(source), h]; editing reads [tau(target), 0.8 h]; the unconditional text is left alone.
@@ -50,14 +51,13 @@ class HiPer(Method):
         seed: of the draws.
         n_hiper: N, 1 to T - 1.
         init: where h starts: "source_tail" (the authors), "target_tail", or a saved `hiper_embeddings_step*.pt`.
-        latent: how often the picture's latents are drawn, see `hiperlab.model.posterior`.
+        latent: how often the picture's latents are drawn, see `hiperlab.model.noise`.
         scale_source: factor of h behind the source text.
         scale_edit: factor behind any other text; several draw one picture for each, the first is the plain one.
         export_every: optimizer steps between the authors' files; 0 writes the last one only.
     """
 
-    edits = True
-    alone = ""
+    sampling_settings = ("scale_edit",)
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class HiPer(Method):
         texts = self._plain(step)
         return Conditioning(replace_tail(self._states(texts), self._tail(step, texts))[None])
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """The class noun for the placeholder, and factor h (R, N, D) in place of the text's last rows."""
         texts = self._plain(step)
         return Part(texts, tail=self._tail(step, texts))
@@ -121,7 +121,9 @@ class HiPer(Method):
     def _plain(self, step: Step) -> list[str]:
         """The rows' texts as a person would write them."""
         places = step.concept.tolist()
-        return [self.concepts[place].plain(prompt) for prompt, place in zip(step.prompts, places, strict=True)]
+        return [
+            self.concepts[place].with_class_noun(prompt) for prompt, place in zip(step.prompts, places, strict=True)
+        ]
 
     def _states(self, texts: Sequence[str]) -> Tensor:
         """tau(text) (R, T, D), with a warning for words that the fitted rows will replace."""

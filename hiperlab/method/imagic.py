@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hiperlab.base.capability import EditsPicture, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
 from hiperlab.formats import hiper as files
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.offsets import Offsets, added, parameter_names, say_cost, zeros
-from hiperlab.model.posterior import check_latent, posterior_noise
+from hiperlab.model.noise import check_latent, posterior_noise
+from hiperlab.model.offsets import Offsets, added, log_cost, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text_cache import TextCache
 
@@ -43,7 +44,7 @@ def interpolate(target: Tensor, optimized: Tensor, eta: float) -> Tensor:
     return eta * target + (1 - eta) * optimized
 
 
-class Imagic(Method):
+class Imagic(Method, EditsPicture, Exportable):
     """Phase A fits all rows of the target text's embedding, phase B the weights of the U-Net with that embedding fixed.
 
     The weights are fitted as offsets that stand in for the frozen ones during a call; the stack never changes. The
@@ -59,14 +60,13 @@ class Imagic(Method):
         embedding_share: phase A's share of the steps, 0 to 1.
         model_lr: phase B's learning rate.
         weights: which U-Net weights phase B fits: "cross" (cross-attention), "attention", or "all" as published.
-        latent: how often the picture's latents are drawn, see `hiperlab.model.posterior`.
+        latent: how often the picture's latents are drawn, see `hiperlab.model.noise`.
         eta: weight of the target text; several draw one picture for each, the first is the plain one.
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
-    edits = True
     per_target = True
-    alone = "what it learns is one whole text"
+    sampling_settings = ("eta",)
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Imagic(Method):
         self.embedding = nn.Parameter(self.encode([self.target]).float().clone())  # (1, T, D)
         self.offsets = zeros(model.unet, parameter_names(model.unet, weights))
         if weights == "all":
-            say_cost(sum(value.numel() for value in self.offsets.values()), "weights=cross is far smaller.")
+            log_cost(sum(value.numel() for value in self.offsets.values()), "weights=cross is far smaller.")
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The embedding at the optimizer's rate, the weights at their own."""
@@ -111,7 +111,7 @@ class Imagic(Method):
                 return Conditioning(optimized[None])
             return Conditioning(optimized.detach()[None], offsets=self.weight_offsets())
         eta = float(step.variant.removeprefix("eta=")) if step.variant else self.eta
-        texts = [self.concepts[0].plain(prompt) for prompt in step.prompts]
+        texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
         states = interpolate(self.encode(texts).to(optimized.dtype), optimized, eta)
         # The source text asks for the picture itself: eta = 0.
         same = torch.tensor([text == self.source != self.target for text in texts], device=states.device)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.base.method import ChangedWeights, Method, Step, Subject
+from hiperlab.base.capability import ChangedWeights
+from hiperlab.base.method import Step, Subject
 from hiperlab.base.prior_preservation import Prior
-from hiperlab.data.batch import Batch
-from hiperlab.data.concept import fill
+from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
-from hiperlab.model.conditioning import Conditioning, Part
+from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
@@ -56,7 +56,7 @@ def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
-class LoRA(Method):
+class LoRA(RareTokenMethod):
     """A and B beside every attention projection; prompts say "sks dog" for the placeholder.
 
     Args:
@@ -75,9 +75,8 @@ class LoRA(Method):
         prior: class pictures that hold the class; weight 0 for none.
     """
 
-    stacks_concepts = False  # rows of one U-Net call share its weights
-    must_agree = ("identifier",)
-    alone = ""
+    fixed_settings = ("identifier",)
+    sampling_settings = ("strength",)
 
     def __init__(
         self,
@@ -95,7 +94,9 @@ class LoRA(Method):
         strength: Sequence[float],
         prior: Prior,
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed)
+        identifier = check_identifier(model.tokenizer, identifier)
+        super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
+        self.identifier = identifier
         if rank < 1 or alpha <= 0:
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not strength:
@@ -103,9 +104,6 @@ class LoRA(Method):
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
         self.register_buffer("alpha", torch.tensor([float(alpha)]))
-        self.identifier = check_identifier(model.tokenizer, identifier)
-        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
-        self.template, self.prior = template, prior
         self.strength = float(strength[0])
         self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
         self.plain_text = TextCache(model)
@@ -115,7 +113,7 @@ class LoRA(Method):
             ("text", model.text_module, text_targets if text_encoder else ()),
         ):
             for name in modules_named(module, ends):
-                self._lay(part, name, *_start(seed, name, module.get_parameter(f"{name}.weight").shape, rank))
+                self._add_pair(part, name, *_start(seed, name, module.get_parameter(f"{name}.weight").shape, rank))
 
     @property
     def scale(self) -> float:
@@ -123,44 +121,20 @@ class LoRA(Method):
         rank = next(iter(self.down.values())).shape[1]
         return float(self.alpha) / rank
 
-    def _lay(self, part: str, name: str, down: Tensor, up: Tensor) -> None:
+    def _add_pair(self, part: str, name: str, down: Tensor, up: Tensor) -> None:
         key = f"{part}/{name}".replace(".", "/")
         device = self.model.device
         self.down[key], self.up[key] = (nn.Parameter(value[None].to(device)) for value in (down, up))
 
-    def compose(self, batch: Batch) -> Batch:
-        """The published training prompt for every row, then the class rows."""
-        if self.template is not None:
-            prompt = fill(self.template, self.concepts[0].placeholder)
-            batch = batch._replace(prompts=[prompt] * len(batch.prompts))
-        return self.prior.extend(batch, self.model, self.concepts[0].word, self.seed)
-
-    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
-
-        Args:
-            step: of all rows that `compose` gave.
-            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
-            target: same shape.
-        """
-        return self.prior.losses(prediction, target)
-
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self._strength(step.variant)
-        return Conditioning(self._encode(self._texts(step), strength)[None], offsets=self.offsets("unet", strength))
-
-    def part(self, step: Step) -> Part:
-        """The text with "sks dog" in the placeholder's place."""
-        return Part(self._texts(step))
+        return Conditioning(self._encode(self.texts(step), strength)[None], offsets=self.offsets("unet", strength))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""
         strength = self._strength(variant)
         return ChangedWeights(self.offsets("unet", strength), self.offsets("text", strength))
-
-    def _texts(self, step: Step) -> list[str]:
-        return [self.concepts[0].spelled(prompt, self.words) for prompt in step.prompts]
 
     def offsets(self, part: str, strength: float) -> Offsets:
         """The weights' changes in "unet" or "text", by the module's own names."""
@@ -188,10 +162,6 @@ class LoRA(Method):
             if key.startswith(f"{part}/")
         }
 
-    def on_fit_start(self) -> None:
-        """Draw the class pictures before the first step."""
-        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
-
     # ---- files of diffusers, PEFT and kohya --------------------------------------------------------------------------
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
@@ -213,7 +183,7 @@ class LoRA(Method):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             for name, (down, up) in pairs.items():
-                self._lay(part, name, *resized(down, up, rank))
+                self._add_pair(part, name, *resized(down, up, rank))
         self.alpha.fill_(rank)  # the file's scale is in B already
         log.info("%s: rank %d, %d U-Net and %d text layers", path.name, rank, len(adapter.unet), len(adapter.text))
 

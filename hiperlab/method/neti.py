@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hiperlab.base.capability import Composable, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import neti as files
@@ -57,7 +58,7 @@ def add_bypass(hidden: Tensor, v_pass: Tensor) -> Tensor:
     return hidden + scale * v_pass / v_pass.norm(dim=-1, keepdim=True)
 
 
-class NeTI(Method):
+class NeTI(Method, Composable, Exportable):
     """A small mapper M(t, l) per concept feeds the text encoder and, past it, the attention values.
 
     Args:
@@ -77,7 +78,7 @@ class NeTI(Method):
     """
 
     time_dependent = True
-    alone = ""
+    sampling_settings = ("truncation",)
     target_norm: Tensor
 
     def __init__(
@@ -139,7 +140,7 @@ class NeTI(Method):
         cut = _truncation(step.variant)
         return None if cut is None else torch.full((self.model.layers, len(step.prompts)), cut, device=self.device)
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """v_base (L, R, 1, D) for the word; values with the bypass on top."""
         found = self.vectors(step.timestep, torch.zeros_like(step.timestep), self._cut(step))  # (L, R, D or 2D)
         base, bypass = found.split(self.model.width, dim=-1) if self.bypass else (found, None)

@@ -8,28 +8,26 @@ Axes: T steps, R rows, N text tokens, D text width, C latent channels, H, W late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from hiperlab.base.capability import Exportable
 from hiperlab.base.editing_method import Conditions
-from hiperlab.base.method import Subject
-from hiperlab.base.trajectory_method import TrajectoryMethod
-from hiperlab.edit.prompt_to_prompt import PromptToPrompt
+from hiperlab.base.trajectory_method import PathSettings, TrajectoryMethod
 from hiperlab.errors import UserError, near
 from hiperlab.formats import null_text as files
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import predict_noise, previous
-from hiperlab.model.stack import FrozenStack
 
 FILES = {None: "null_text_embeddings.pt", "text": "text_embeddings.pt", "negative_prompt": "null_text_embeddings.pt"}
 
 
-class NullText(TrajectoryMethod):
+class NullText(TrajectoryMethod, Exportable):
     """One text embedding per step of the path, fitted so that guided denoising walks back along it.
 
     By default the unconditional text is fitted, starting from the empty one, and given to all rows. "text" fits the
@@ -37,37 +35,23 @@ class NullText(TrajectoryMethod):
     one.
 
     Args:
-        model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache: as in `TrajectoryMethod`.
         optimise: None (also written "null"), "text" or "negative_prompt".
         inner_steps: most updates at a step of the path.
         epsilon: a step is done when a loss is below epsilon + 2e-5 i.
+        path: as in `TrajectoryMethod`.
     """
 
-    must_agree = ("optimise",)
-    progress = (*TrajectoryMethod.progress, "place")  # `artifact` gives every step its embedding
+    fixed_settings = ("optimise",)
+    progress = (*TrajectoryMethod.progress, "path_step")  # `artifact` gives every step its embedding
 
-    def __init__(
-        self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        guidance: float,
-        p2p: PromptToPrompt,
-        inject_source_latents: bool,
-        cache: str | None,
-        optimise: str | None,
-        inner_steps: int,
-        epsilon: float,
-    ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache)
+    def __init__(self, optimise: str | None, inner_steps: int, epsilon: float, **path: Unpack[PathSettings]) -> None:
+        super().__init__(**path)
         optimise = None if optimise == "null" else optimise  # what a command line makes of an unquoted null
         if optimise not in FILES:
             raise UserError(f"method.optimise={optimise!r} is unknown.{near(str(optimise), map(str, FILES))}")
         self.optimise, self.updates, self.epsilon = optimise, inner_steps, float(epsilon)
         first = self.encode(["" if optimise is None else self.source])
-        self.embeddings = nn.Parameter(first.float().repeat(steps, 1, 1))  # (T, N, D)
+        self.embeddings = nn.Parameter(first.float().repeat(self.steps, 1, 1))  # (T, N, D)
 
     # ---- the fit -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +128,7 @@ class NullText(TrajectoryMethod):
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put noise (C, H, W) and embeddings (T, N, D) in place; nothing is left to fit then."""
         super().load_artifact(index, tensors)
-        self.place.fill_(self.steps - 1)
+        self.path_step.fill_(self.steps - 1)
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """The embeddings as the public notebooks hold them, see `formats.null_text`."""
@@ -160,4 +144,4 @@ class NullText(TrajectoryMethod):
                 f"sampler.steps={len(rows)} and the base model they were made for."
             )
         self.embeddings.copy_(rows)
-        self.place.fill_(self.steps - 1)
+        self.path_step.fill_(self.steps - 1)

@@ -31,6 +31,7 @@ class PromptToPrompt(EditingMethod):
     """
 
     seeded = True
+    sampling_settings = ("p2p",)
 
     def __init__(
         self,
@@ -43,14 +44,14 @@ class PromptToPrompt(EditingMethod):
     ) -> None:
         super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=False, cache=None)
 
-    def meet(self, index: int, picture: Tensor) -> None:
+    def set_reference(self, index: int, picture: Tensor) -> None:
         """Leave the picture (3, H, W) alone: the source is drawn, not read."""
 
     def start(self, seed: int) -> Tensor:
         """The seed's unit normal noise (1, C, H, W)."""
         return initial_noise([seed], self.model.latent_shape).to(self.noise)
 
-    def own_tensors(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """An empty mapping: nothing is learnt, and no noise is kept."""
         return {}
 

@@ -9,18 +9,17 @@ Axes: T steps, R rows, P picture tokens, N text tokens, D text width, C latent c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
 
+from hiperlab.base.capability import Exportable
 from hiperlab.base.editing_method import Conditions
-from hiperlab.base.method import Subject
-from hiperlab.base.trajectory_method import TrajectoryMethod
-from hiperlab.edit.prompt_to_prompt import PromptToPrompt
+from hiperlab.base.trajectory_method import PathSettings, TrajectoryMethod
 from hiperlab.errors import UserError, near
 from hiperlab.formats import stylediffusion as files
 from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
@@ -40,14 +39,13 @@ def updates(most: int, decay: float, step: int) -> int:
     return math.ceil(most * math.exp(-decay * step))
 
 
-class StyleDiffusion(TrajectoryMethod):
+class StyleDiffusion(TrajectoryMethod, Exportable):
     """One network per step of the path, fitted so that guided denoising walks back along it.
 
     A step's loss is the distance to the recorded path plus the distance of the attention maps to the recorded ones. In
     editing, the source row reads v_i(source) at every step, the targets v_i(target) at the first ones.
 
     Args:
-        model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache: as in `TrajectoryMethod`.
         inner_steps: N, most updates at the first step of the path.
         inner_decay: how fast they become fewer, see `updates`.
         epsilon: a step is done when a loss is below epsilon + 2e-5 i.
@@ -58,24 +56,17 @@ class StyleDiffusion(TrajectoryMethod):
         tower: folder or hub id of the picture tower; None takes the one in the model's own folder, else OpenAI's
             ViT-B/16.
         model_folder: the model's folder or hub id, where a tower may lie.
+        path: as in `TrajectoryMethod`.
     """
 
-    must_agree = ("value_form",)
-    progress = (*TrajectoryMethod.progress, "place")  # `artifact` gives every step its network
+    fixed_settings = ("value_form",)
+    sampling_settings = (*TrajectoryMethod.sampling_settings, "tau_v")
+    progress = (*TrajectoryMethod.progress, "path_step")  # `artifact` gives every step its network
 
     tokens: Tensor
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        guidance: float,
-        p2p: PromptToPrompt,
-        inject_source_latents: bool,
-        cache: str | None,
         inner_steps: int,
         inner_decay: float,
         epsilon: float,
@@ -85,28 +76,32 @@ class StyleDiffusion(TrajectoryMethod):
         tau_v: float,
         tower: str | None,
         model_folder: str | None,
+        **path: Unpack[PathSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, guidance, p2p, inject_source_latents, cache)
+        super().__init__(**path)
         if attention_loss not in ATTENTION_LOSSES:
             known = near(attention_loss, ATTENTION_LOSSES)
             raise UserError(f"method.attention_loss={attention_loss!r} is unknown.{known}")
-        advice = concepts[0].advice
-        self.tau_v = float(advice.tau.get("v", tau_v) if advice and p2p.advice else tau_v)
+        given = self.concepts[0].edit_settings
+        self.tau_v = float(given.tau.get("v", tau_v) if given and self.p2p.advice else tau_v)
         if not 0 <= self.tau_v <= 1:
             raise UserError(f"method.tau_v={self.tau_v} is no share of the steps: choose 0 to 1 (0.6).")
         self.most, self.decay, self.epsilon = inner_steps, float(inner_decay), float(epsilon)
         self.distance, self.attention_pixels = ATTENTION_LOSSES[attention_loss], attention_pixels
         self.value_form = value_form
-        eyes = _tower(model, tower, model_folder)
-        self.see = eyes.all_tokens  # the method of a frozen tower, which so stays out of checkpoints
+        vision = _tower(self.model, tower, model_folder)
+        self.see = vision.all_tokens  # the method of a frozen tower, which so stays out of checkpoints
         self.networks = MappingNetworks(
-            steps, eyes.patches + 1, value_rows(value_form, int(model.tokenizer.model_max_length)), seed
+            self.steps,
+            vision.patches + 1,
+            value_rows(value_form, int(self.model.tokenizer.model_max_length)),
+            self.seed,
         )
-        self.register_buffer("tokens", torch.zeros(eyes.patches + 1, eyes.width))  # E(x)
+        self.register_buffer("tokens", torch.zeros(vision.patches + 1, vision.width))  # E(x)
 
-    def meet(self, index: int, picture: Tensor) -> None:
+    def set_reference(self, index: int, picture: Tensor) -> None:
         """Take the picture (3, H, W) in [-1, 1] and read its tokens, once."""
-        super().meet(index, picture)
+        super().set_reference(index, picture)
         self.tokens.copy_(self.see(picture[None].detach().cpu().float())[0])
 
     def map_pixels(self) -> int | None:
@@ -208,7 +203,7 @@ class StyleDiffusion(TrajectoryMethod):
     def load_artifact(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put noise (C, H, W), tokens (P, D) and networks (T, ...) in place; nothing is left to fit then."""
         super().load_artifact(index, tensors)
-        self.place.fill_(self.steps - 1)
+        self.path_step.fill_(self.steps - 1)
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """The networks as the authors' later release keeps them; noise, tokens and text are in our artifact only."""
@@ -230,7 +225,7 @@ class StyleDiffusion(TrajectoryMethod):
                 f"{tuple(own[wrong[0]].shape)}. Choose the method.tower and method.value_form it was made with."
             )
         self.networks.load_state_dict(found)
-        self.place.fill_(self.steps - 1)
+        self.path_step.fill_(self.steps - 1)
 
 
 def _tower(model: FrozenStack, tower: str | None, folder: str | None) -> VisionTower:

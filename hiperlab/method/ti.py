@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hiperlab.base.capability import Composable, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
@@ -22,7 +23,7 @@ from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 
 
-class TextualInversion(Method):
+class TextualInversion(Method, Composable, Exportable):
     """One vector (or V consecutive ones) per concept, read by all layers at all timesteps.
 
     Training a row of its own equals training that row of the embedding matrix: AdamW acts per element.
@@ -34,8 +35,6 @@ class TextualInversion(Method):
         seed: of the draws.
         num_vectors: V; the placeholder takes V tokens of the prompt.
     """
-
-    alone = ""
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class TextualInversion(Method):
         states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
         return Conditioning(self.model.normalise_text(states))
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """The vectors (1, 1, V, D) for the word."""
         return Part(step.prompts, self.vectors[None, :1])
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from hiperlab.base.capability import Composable, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
@@ -24,7 +25,7 @@ from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 
 
-class ExtendedTextualInversion(Method):
+class ExtendedTextualInversion(Method, Composable, Exportable):
     """Sixteen vectors per concept, one for each cross-attention layer, constant in time.
 
     Args:
@@ -33,8 +34,6 @@ class ExtendedTextualInversion(Method):
         optimizer: parameters -> optimizer.
         seed: of the draws.
     """
-
-    alone = ""
 
     def __init__(
         self, model: FrozenStack, concepts: Sequence[Subject], optimizer: Callable[..., Optimizer], seed: int
@@ -51,7 +50,7 @@ class ExtendedTextualInversion(Method):
         states = self.model.hidden_states(tokens, self.vectors[slots].transpose(0, 1))
         return Conditioning(self.model.normalise_text(states))
 
-    def part(self, step: Step) -> Part:
+    def composition_part(self, step: Step) -> Part:
         """v_l for the word in layer l, (L, 1, 1, D)."""
         return Part(step.prompts, self.vectors[0, :, None, None])
 

@@ -103,10 +103,10 @@ def _attend(
 
 def _controlled(query: Tensor, key: Tensor, value: Tensor, layer: Layer, control: Control) -> Tensor:
     """softmax(Q K^T / sqrt d) V (Vaswani et al. 2017, eq. 1); the control replaces the map, float32 or float64."""
-    kind = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(kind) @ key.to(kind).transpose(-1, -2) * query.shape[-1] ** -0.5
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * query.shape[-1] ** -0.5
     probabilities = control(layer, scores.softmax(dim=-1))
-    return (probabilities @ value.to(kind)).to(value.dtype)
+    return (probabilities @ value.to(dtype)).to(value.dtype)
 
 
 def _detach_first(states: Tensor) -> Tensor:

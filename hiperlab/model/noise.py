@@ -6,12 +6,15 @@ train.py, sqrt(1 - alpha_bar) is 7 % off at the first timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+
+from hiperlab import draws
+from hiperlab.errors import UserError
 
 SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled linear betas over 1000 steps
     "num_train_timesteps": 1000,
@@ -24,6 +27,7 @@ SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled 
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
+LATENTS = ("sample_once", "mean", "resample")
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
 
 
@@ -41,6 +45,34 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     """
     mean, logvar = moments.float().chunk(2, dim=1)
     return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
+
+
+def check_latent(latent: str) -> str:
+    """The choice itself.
+
+    Raises:
+        UserError: it is none of `LATENTS`.
+    """
+    if latent not in LATENTS:
+        raise UserError(f"method.latent={latent!r} is unknown. Choose {', '.join(LATENTS)}.")
+    return latent
+
+
+def posterior_noise(latent: str, seed: int, view: Tensor, sample: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unit normals (R, *shape) for mean + std * noise (Kingma & Welling 2014, eq. 10).
+
+    Args:
+        latent: how often a picture's latents are drawn; edit methods differ in it. "sample_once" draws once per
+            picture and keeps it (HiPer's train.py, ShivamShrirao's train_imagic.py), "mean" is zeros, "resample"
+            draws anew for every sample.
+        seed: the run's.
+        view: (R,) number of the picture.
+        sample: (R,) global sample number.
+        shape: of one row's latents.
+    """
+    if latent == "mean":
+        return torch.zeros(len(view), *shape)
+    return draws.normal(seed, "posterior", view if latent == "sample_once" else sample, shape)
 
 
 def add_noise(z0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class Added(Change):
 
     def apply(self, weight: Tensor) -> Tensor:
         """W', same shape as W; summed in the more precise of the two types: half precision would lose a small delta."""
-        kind = torch.promote_types(weight.dtype, self.delta.dtype)
-        return (weight.to(kind) + self.delta.to(weight.device, kind)).to(weight.dtype)
+        dtype = torch.promote_types(weight.dtype, self.delta.dtype)
+        return (weight.to(dtype) + self.delta.to(weight.device, dtype)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The difference, same shape as W."""
@@ -144,7 +144,7 @@ def added(offsets: nn.ParameterDict) -> Offsets:
     return Offsets({name.replace("/", "."): Added(value[0]) for name, value in offsets.items()})
 
 
-def say_cost(count: int, smaller: str, setting: str = "method.weights=all") -> None:
+def log_cost(count: int, smaller: str, setting: str = "method.weights=all") -> None:
     """Warn of the memory that fitting `count` weights takes.
 
     Counted are the offset, its gradient, two Adam moments and the changed weight, float32.

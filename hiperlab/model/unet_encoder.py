@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-class FirstHalf(nn.Module):
+class UNetEncoder(nn.Module):
     """conv_in, the down blocks and the mid block of diffusers' U-Net, as its own forward pass calls them.
 
     Args:
@@ -43,10 +43,10 @@ class FirstHalf(nn.Module):
         return *maps, unet.mid_block(sample, embedding, encoder_hidden_states=states)
 
 
-def first_half(
+def encoder_features(
     unet: nn.Module, latents: Tensor, timestep: Tensor, states: Tensor, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    """The maps of `FirstHalf` with other weights by the U-Net's names, in the U-Net's type.
+    """The maps of `UNetEncoder` with other weights by the U-Net's names, in the U-Net's type.
 
     Args:
         unet: diffusers' U-Net.
@@ -55,9 +55,9 @@ def first_half(
         states: text states (B, N, D).
         weights: used instead of the U-Net's own, same shapes; empty for none.
     """
-    kind = next(unet.parameters()).dtype
+    dtype = next(unet.parameters()).dtype
     named = {f"unet.{name}": weight for name, weight in weights.items()}
-    return functional_call(FirstHalf(unet), named, (latents.to(kind), timestep, states.to(kind)))
+    return functional_call(UNetEncoder(unet), named, (latents.to(dtype), timestep, states.to(dtype)))
 
 
 def map_channels(unet: nn.Module) -> tuple[list[int], list[int]]:

@@ -28,9 +28,9 @@ class Multiplied(Change):
 
     def apply(self, weight: Tensor) -> Tensor:
         """W' (outputs, inputs): worked out in the more precise of the two types, then given the weight's."""
-        kind = torch.promote_types(weight.dtype, self.left.dtype)
-        delta = (self.left @ self.right.mT).to(weight.device, kind)
-        return (weight.to(kind) * (1 + delta)).to(weight.dtype)
+        dtype = torch.promote_types(weight.dtype, self.left.dtype)
+        delta = (self.left @ self.right.mT).to(weight.device, dtype)
+        return (weight.to(dtype) * (1 + delta)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Both factors, (outputs, k) and (inputs, k)."""
@@ -38,7 +38,7 @@ class Multiplied(Change):
 
 
 @dataclass(frozen=True)
-class InTurn(Change):
+class Sequential(Change):
     """Changes of one weight in turn: each changes what the one before made.
 
     Args:
@@ -49,10 +49,10 @@ class InTurn(Change):
 
     def apply(self, weight: Tensor) -> Tensor:
         """W', same shape as W; the more precise type is kept between the parts, as the weight's would round twice."""
-        kind = weight.dtype
+        dtype = weight.dtype
         for each in self.parts[0].tensors():
-            kind = torch.promote_types(kind, each.dtype)
-        made = weight.to(kind)
+            dtype = torch.promote_types(dtype, each.dtype)
+        made = weight.to(dtype)
         for part in self.parts:
             made = part.apply(made)
         return made.to(weight.dtype)
@@ -67,7 +67,7 @@ class InTurn(Change):
 
 
 @dataclass(frozen=True)
-class Summed(Change):
+class Sum(Change):
     """Changes of one weight that know nothing of one another: W' = W + sum over i of (W'_i - W).
 
     Args:
@@ -78,11 +78,11 @@ class Summed(Change):
 
     def apply(self, weight: Tensor) -> Tensor:
         """W', same shape as W; added in the most precise type of all parts."""
-        kind = weight.dtype
+        dtype = weight.dtype
         for each in self.tensors():
-            kind = torch.promote_types(kind, each.dtype)
-        frozen = weight.to(kind)
-        return (frozen + sum(part.apply(frozen).to(kind) - frozen for part in self.parts)).to(weight.dtype)
+            dtype = torch.promote_types(dtype, each.dtype)
+        frozen = weight.to(dtype)
+        return (frozen + sum(part.apply(frozen).to(dtype) - frozen for part in self.parts)).to(weight.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of all parts, of any shape."""
@@ -94,7 +94,7 @@ class Summed(Change):
 
 
 @dataclass(frozen=True)
-class Done(Change):
+class Materialised(Change):
     """A weight that was worked out before, so that several U-Net calls share it and its gradient graph.
 
     Args:
@@ -112,12 +112,12 @@ class Done(Change):
         return (self.weight,)
 
 
-def work_out(offsets: Offsets, module: nn.Module) -> Offsets:
+def materialise(offsets: Offsets, module: nn.Module) -> Offsets:
     """The same changes, with every changed weight worked out now."""
-    return Offsets({name: Done(weight) for name, weight in offsets.weights(module).items()})
+    return Offsets({name: Materialised(weight) for name, weight in offsets.weights(module).items()})
 
 
-def add_up(several: Sequence[Offsets | None]) -> Offsets | None:
+def sum_changes(several: Sequence[Offsets | None]) -> Offsets | None:
     """Several methods' changes at once: a weight that several of them change gets the sum; None if none changes any."""
     by_name: dict[str, list[Change]] = {}
     for offsets in several:
@@ -125,4 +125,4 @@ def add_up(several: Sequence[Offsets | None]) -> Offsets | None:
             by_name.setdefault(name, []).append(change)
     if not by_name:
         return None
-    return Offsets({name: each[0] if len(each) == 1 else Summed(tuple(each)) for name, each in by_name.items()})
+    return Offsets({name: each[0] if len(each) == 1 else Sum(tuple(each)) for name, each in by_name.items()})

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from hiperlab.base.method import WordMaps
+from hiperlab.base.capability import WordMaps
 from hiperlab.report.grid import grid, to_pil
 
 _SHARE = 0.65  # of the heat in the mixture with the picture

@@ -7,6 +7,8 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from hiperlab.base.capability import Exportable
+
 
 class CadencedExports(Callback):
     """After every optimizer step that the method asks for, writes each concept's files for other tools.
@@ -25,13 +27,13 @@ class CadencedExports(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Export at the optimizer-step boundary if the method wants this step."""
-        step, method = trainer.global_step, pl_module
+        step = trainer.global_step
         if step == self._seen:
             return  # between the micro batches of one step
         self._seen = step
-        if not trainer.is_global_zero or not method.exports_at(step):  # type: ignore[operator]
+        if not trainer.is_global_zero or not isinstance(pl_module, Exportable) or not pl_module.exports_at(step):
             return
-        for index, subject in enumerate(method.concepts):  # type: ignore[arg-type]
+        for index, subject in enumerate(pl_module.concepts):  # type: ignore[arg-type]
             folder = self.folder / subject.name
             folder.mkdir(parents=True, exist_ok=True)
-            method.export(index, folder, step)  # type: ignore[operator]
+            pl_module.export(index, folder, step)

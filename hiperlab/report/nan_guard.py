@@ -42,7 +42,7 @@ class FiniteGuard(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss and its names; nothing is read from the device here."""
+        """Keep the loss, 0-d, and its names; nothing is read from the device here."""
         names = self._batch._replace(pixels=None) if hasattr(self._batch, "pixels") else None
         self._micros.append(_Micro(loss.detach(), names, getattr(pl_module, "last_timesteps", None)))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hiperlab import files
 from hiperlab.base import artifact
+from hiperlab.base.capability import Exportable, ReadsPicture
 from hiperlab.base.method import Method, Subject
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
@@ -126,10 +127,10 @@ def _train(
     session.update(micro_batch_size=rows, world_size=trainer.world_size)
     concepts = tuple(session.data.concepts[index] for index in group)
     subset = replace(session.data, concepts=concepts)
-    if method.one_picture:
-        subset = first_pictures(subset)
-    for place, concept in enumerate(concepts):
-        method.meet(place, first_pixels(subset, concept, cfg.model.size))
+    if isinstance(method, ReadsPicture):
+        subset = first_pictures(subset) if method.one_picture else subset
+        for number, concept in enumerate(concepts):
+            method.set_reference(number, first_pixels(subset, concept, cfg.model.size))
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
     start_from = starting_point(folder, resume, cfg.fit.steps)
     remember(session, fresh=start_from is None)
@@ -237,7 +238,8 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
         artifact.write(path, method, index, session.method_settings(), steps, half=session.cfg.fit.half_artifacts)
         other = folder / subject.name
         other.mkdir(parents=True, exist_ok=True)
-        names = [path.relative_to(folder).as_posix() for path in method.export(index, other, steps)]
+        exported = method.export(index, other, steps) if isinstance(method, Exportable) else []
+        names = [path.relative_to(folder).as_posix() for path in exported]
         if not names:
             other.rmdir()
         written.append((subject, names))
@@ -261,12 +263,12 @@ def load_artifacts(session: Session, group: list[int]) -> Method:
     paths = session.given_artifacts
     if paths and len(paths) != len(session.data.concepts):
         raise UserError(f"artifact names {len(paths)} files for {len(session.data.concepts)} concepts: give one each.")
-    for place, index in enumerate(group):
+    for number, index in enumerate(group):
         name = session.data.concepts[index].name
         path = paths[index] if paths else session.folder / "artifacts" / f"{name}.safetensors"
         if not path.is_file():
             raise UserError(f"{path} does not exist: train first (stages=[fit,sample]), or give artifact=<file>.")
-        # Ours brings its picture along; other tools' files may need the data's.
-        method.meet(place, first_pixels(session.data, session.data.concepts[index], session.stack.size))
-        artifact.load_into(method, place, path)
+        if isinstance(method, ReadsPicture):  # ours brings its picture along; other tools' files may need the data's
+            method.set_reference(number, first_pixels(session.data, session.data.concepts[index], session.stack.size))
+        artifact.load_into(method, number, path)
     return method

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hiperlab import files
@@ -14,10 +15,7 @@ from hiperlab.run.session import Session
 
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
-FREE = (
-    "data.prompts", "model.optimise", "model.note", "method.truncation", "method.scale_edit", "method.eta",
-    "method.p2p", "method.tau_v", "method.inject_source_latents", "method.cache",
-)  # fmt: skip
+FREE = ("data.prompts", "model.optimise", "model.note")
 
 
 def check_resume(session: Session) -> None:
@@ -32,10 +30,12 @@ def check_resume(session: Session) -> None:
     if session.cfg.resume is None or not path.is_file():
         return
     before, now = _flat(OmegaConf.load(path)), _flat(session.cfg)
+    sampling = get_class(session.cfg.method._target_).sampling_settings  # type: ignore[attr-defined]
+    free = (*FREE, *(f"method.{name}" for name in sampling))
     changed = [
         f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and _under(key, IDENTITY) and not _under(key, FREE)
+        if before.get(key) != now.get(key) and _under(key, IDENTITY) and not _under(key, free)
     ]
     if changed:
         raise UserError(

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hiperlab import files
+from hiperlab.base.capability import EditsPicture, ShowsAttention
 from hiperlab.base.method import Method
 from hiperlab.clock import Clock
 from hiperlab.data.concept import Concept, fill
@@ -76,14 +77,15 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
 
 def _attention(session: Session, method: Method, index: int, anew: bool) -> None:
     """grids/<concept>_attention.png of methods that edit by attention: source and first targets, first seed."""
+    if not isinstance(method, ShowsAttention):
+        return
     concept = session.data.concepts[index]
     path = session.folder / "grids" / f"{concept.name}_attention.png"
     if path.is_file() and not anew:
         return
     prompts = [fill(prompt, concept.placeholder) for prompt in concept.prompts[:MOST_MAPPED]]
     seed = int(session.cfg.sample.seeds[0])
-    found = method.word_maps(prompts, seed, guidance=session.sampler.guidance)
-    if found:
+    if found := method.attention_maps(prompts, seed, guidance=session.sampler.guidance):
         image = attention_grid(found, f"{concept.name}: where each word looks, mean over layers, heads and steps")
         save_png(image, path)
 
@@ -132,7 +134,7 @@ def _rank() -> tuple[int, int]:
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    """Names a concept by its numbers; the file's bytes also depend on the order of its metadata."""
+    """Names a concept by its tensors, of any shape; the file's bytes also depend on the order of its metadata."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -147,8 +149,9 @@ def _plan(session: Session, index: int, method: Method, concept_digest: str) -> 
     # An edit also draws its own source text: what an edit keeps can be judged only beside what was learnt.
     asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
     asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
-    seeds = cfg.sample.seeds if method.seeded else cfg.sample.seeds[:1]
-    digests = [concept_digest, *filter(None, [method.drawn_with])]
+    alike = isinstance(method, EditsPicture) and not method.seeded
+    seeds = cfg.sample.seeds[:1] if alike else cfg.sample.seeds
+    digests = [concept_digest, *filter(None, [method.sampling_key])]
     records = []
     for number, (prompt, role) in enumerate(asked):
         for variant in method.variants:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.artifact import Artifact
+from hiperlab.base.capability import EditsPicture
 from hiperlab.base.method import Method, Subject
 from hiperlab.data.concept import SLOT
 from hiperlab.data.dataset import DataSet
@@ -59,11 +60,11 @@ class Session:
         if self.kept:
             return _references(data, [each.subject.name for each in self.kept])
         method = get_class(self.cfg.method._target_)
-        if not method.edits:  # type: ignore[attr-defined]
+        if not issubclass(method, EditsPicture):
             _warn_of_plain_prompts(data)
             return data
         data = as_edits(data)
-        if method.per_target:  # type: ignore[attr-defined]
+        if method.per_target:
             data = one_per_target(at_most(data, self.cfg.sample.prompts))
             log.info("%s is fitted to one target text at a time: %d fits", method.__name__, len(data.concepts))
         return data
@@ -110,7 +111,7 @@ class Session:
         return [
             Subject(
                 concept.name, concept.placeholder, concept.word,
-                edit.source if edit else None, edit.targets if edit else (), edit.advice if edit else None,
+                edit.source if edit else None, edit.targets if edit else (), edit.settings if edit else None,
             )
             for concept in self.data.concepts
             for edit in [concept.edit]

@@ -114,7 +114,7 @@ class Running:
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop because of its time limit
 
-    def tell(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal to the job itself, not to its helpers: it passes it on to its ranks and saves."""
         if self.process.poll() is None:
             self.process.send_signal(number)

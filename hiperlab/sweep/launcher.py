@@ -112,7 +112,7 @@ def listening(heard: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-class Crew:
+class JobPool:
     """Runs jobs until all have ended or a signal came; the first signal is passed on, the second kills."""
 
     def __init__(self, sweep_dir: Path, devices: Devices, timeout_min: float | None, grace_s: float) -> None:
@@ -123,17 +123,17 @@ class Crew:
         self.running: list[Running] = []
         self.done: dict[str, sweep.Outcome] = {}
 
-    def hear(self, number: int) -> None:
+    def on_signal(self, number: int) -> None:
         """Signal handler."""
         first, self.signal = self.signal is None, self.signal or number
         for job in self.running:
-            job.tell(signal.SIGTERM if number == HANG_UP else number) if first else job.kill()
+            job.send_signal(signal.SIGTERM if number == HANG_UP else number) if first else job.kill()
 
     def run(self, jobs: Sequence[Job]) -> list[sweep.Outcome]:
         """The outcomes, in the order of the jobs."""
         waiting = list({job.name: job for job in jobs}.values())  # the same point twice is one job
         total = len(waiting)
-        with listening(self.hear):
+        with listening(self.on_signal):
             while waiting or self.running:
                 if self.signal is None:
                     waiting = [job for job in waiting if not self._begin(job, total)]
@@ -142,7 +142,7 @@ class Crew:
                         self._end(outcome(job, "not started"), total)
                     waiting = []
                 for running in list(self.running):
-                    self._look_after(running, total)
+                    self._check_on(running, total)
                 if self.running:
                     time.sleep(0.05)
         return [self.done[job.name] for job in jobs]
@@ -159,18 +159,18 @@ class Crew:
             return False
         self.running.append(start(job, gpus or None))
         if self.signal is not None:  # it came while the job was starting
-            self.running[-1].tell(self.signal)
+            self.running[-1].send_signal(self.signal)
         where = f" on GPU {','.join(gpus)}" if gpus else ""
         print(f"[{len(self.done)}/{total}] started  {job.name}{where}", flush=True)
         return True
 
-    def _look_after(self, running: Running, total: int) -> None:
+    def _check_on(self, running: Running, total: int) -> None:
         code = running.process.poll()
         now = time.monotonic()
         if code is None:
             if self.timeout_s is not None and running.told is None and now - running.started > self.timeout_s:
                 running.told = now
-                running.tell(signal.SIGTERM)
+                running.send_signal(signal.SIGTERM)
             elif running.told is not None and now - running.told > self.grace_s:
                 running.kill()
             return
@@ -195,10 +195,10 @@ def run_jobs(
     Raises:
         StoppedError: a signal came; every running job was told, and ended, before this is raised.
     """
-    crew = Crew(sweep_dir, devices, timeout_min, grace_s)
-    done = crew.run(jobs)
-    if crew.signal is not None:
-        raise StoppedError(f"stopped by {signal.Signals(crew.signal).name}", 128 + crew.signal)
+    pool = JobPool(sweep_dir, devices, timeout_min, grace_s)
+    done = pool.run(jobs)
+    if pool.signal is not None:
+        raise StoppedError(f"stopped by {signal.Signals(pool.signal).name}", 128 + pool.signal)
     return done
 
 

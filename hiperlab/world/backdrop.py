@@ -119,7 +119,7 @@ class Backdrop:
         return path
 
     def strokes(self, segments: np.ndarray, colour: RGB, width: float, alpha: float = 1.0) -> None:
-        """Many straight strokes at once: rows of x0, y0, x1, y1."""
+        """Many straight strokes at once: segments (n, 4) of x0, y0, x1, y1 in picture units, alpha in [0, 1]."""
         path = skia.Path()
         for x0, y0, x1, y1 in segments.tolist():
             path.moveTo(x0, y0)
@@ -129,7 +129,7 @@ class Backdrop:
         self.canvas.drawPath(path, paint)
 
     def scatter(self, count: int, top: float, bottom: float) -> np.ndarray:
-        """Positions (x, y, depth, chance), far ones first: depth 0 at `top` to 1 at `bottom`."""
+        """Positions (count, 4) of x, y, depth and chance, far ones first: depth 0 at `top` to 1 at `bottom`."""
         spots = self.chance.array(count, 4)
         spots = spots[np.argsort(spots[:, 2], kind="stable")]
         spots[:, 1] = top + (bottom - top) * spots[:, 2] ** 1.4

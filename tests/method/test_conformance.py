@@ -10,6 +10,7 @@ import torch
 from hydra.utils import get_class
 
 from hiperlab.base import artifact
+from hiperlab.base.capability import EditsPicture
 from hiperlab.base.editing_method import EditingMethod
 from hiperlab.base.method import Method, Step
 from hiperlab.errors import UserError
@@ -63,14 +64,20 @@ def test_numbers_live_in_yaml_only(name) -> None:
     assert defaults == []
 
 
+def test_settings_that_it_names_exist(name) -> None:
+    cls, settings = method_class(name), config(name).method
+    assert {*cls.sampling_settings, *cls.fixed_settings} <= set(settings)
+    assert not set(cls.sampling_settings) & set(cls.fixed_settings)
+
+
 def test_only_own_parameters_train_and_the_stack_stays(trainee, stack) -> None:
     before = fingerprint(stack)
     method = build(trainee, stack, CATS)
     trained = {key for key, p in method.named_parameters() if p.requires_grad}
     assert trained and not any(key.startswith("model.") for key in trained)
-    start = {key: value.clone() for key, value in method.own_tensors().items()}
+    start = {key: value.clone() for key, value in method.trainable_state().items()}
     train(method, 2)
-    now = method.own_tensors()
+    now = method.trainable_state()
     changed = [key for key in trained if not torch.equal(now[key], start[key])]
     assert sorted(changed) == sorted(trained), "every trained tensor moves"
     after = fingerprint(stack)
@@ -248,7 +255,7 @@ def test_prompt_without_placeholder_is_the_plain_text(name, stack) -> None:
             latents = torch.ones(1, *stack.latent_shape)
             return method.condition(Step([text], torch.tensor([0]), torch.tensor([500]), latents))
 
-    if method.edits:
+    if isinstance(method, EditsPicture):
         slot, noun = condition(f"a {CATS[0].placeholder} on a beach"), condition(f"a {CATS[0].word} on a beach")
         assert torch.equal(slot.keys, noun.keys)
         return

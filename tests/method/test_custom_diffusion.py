@@ -97,7 +97,7 @@ def test_batch_is_composed(stack) -> None:
     """Pictures and words placed, class rows untouched; the mask leaves gradients out where the canvas is empty."""
     method = build("custom_diffusion", stack, [CAT])
     item = batch([CAT], list(range(8)))
-    rows = method.compose(item)
+    rows = method.prepare_batch(item)
     places = [drawn(0, k, 128) for k in range(8)]
     assert rows.prompts == [f"{at.words}photo of a <my-cat>" for at in places] + ["photo of a cat"] * 8
     assert len({at.words for at in places}) > 2
@@ -111,13 +111,13 @@ def test_batch_is_composed(stack) -> None:
     masks = torch.stack([latent_mask(at, 128, 16) for at in places])
     assert torch.equal(prediction.grad[:8] != 0, masks.expand(-1, 4, -1, -1) > 0) and not prediction.grad[8:].any()
     plain = build("custom_diffusion", stack, [CAT], augment=False, prior={"weight": 0.0}, template=None)
-    assert plain.compose(item) is item
+    assert plain.prepare_batch(item) is item
 
 
 def test_moments_of_placed_pictures(stack) -> None:
     """Each its own, while class pictures go through the VAE once."""
     method = build("custom_diffusion", stack, [CAT])
-    rows = method.compose(batch([CAT], [0, 3]))  # the same view, placed differently
+    rows = method.prepare_batch(batch([CAT], [0, 3]))  # the same view, placed differently
     moments = method.moments(rows)
     for row in range(len(moments)):
         assert torch.equal(moments[row], stack.encode_moments(rows.pixels[row : row + 1])[0])

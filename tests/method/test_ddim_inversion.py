@@ -68,7 +68,7 @@ def test_a_generated_source_is_the_plain_picture_of_its_seed(stack) -> None:
 
 
 def test_word_maps_cover_every_word(stack) -> None:
-    found = build("ddim_inversion", stack, [SUBJECT]).word_maps(["a dog on a mat"], 0, guidance=7.5)
+    found = build("ddim_inversion", stack, [SUBJECT]).attention_maps(["a dog on a mat"], 0, guidance=7.5)
     assert [each.text for each in found] == [SUBJECT.source, "a dog on a mat"]
     for each in found:
         assert each.words == tuple(each.text.split(" ")) and each.maps.shape == (5, 8, 8)

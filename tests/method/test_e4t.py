@@ -132,7 +132,12 @@ def test_which_unet_the_encoder_reads(stack, which) -> None:
 def test_what_is_trained(stack, changes, parts) -> None:
     method = e4t(stack, **changes)
     assert {name.split(".")[0] for name, p in method.named_parameters() if p.requires_grad} == parts
-    assert {name.split(".")[0] for name in method.own_tensors()} >= {*parts, "weight_offsets", "class_word", "picture"}
+    assert {name.split(".")[0] for name in method.trainable_state()} >= {
+        *parts,
+        "weight_offsets",
+        "class_word",
+        "picture",
+    }
 
 
 def test_encoder_of_the_paper_trains(stack) -> None:
@@ -177,20 +182,20 @@ def test_which_picture_the_encoder_sees(stack) -> None:
         given = keys(method, step(stack, samples=samples, images=other))
         assert torch.equal(own, given) != reads
     before = keys(tuning, step(stack))
-    tuning.meet(0, other[0])
+    tuning.set_reference(0, other[0])
     assert torch.equal(keys(tuning, step(stack)), keys(tuning, step(stack, images=other)))
     assert not torch.equal(before, keys(tuning, step(stack)))
     with torch.no_grad():
         tuning.picture.zero_()
-    with pytest.raises(UserError, match="has met no picture"):
+    with pytest.raises(UserError, match="has no picture"):
         keys(tuning, step(stack))
 
 
 def test_a_picture_asks_the_encoder_at_every_step_and_the_weights_once(stack, monkeypatch) -> None:
     method, asked, made = e4t(stack), [], []
     method.head.register_forward_hook(lambda *_: asked.append(1))
-    work_out = module.work_out
-    monkeypatch.setattr(module, "work_out", lambda *given: made.append(1) or work_out(*given))
+    materialise = module.materialise
+    monkeypatch.setattr(module, "materialise", lambda *given: made.append(1) or materialise(*given))
     how = {"steps": 3, "guidance": 2.0}
     one = method.sample([f"a {CAT.placeholder}"], [1], **how)
     assert (len(asked), len(made)) == (3, 1)
@@ -273,8 +278,8 @@ def test_domain_is_where_tuning_starts(stack, tmp_path) -> None:
     path = tmp_path / "cats.safetensors"
     artifact.write(path, domain, 0, settings(phase="pretrain"), steps=1)
     tuned = e4t(stack, domain=str(path))
-    found = tuned.own_tensors()
-    for name, value in domain.own_tensors().items():
+    found = tuned.trainable_state()
+    for name, value in domain.trainable_state().items():
         if name != "picture":
             assert torch.equal(found[name], value), name
     artifact.write(path, domain, 0, settings(phase="tune"), steps=1)
@@ -295,12 +300,12 @@ def test_domain_in_the_models_own_folder_in_half_precision(stack, tmp_path) -> N
     domain = e4t(stack, phase="pretrain")
     train(domain, 1)
     artifact.write(tmp_path / "e4t" / "cat.safetensors", domain, 0, settings(phase="pretrain"), steps=1, half=True)
-    whole, halved = domain.own_tensors(), e4t(stack, model_folder=str(tmp_path)).own_tensors()
+    whole, halved = domain.trainable_state(), e4t(stack, model_folder=str(tmp_path)).trainable_state()
     assert all(value.dtype == whole[name].dtype for name, value in halved.items())
     for name, value in whole.items():
         if name != "picture":
             torch.testing.assert_close(halved[name], value, rtol=1e-3, atol=1e-6)
-    fresh, none = e4t(stack).own_tensors(), e4t(stack, model_folder=str(tmp_path), domain="none").own_tensors()
+    fresh, none = e4t(stack).trainable_state(), e4t(stack, model_folder=str(tmp_path), domain="none").trainable_state()
     assert all(torch.equal(none[name], value) for name, value in fresh.items())
     assert not torch.equal(fresh["head.final_linear.weight"], halved["head.final_linear.weight"])
     torch.nn.init.constant_(domain.head.final_linear.bias, 1e6)
@@ -325,8 +330,8 @@ def test_reimplementations_files(stack, eyes, tmp_path, changes) -> None:
     assert written == {weights, "encoder.pt", "config.json", "domain.png"}
     fresh = e4t(stack, offsets_init="zero", **changes)
     artifact.load_into(fresh, 0, tmp_path / weights)
-    found = fresh.own_tensors()
-    for name, value in method.own_tensors().items():
+    found = fresh.trainable_state()
+    for name, value in method.trainable_state().items():
         # A tuned U-Net's difference comes back through two roundings of a weight of about 1.
         limit = 1 / 127 if name == "picture" else 2e-7 if name.startswith("unet_offsets") else 0
         torch.testing.assert_close(found[name], value, atol=limit, rtol=0, msg=name)

@@ -99,7 +99,7 @@ def test_identifier_stands_before_the_noun_once(stack, prompt) -> None:
     with torch.no_grad():
         states = method.condition(Step([prompt], ZERO, ZERO)).keys[0]
         torch.testing.assert_close(states, stack.encode_text(["a sks cat on a sofa"]), atol=1e-5, rtol=0)
-    assert CAT.spelled("two <my-cat> cats", "sks cat") == "two sks cat cats"
+    assert CAT.with_words("two <my-cat> cats", "sks cat") == "two sks cat cats"
 
 
 def test_start_is_peft_gaussian(stack) -> None:
@@ -201,8 +201,8 @@ def test_strengths_are_variants(stack, inputs) -> None:
 def test_published_prompt_is_the_only_one(stack) -> None:
     method = build("lora", stack, [CAT], prior={"weight": 0.0})
     item = batch([CAT], [0, 1])._replace(prompts=["a <my-cat> here", "a <my-cat> there"])
-    assert method.compose(item).prompts == ["a photo of <my-cat>"] * 2
-    assert build("lora", stack, [CAT], template=None, prior={"weight": 0.0}).compose(item) is item
+    assert method.prepare_batch(item).prompts == ["a photo of <my-cat>"] * 2
+    assert build("lora", stack, [CAT], template=None, prior={"weight": 0.0}).prepare_batch(item) is item
 
 
 def test_artifact_carries_alpha_and_needs_its_identifier(stack, inputs, tmp_path) -> None:

@@ -46,7 +46,7 @@ def test_who_reads_what(stack) -> None:
         method = build("null_text", stack, SUBJECTS[:1], optimise=optimise)
         with torch.no_grad():
             method.embeddings += 1
-        method.place.fill_(1)
+        method.path_step.fill_(1)
         conditional, unconditional = method.edit_conditions([method.source, TEXTS[1]], "")
         first, negative = conditional(1).keys[0], unconditional(1).keys[0]
         start = empty if optimise is None else plain[:1]

@@ -37,7 +37,7 @@ def test_two_methods_in_turns(stack, pair) -> None:
             optimizer.zero_grad()
     for method, lonely in zip(together, alone, strict=True):
         train(lonely, 2)
-        ours, theirs = method.own_tensors(), lonely.own_tensors()
+        ours, theirs = method.trainable_state(), lonely.trainable_state()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert torch.equal(draw(method), draw(lonely))
     after = stack.state_dict()

@@ -133,7 +133,7 @@ def test_other_files_are_refused(what, trained, tmp_path, monkeypatch) -> None:
 def test_values_are_fitted_for_targets_up_to_tau_v(stack) -> None:
     """Keys are always the rows' own texts; the source row reads fitted values at every step."""
     method = build("style_diffusion", stack, SUBJECTS[:1], steps=4, tau_v=0.5)
-    method.place.fill_(3)
+    method.path_step.fill_(3)
     texts = [method.source, "a photo of a cat on a sofa"]
     states = stack.encode_text(texts)
     conditional, unconditional = method.edit_conditions(texts, "")
@@ -155,11 +155,11 @@ def test_steps_that_training_did_not_come_to_have_the_last_network(stack) -> Non
         method.training_step(None, 0).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert int(method.place) == 1 and int(method.made) == 1 and not method.finished
+    assert int(method.path_step) == 1 and int(method.num_updates) == 1 and not method.finished
     kept = method.artifact(0)["networks.conv_end.weight"]
     assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])
     assert torch.equal(kept[1], method.networks.conv_end.weight[1])
-    assert "place" not in method.artifact(0)
+    assert "path_step" not in method.artifact(0)
 
 
 def test_other_towers_and_files_are_refused(stack, trained, tmp_path) -> None:

@@ -316,7 +316,7 @@ def test_three_tuning_steps(root, meta, twin, eyes, monkeypatch) -> None:
     """(e) from the pre-trained files, every U-Net weight trained, to (g_tuned)."""
     g, settings = golden.tensors(root / "e_tuning.safetensors"), meta["e"]
     method = e4t(twin, root / "g_pretrained", eyes, optimizer={"lr": settings["optimizer"]["lr"]})
-    method.meet(0, g["pixel_values"][0])
+    method.set_reference(0, g["pixel_values"][0])
     assert method.reg_lambda == float(settings["args"]["reg_lambda"])
     ours, parameters = theirs_by_ours(method), dict(method.named_parameters())
     assert len(ours) == settings["n_trainable_tensors"]
@@ -377,7 +377,7 @@ def test_sampling(which, root, meta, twin, eyes, monkeypatch) -> None:
     tuned = how["unet_file"] == "unet.pt"
     method = e4t(twin, None, eyes, phase="tune" if tuned else "pretrain").eval()
     method.load_foreign(0, root / how["checkpoint"] / how["unet_file"])
-    method.meet(0, picture)
+    method.set_reference(0, picture)
     seen, embeddings, trajectory = record(method, monkeypatch), [], []
     rows = len(g["latents_in"])
 

@@ -185,7 +185,7 @@ def run(made: Any, gradients: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
     while not made.finished:
         loss = made.training_step(None, 0)
         found["losses"].append(dict(zip(made._loss_names, made._losses.pop().tolist(), strict=True)))
-        step, update = int(made.place), int(made.made) - 1
+        step, update = int(made.path_step), int(made.num_updates) - 1
         if update == 0 and step > 0:
             found["latents"].append(made.latents.clone())
         loss.backward()
@@ -409,7 +409,7 @@ def test_style_diffusion_edits(root, eyes, name) -> None:
         state = networks(golden.pick(fitted, f"final.{step}.")).state_dict()
         for key, value in made.networks.named_parameters():
             value[step].copy_(state[key][0])
-    made.place.fill_(STEPS - 1)
+    made.path_step.fill_(STEPS - 1)
     made.tokens.copy_(g["features"][0])
     close(f"sd edit {name}", drawn(made, g["x_T"], texts), g[f"{name}.latents"], 2.4e-4)
 
@@ -424,6 +424,6 @@ def test_null_text_edits(root, which) -> None:
         made = method("null_text", torch.float32, g["latent0"], optimise=KINDS[which])
         made.p2p = p2p({**recorded, "tau_u": tau_u}, "replace")
         made.embeddings.copy_(g[f"{which}.embeddings"])
-        made.place.fill_(STEPS - 1)
+        made.path_step.fill_(STEPS - 1)
         found = drawn(made, g["latents"][-1:], recorded["prompts"])
         close(f"sd edit {which}.{name}", found, g[f"edit.{which}.{name}.latents"], 2.6e-4)

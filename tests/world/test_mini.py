@@ -83,5 +83,5 @@ def test_its_domain_of_cats_is_what_e4t_starts_from() -> None:
     stack.base.check(kept.base, "the domain")
     method = build("e4t", stack, [SUBJECTS[0]], model_folder="hiperlab:weights/mini")
     assert SUBJECTS[0].word == "cat"
-    weight = method.own_tensors()["head.final_linear.weight"][0]
+    weight = method.trainable_state()["head.final_linear.weight"][0]
     assert torch.equal(weight, kept.tensors["head.final_linear.weight"].float())

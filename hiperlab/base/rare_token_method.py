@@ -1,0 +1,84 @@
+"""Methods that bind a concept to a rare token before its class noun, as DreamBooth does.
+
+The text "a photo of sks dog" names the concept, class pictures keep "dog" what it was (Ruiz et al. 2022, sections 3.1
+and 3.2). Such methods differ in which weights they train.
+Axes: R rows of the batch as it came (with class rows behind them R' = 2 R), C latent channels, H, W latent sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hiperlab.base.capability import Composable, Exportable
+from hiperlab.base.method import Method, Step, Subject
+from hiperlab.base.prior_preservation import Prior
+from hiperlab.data.batch import Batch
+from hiperlab.data.concept import fill
+from hiperlab.model.conditioning import Part
+from hiperlab.model.stack import FrozenStack
+
+
+class RareTokenMethod(Method, Composable, Exportable):
+    """The published prompt for every picture, class rows behind them, and the rare token in the placeholder's place.
+
+    Args:
+        model: the frozen stack.
+        concepts: one; rows of one U-Net call share its weights.
+        optimizer: parameters -> optimizer.
+        seed: of initialisation and draws.
+        token: the rare token; empty for the class noun alone.
+        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
+        prior: class pictures that hold the class; weight 0 for none.
+    """
+
+    stacks_concepts = False
+
+    def __init__(
+        self,
+        model: FrozenStack,
+        concepts: Sequence[Subject],
+        optimizer: Callable[..., Optimizer],
+        seed: int,
+        token: str,
+        template: str | None,
+        prior: Prior,
+    ) -> None:
+        super().__init__(model, concepts, optimizer, seed)
+        self.template, self.prior = template, prior
+        self.words = " ".join(filter(None, [token, concepts[0].word]))
+
+    def texts(self, step: Step) -> list[str]:
+        """The step's R prompts with the rare token and the class noun in the placeholder's place."""
+        return [self.concepts[0].with_words(prompt, self.words) for prompt in step.prompts]
+
+    def instance_rows(self, batch: Batch) -> Batch:
+        """The concept's own rows as they are trained on: the published prompt for each of them."""
+        if self.template is None:
+            return batch
+        prompt = fill(self.template, self.concepts[0].placeholder)
+        return batch._replace(prompts=[prompt] * len(batch.prompts))
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """The `instance_rows`, then the class rows."""
+        return self.prior.extend(self.instance_rows(batch), self.model, self.concepts[0].word, self.seed)
+
+    def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
+
+        Args:
+            step: of all rows that `prepare_batch` gave.
+            prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
+            target: same shape.
+        """
+        return self.prior.losses(prediction, target)
+
+    def composition_part(self, step: Step) -> Part:
+        """The texts with the rare token in the placeholder's place."""
+        return Part(self.texts(step))
+
+    def on_fit_start(self) -> None:
+        """Draw the class pictures before the first step."""
+        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
