@@ -6,6 +6,7 @@ Axes: B pictures, C latent channels, H, W latent sides.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hiperlab.errors import UserError, near
+from hiperlab.hub import first_line
 from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
 
 
@@ -22,34 +25,105 @@ class Sampler:
     """A diffusers scheduler with fixed options, made anew for each batch because schedulers keep state.
 
     Args:
-        scheduler: class name in diffusers, e.g. "DDIMScheduler"; must be deterministic given the start noise.
+        scheduler: class name in diffusers, e.g. "DDIMScheduler"; noise that it adds must come from generators it is
+            given, so that a picture follows from its seed alone.
         steps: number of denoising steps, 1 .. 1000.
         guidance: classifier-free guidance scale s in e_u + s (e_c - e_u); 1 or less means no guidance.
         options: overrides of the model's stored scheduler config.
 
     Raises:
-        UserError: diffusers has no such scheduler, or steps is out of range.
+        UserError: diffusers has no such scheduler, it does not know an option or cannot draw here, or steps is out of
+            range.
     """
 
     def __init__(self, scheduler: str, steps: int, guidance: float, options: Mapping[str, Any]) -> None:
-        if not hasattr(diffusers, scheduler):
-            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-            raise UserError(f"sampler.scheduler={scheduler!r} is not in diffusers.{near(scheduler, known)}")
+        known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+        if scheduler not in known:
+            raise UserError(f"sampler.scheduler={scheduler!r} is not in diffusers.{near(str(scheduler), known)}")
         if not 1 <= steps <= 1000:
             raise UserError(f"sampler.steps={steps} is out of range. Choose 1 to 1000.")
         self.scheduler, self.steps, self.guidance = scheduler, steps, guidance
         self.options = dict(options)
+        self.adds_noise = False  # whether its steps draw from the generators; `check` finds out
+        self._checked: list[tuple[Mapping[str, Any], int]] = []
+        self._check_options()
+        self.check(SCHEDULE, steps)
+
+    def _check_options(self) -> None:
+        """Diffusers passes over what a scheduler does not know, with a warning that nobody reads."""
+        names = list(inspect.signature(getattr(diffusers, self.scheduler).__init__).parameters)[1:]
+        if "kwargs" in names:  # a stand-in for a class whose library is missing: `check` says which
+            return
+        for name in self.options:
+            if name not in names:
+                raise UserError(f"sampler.options.{name} is no option of {self.scheduler}.{near(name, names)}")
+
+    def check(self, schedule: Mapping[str, Any], steps: int) -> None:
+        """Walk the schedule with made-up predictions: it must run, and a picture must follow from its seed alone.
+
+        Args:
+            schedule: a model's scheduler config.
+            steps: of denoising.
+
+        Raises:
+            UserError: one line with the scheduler's own reason, or that its noise does not follow from seeds.
+        """
+        if (schedule, steps) in self._checked:
+            return
+        with torch.random.fork_rng(devices=[]):
+            try:
+                both, again = self._walk(schedule, steps, [1, 2]), self._walk(schedule, steps, [2])
+            except Exception as error:  # any of a hundred classes, each with reasons of its own
+                raise UserError(
+                    f"sampler.scheduler={self.scheduler} cannot draw with this model in {steps} steps "
+                    f"({first_line(error)}). Choose another, e.g. DDIMScheduler."
+                ) from error
+        if not torch.allclose(both[1:], again, rtol=1e-4, atol=1e-4):
+            raise UserError(
+                f"sampler.scheduler={self.scheduler} draws noise that does not follow from a picture's seed: the same "
+                "command would give other pictures. Choose another, e.g. EulerAncestralDiscreteScheduler."
+            )
+        self._checked.append((schedule, steps))
+
+    def _walk(self, schedule: Mapping[str, Any], steps: int, seeds: Sequence[int]) -> Tensor:
+        """Latents (B, 4, 2, 2) after all steps of a model that predicts a part of what it reads."""
+        scheduler, generators = self._scheduler(schedule, steps), private(seeds)
+        latents = draw(generators, (4, 2, 2)) * scheduler.init_noise_sigma
+        before = generators[0].get_state()
+        for t in scheduler.timesteps:
+            prediction = scheduler.scale_model_input(latents, t) / 2
+            latents = step_with(scheduler, prediction, t, latents, generators)
+        self.adds_noise = not torch.equal(generators[0].get_state(), before)
+        return latents
+
+    def _scheduler(self, schedule: Mapping[str, Any], steps: int, device: torch.device | str = "cpu") -> Any:
+        scheduler = getattr(diffusers, self.scheduler).from_config(dict(schedule), **self.options)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
 
     def build(self, stack: FrozenStack, steps: int) -> Any:
-        """A fresh scheduler with its timesteps set, on the stack's device."""
-        scheduler = getattr(diffusers, self.scheduler).from_config(stack.scheduler_config, **self.options)
-        scheduler.set_timesteps(steps, device=stack.device)
-        return scheduler
+        """A fresh scheduler with its timesteps set, on the stack's device.
+
+        Raises:
+            UserError: see `check`.
+        """
+        self.check(stack.scheduler_config, steps)
+        return self._scheduler(stack.scheduler_config, steps, stack.device)
 
 
 def ddim(steps: int, guidance: float) -> Sampler:
     """DDIM (Song et al. 2021) with eta = 0, as Stable Diffusion ships it."""
     return Sampler("DDIMScheduler", steps, guidance, {})
+
+
+def private(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator per picture, on the CPU: the numbers are the same on every device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """Unit normals (B, C, H, W), row i from generator i."""
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -58,7 +132,24 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     The same numbers as diffusers' pipelines draw from `torch.Generator("cpu").manual_seed(seed)`, so that an exported
     artifact gives the same picture there.
     """
-    return torch.cat([torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+    return draw(private(seeds), shape)
+
+
+def step_with(
+    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Latents (B, C, H, W) of the next timestep; noise, where a scheduler adds any, is row i's from generator i.
+
+    Args:
+        scheduler: with its timesteps set.
+        prediction: the model's (B, C, H, W).
+        t: timestep (0-d tensor).
+        latents: (B, C, H, W).
+        generators: one per row, those the start noise came from, as diffusers' pipelines use them.
+    """
+    named = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    following: Tensor = scheduler.step(prediction, t, latents, return_dict=False, **named)[0]
+    return following
 
 
 @torch.no_grad()
@@ -71,6 +162,7 @@ def denoise(
     guidance: float,
     watch: Callable[[int, Tensor], None] | None = None,
     reads_latents: bool = False,
+    generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
     """Run the whole schedule with classifier-free guidance (Ho & Salimans 2022, eq. 6; s = w + 1).
 
@@ -84,6 +176,7 @@ def denoise(
         guidance: s; at 1 or below the unconditional pass is left out.
         watch: called with (step number, latents) after each step.
         reads_latents: whether `condition` is given z_t.
+        generators: one per row, for schedulers that add noise; those that add none need none.
 
     Returns:
         Clean latents (B, C, H, W), scaled.
@@ -99,7 +192,7 @@ def denoise(
             out = without + guidance * (within - without)
         else:
             out = stack.predict(model_input, t.expand(len(model_input)), states)
-        latents = scheduler.step(out, t, latents, return_dict=False)[0]
+        latents = step_with(scheduler, out, t, latents, generators)
         if watch is not None:
             watch(number, latents)
     return latents
@@ -132,7 +225,7 @@ def generate(
         guidance: s.
         sampler: which scheduler.
         negative: text states (1, N, D) of the unconditional branch.
-        batch_size: pictures per U-Net call.
+        batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
         reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
 
@@ -146,15 +239,21 @@ def generate(
     order = sorted(range(len(keys)), key=lambda row: first[keys[row]])  # pictures of one prompt side by side
     empty = negative[None]
     cache = _ConditionCache(condition, first, time_dependent)
+    if sampler.adds_noise:  # a matrix product's rounding depends on its rows, and noise makes it grow
+        batch_size = 1
     pictures: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         cache.prepare([keys[row] for row in rows])
-        noise = initial_noise([seeds[row] for row in rows], stack.latent_shape).to(stack.device, dtype)
+        generators = private([seeds[row] for row in rows])
+        noise = draw(generators, stack.latent_shape).to(stack.device, dtype)
         unconditional = Conditioning(empty.expand(-1, len(rows), -1, -1))
         states = functools.partial(condition, rows) if reads_latents else cache
         scheduler = sampler.build(stack, steps)
-        latents = denoise(stack, noise, scheduler, states, unconditional, guidance, reads_latents=reads_latents)
+        latents = denoise(
+            stack, noise, scheduler, states, unconditional, guidance,
+            reads_latents=reads_latents, generators=generators,
+        )  # fmt: skip
         decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
         pictures.update(zip(rows, decoded, strict=True))
     return torch.stack([pictures[row] for row in range(len(keys))])

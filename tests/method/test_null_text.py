@@ -69,3 +69,18 @@ def test_mistakes_are_named(stack, tmp_path) -> None:
     path = files.write(tmp_path / "embeddings.pt", torch.zeros(3, 77, 32))
     with pytest.raises(UserError, match=r"set sampler\.steps=3"):
         method.load_foreign(0, path)
+
+
+def test_a_checkpoint_with_earlier_names_is_read(stack) -> None:
+    """In November 2026 the buffers were called `place` and `made`."""
+    method = build("null_text", stack, SUBJECTS[:1])
+    method.path_step.fill_(1)
+    method.num_updates.fill_(3)
+    checkpoint = {"state_dict": method.state_dict()}
+    method.on_save_checkpoint(checkpoint)
+    earlier = {"path_step": "place", "num_updates": "made"}
+    checkpoint["state_dict"] = {earlier.get(name, name): value for name, value in checkpoint["state_dict"].items()}
+    again = build("null_text", stack, SUBJECTS[:1])
+    again.on_load_checkpoint(checkpoint)
+    again.load_state_dict(checkpoint["state_dict"])
+    assert int(again.path_step) == 1 and int(again.num_updates) == 3

@@ -27,7 +27,7 @@ from hiperlab.method.e4t import E4T
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import ddim, denoise
-from hiperlab.model.unet_encoder import FirstHalf
+from hiperlab.model.unet_encoder import UNetEncoder
 from hiperlab.model.vision_tower import VisionTower, preprocess
 from hiperlab.model.weight_changes import Multiplied
 from tests.composed import build as compose
@@ -99,7 +99,7 @@ def test_unet_with_offsets_and_its_first_half(root, twin) -> None:
               g["noise_pred_without_offsets"], 1e-5)  # fmt: skip
         with_offsets = Conditioning(states.keys, offsets=changed)
         close("e4t noise_pred", twin.predict(g["sample"], g["timesteps"], with_offsets), g["noise_pred"], 1e-5)
-        half = FirstHalf(twin.unet)
+        half = UNetEncoder(twin.unet)
         named = {f"unet.{name}": weight for name, weight in weights.items()}
         maps = functional_call(half, named, (g["sample"], g["timesteps"], states))
     wanted = golden.pick(g, "feature.")
