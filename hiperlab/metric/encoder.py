@@ -1,7 +1,7 @@
 """Recipes of frozen encoders: plain settings that are cheap to make, compare and hash; `load` does the heavy part.
 
 `path` says where weights lie, not which they are, so it never enters a protocol's hash; what was loaded is named by
-`Features.weights`.
+`Encoder.weights`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
-from hiperlab.metric.features import ClipFeatures, Features, VisionFeatures
+from hiperlab.metric.extractor import ClipEncoder, Encoder, VisionEncoder
 from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
 
@@ -24,11 +24,11 @@ _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
-class Encoder(ABC):
-    """Settings of one frozen encoder. Subclass it, with `Features`, to let another embedder judge."""
+class EncoderConfig(ABC):
+    """Settings of one frozen encoder. Subclass it, with `Encoder`, to let another embedder judge."""
 
     @abstractmethod
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build the encoder with its weights.
 
         Args:
@@ -49,7 +49,7 @@ class Encoder(ABC):
 
 
 @dataclass(frozen=True)
-class HubClip(Encoder):
+class HubClip(EncoderConfig):
     """A published CLIP by its open_clip names.
 
     Attributes:
@@ -64,7 +64,7 @@ class HubClip(Encoder):
     path: str | None
     preprocess: Preprocess
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build both towers in float32."""
         import open_clip
 
@@ -73,7 +73,7 @@ class HubClip(Encoder):
             network = open_clip.create_model(self.model, pretrained=str(file), precision="fp32")
         except Exception as error:  # unpickling, shapes, names: all mean that the file is not this model's
             raise _unusable(file, f"{self.model}/{self.weights}", error) from error
-        return ClipFeatures(network, make_transform(self.preprocess), open_clip.get_tokenizer(self.model))
+        return ClipEncoder(network, make_transform(self.preprocess), open_clip.get_tokenizer(self.model))
 
     def fetch(self, key: str) -> None:
         """Find or download the file."""
@@ -108,12 +108,12 @@ class HubClip(Encoder):
 
 
 @dataclass(frozen=True)
-class FolderClip(Encoder):
+class FolderClip(EncoderConfig):
     """A CLIP of one's own: a folder with open_clip_config.json and one checkpoint.
 
     The json is open_clip's: {"model_cfg": {embed_dim, vision_cfg, text_cfg}, "preprocess_cfg": {size, mean, std, …}}.
     With tokenizer files of transformers beside it those are used, else open_clip's own BPE. Preprocessing is the
-    folder's, so it enters `Features.weights`, not the hash.
+    folder's, so it enters `Encoder.weights`, not the hash.
 
     Attributes:
         path: the folder.
@@ -121,7 +121,7 @@ class FolderClip(Encoder):
 
     path: str | None
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build both towers in float32."""
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -144,7 +144,7 @@ class FolderClip(Encoder):
             if own
             else open_clip.SimpleTokenizer(context_length=length)
         )
-        return ClipFeatures(network, transform, tokenizer)
+        return ClipEncoder(network, transform, tokenizer)
 
     def fetch(self, key: str) -> None:
         """Check that both files are there."""
@@ -162,7 +162,7 @@ class FolderClip(Encoder):
 
 
 @dataclass(frozen=True)
-class HubVision(Encoder):
+class HubVision(EncoderConfig):
     """A picture encoder by its timm name, such as DINO.
 
     Attributes:
@@ -175,7 +175,7 @@ class HubVision(Encoder):
     path: str | None
     preprocess: Preprocess
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32, its input size set to the crop; the output is the pooled feature before any head."""
         import timm
 
@@ -191,7 +191,7 @@ class HubVision(Encoder):
             )
         except Exception as error:  # names and shapes: both mean that the file is not this model's
             raise _unusable(file, self.model, error) from error
-        return VisionFeatures(network, make_transform(self.preprocess))
+        return VisionEncoder(network, make_transform(self.preprocess))
 
     def fetch(self, key: str) -> None:
         """Find or download the file."""

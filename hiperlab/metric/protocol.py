@@ -10,59 +10,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from hiperlab.errors import UserError, near
-from hiperlab.metric.edit.scores import EditScore
-from hiperlab.metric.encoder import Encoder
-from hiperlab.metric.features import Features
+from hiperlab.metric.contract import CLEANINGS, MISSING, PAIRINGS, SCALES, Found, Judged, Score, cleaned
+from hiperlab.metric.encoder import EncoderConfig
+from hiperlab.metric.extractor import Encoder
+from hiperlab.metric.rows import CEILING, COPY, COPY_CEILING, PICTURE
 from hiperlab.metric.torchmetric import ClipImage, ClipText, Identity, ImageSimilarity, Similarity
 from hiperlab.metric.weights import MissingWeightsError
 
 REVISION = 1  # of the arithmetic in this room; raise it with every change that moves a number
 
-SCALES = ("cosine", "percent", "clipscore")
-PAIRINGS = ("mean", "max")
-CLEANINGS = ("remove", "noun", "keep")
-MISSING = ("drop", "zero")
-
-
-def clean(prompt: str, text: str, placeholder: str | Sequence[str], word: str | Sequence[str], cleaning: str) -> str:
-    """The text a picture is compared with.
-
-    Args:
-        prompt: the template with "{}" where the concept stands; without one, the placeholder is sought in it.
-        text: the prompt as it was sampled.
-        placeholder: the concept's word in `text`, may be empty; of a picture of several concepts, each one's.
-        word: the class noun, or each one's.
-        cleaning: "remove" leaves the concept out (Textual Inversion: "a photo of a  on a beach"), "noun" puts the
-            class noun there once, also where the template names it already ("a {} cat" -> "a cat"), "keep" takes
-            `text` as it is.
-
-    Raises:
-        UserError: "noun" without a class noun.
-    """
-    if cleaning == "keep":
-        return text
-    if not isinstance(placeholder, str):
-        for one, noun in zip(placeholder, word, strict=True):
-            prompt = clean(prompt, text, one, noun, cleaning)
-        return prompt
-    assert isinstance(word, str)
-    template = prompt if "{}" in prompt or not placeholder else prompt.replace(placeholder, "{}")
-    if "{}" in template and cleaning == "noun":
-        if not word:
-            raise UserError(f"prompt {prompt!r} needs the class noun: give the pictures' records a word.")
-        template = re.sub(rf"\{{\}} {re.escape(word)}\b", "{}", template).replace("{}", word)
-    return re.sub(r"\s+", " ", template.replace("{}", "")).strip()
-
 
 @dataclass(frozen=True)
-class TextScore:
+class TextScore(Score):
     """Picture against its own prompt (CLIP-T).
 
     Attributes:
@@ -71,18 +38,24 @@ class TextScore:
         cleaning: "remove", "noun" or "keep", see `clean`.
     """
 
-    encoder: str
     scale: str
     cleaning: str
-    lower: ClassVar[bool] = False  # whether less is better
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"scale": SCALES, "cleaning": CLEANINGS}
 
-    def build(self, features: Features) -> Similarity:
+    def build(self, encoder: Encoder) -> Similarity:
         """The torchmetrics metric with these settings."""
-        return ClipText(features, scale=self.scale)
+        return ClipText(encoder, scale=self.scale)
+
+    def find(self, judged: Judged) -> Iterator[Found]:
+        """One number per picture."""
+        texts = [cleaned(record, self.cleaning) for record in judged.records]
+        values = self.build(judged.encoder).measure(judged.images, judged.texts(texts))
+        for record, value in zip(judged.records, values.tolist(), strict=True):
+            yield Found(PICTURE, value, record["concept"], record)
 
 
 @dataclass(frozen=True)
-class ImageScore:
+class ImageScore(Score):
     """Picture against the concept's real pictures (CLIP-I).
 
     Attributes:
@@ -91,14 +64,39 @@ class ImageScore:
         pairing: "mean" over all generated x real pairs, or "max", the nearest real picture.
     """
 
-    encoder: str
     scale: str
     pairing: str
-    lower: ClassVar[bool] = False
+    has_ceiling: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"scale": SCALES, "pairing": PAIRINGS}
 
-    def build(self, features: Features) -> ImageSimilarity:
+    def build(self, encoder: Encoder) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        return ClipImage(features, scale=self.scale, pairing=self.pairing)
+        return ClipImage(encoder, scale=self.scale, pairing=self.pairing)
+
+    def find(self, judged: Judged) -> Iterator[Found]:
+        """A number per picture and one of the concept's real pictures; then the same of the copy detector."""
+        metric = self.build(judged.encoder)
+        copies: list[Found] = []
+        for concept, references in judged.references.items():
+            numbers = judged.of(concept)
+            images = judged.images[numbers]
+            yield from _of_concept(judged, numbers, PICTURE, metric.measure(images, references))
+            yield from _ceiling(concept, CEILING, metric.ceiling(references))
+            copies += _of_concept(judged, numbers, COPY, metric.copies(images, references))
+            copies += _ceiling(concept, COPY_CEILING, metric.ceiling(references, "max"))
+        yield from copies
+
+
+def _of_concept(judged: Judged, numbers: Sequence[int], kind: str, values: Tensor) -> Iterator[Found]:
+    for number, value in zip(numbers, values.tolist(), strict=True):
+        record = judged.records[number]
+        yield Found(kind, value, record["concept"], record)
+
+
+def _ceiling(concept: str, kind: str, values: Tensor) -> Iterator[Found]:
+    """The mean over real pictures; a concept with a single one has none."""
+    if len(values):
+        yield Found(kind, values.double().mean().item(), concept)
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,11 @@ class IdentityScore(ImageScore):
     """
 
     missing: str
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {**ImageScore.choices, "missing": MISSING}
 
-    def build(self, features: Features) -> ImageSimilarity:
+    def build(self, encoder: Encoder) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
-        return Identity(features, scale=self.scale, pairing=self.pairing, missing=self.missing)
+        return Identity(encoder, scale=self.scale, pairing=self.pairing, missing=self.missing)
 
 
 @dataclass(frozen=True)
@@ -129,28 +128,23 @@ class Protocol:
 
     name: str
     trained: bool
-    encoders: Mapping[str, Encoder]
-    members: Mapping[str, TextScore | ImageScore | EditScore]
+    encoders: Mapping[str, EncoderConfig]
+    members: Mapping[str, Score]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", dict(self.encoders))
         object.__setattr__(self, "members", dict(self.members))
         for key, encoder in self.encoders.items():
             # Hydra turns dataclasses inside a dict into configs again unless told to convert.
-            assert isinstance(encoder, Encoder), f"encoder {key} is a {type(encoder).__name__}: set _convert_: all"
+            assert isinstance(encoder, EncoderConfig), (
+                f"encoder {key} is a {type(encoder).__name__}: set _convert_: all"
+            )
         for name, member in self.members.items():
-            assert isinstance(member, (TextScore, ImageScore, EditScore)), f"member {name} is a {type(member).__name__}"
-            self._check(name, member)
-
-    def _check(self, name: str, member: TextScore | ImageScore | EditScore) -> None:
-        """Refuse settings that do not exist."""
-        known = {"encoder": tuple(self.encoders), "scale": SCALES, "pairing": PAIRINGS, "cleaning": CLEANINGS,
-                 "missing": MISSING}  # fmt: skip
-        for field in dataclasses.fields(member):
-            value = getattr(member, field.name)
-            if value not in known[field.name]:
-                hint = near(str(value), known[field.name])
-                raise UserError(f"metric.members.{name}.{field.name}={value} is unknown.{hint}")
+            assert isinstance(member, Score), f"member {name} is a {type(member).__name__}"
+            key = f"metric.members.{name}"
+            if member.encoder not in self.encoders:
+                raise UserError(f"{key}.encoder={member.encoder} is unknown.{near(member.encoder, self.encoders)}")
+            member.check(key)
 
     def settings(self) -> dict[str, Any]:
         """Everything that may move a number, as plain values."""
@@ -167,7 +161,7 @@ class Protocol:
         text = json.dumps(self.settings(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """One encoder with its weights; raises MissingWeightsError."""
         return self.encoders[key].load(f"metric.encoders.{key}")
 

@@ -15,36 +15,36 @@ from typing import Any
 import numpy as np
 
 from hiperlab.errors import UserError
-from hiperlab.metric.score import REAL, Row
+from hiperlab.metric.rows import ALL, CEILING, CONCEPT, PICTURE, SET, Row, ScoreRow, TableRow, columns
 
 SOURCE = "source"  # role of an edit's reconstruction, which is no edit
-ALL = "all"  # in the table's column "concept": over all concepts
 DRAWS = 2000
 LEVEL = 0.95
+STAMP = [name for name in columns(ScoreRow) if name in columns(TableRow) and name not in ("kind", "concept", "metric")]
 
 
 def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list[Row]:
     """Summarise score rows.
 
     Args:
-        rows: lines of scores.jsonl, of one protocol; reconstructions (role "source") count only in scores of them.
+        rows: `ScoreRow`s of one protocol; reconstructions (role "source") count only in scores of them, the copy
+            detector's rows never.
         by: further columns to keep apart, e.g. ("method", "truncation").
 
     Returns:
-        One line per value of `by`, metric and concept, then concept="all": mean over pictures, low and high (95 %
-        interval, None for single pictures), n (pictures with a score), missed (pictures without), ceiling (real
-        against real; over all: the concepts' mean; None if unknown), protocol, protocol_hash, trained, weights,
-        lower_is_better.
+        `TableRow`s with the columns `by` in front: one per value of `by`, metric and concept, then that of all
+        concepts.
 
     Raises:
         UserError: rows of several protocols, protocol hashes or judges' weights.
     """
+    rows = [row for row in rows if row["kind"] in (PICTURE, SET, CEILING)]
     rows = [row for row in rows if row.get("role") != SOURCE or row.get("of_source")]
     _refuse_mixtures(rows)
-    real = {(row["metric"], row["concept"]): row["value"] for row in rows if row["picture"] == REAL}
+    real = {(row["metric"], row["concept"]): row["value"] for row in rows if row["kind"] == CEILING}
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        if row["picture"] != REAL:
+        if row["kind"] != CEILING:
             key = (*(row.get(column) for column in by), row["metric"])
             groups.setdefault(key, {}).setdefault(row["concept"], []).append(row)
     table: list[Row] = []
@@ -52,14 +52,19 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
         labels = dict(zip((*by, "metric"), key))
         ceilings = {concept: real.get((labels["metric"], concept)) for concept in concepts}
         for concept, mine in concepts.items():
-            table.append(
-                {**labels, "concept": concept, **_summary([mine]), "ceiling": ceilings[concept], **_stamp(mine)}
-            )
+            table.append(_line(CONCEPT, labels, concept, [mine], ceilings[concept]))
         known = [value for value in ceilings.values() if value is not None]
         whole = float(np.mean(known)) if len(known) == len(concepts) else None  # of other concepts it would mislead
-        lists = list(concepts.values())
-        table.append({**labels, "concept": ALL, **_summary(lists), "ceiling": whole, **_stamp(lists[0])})
+        table.append(_line(ALL, labels, "", list(concepts.values()), whole))
     return table
+
+
+def _line(
+    kind: str, labels: Mapping[str, Any], concept: str, rows: list[list[Mapping[str, Any]]], ceiling: float | None
+) -> Row:
+    """A `TableRow` of the rows of one or several concepts, with its labels in front."""
+    stamp = {column: rows[0][0].get(column) for column in STAMP}
+    return {**labels, "kind": kind, "concept": concept, **_summary(rows), "ceiling": ceiling, **stamp}
 
 
 def interval(concepts: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) -> tuple[float, float] | None:
@@ -103,13 +108,6 @@ def _summary(concepts: Sequence[Sequence[Mapping[str, Any]]]) -> Row:
     low, high = interval(values) or (None, None)
     mean = float(np.mean(flat)) if flat else None
     return {"mean": mean, "low": low, "high": high, "n": len(flat), "missed": missed}
-
-
-def _stamp(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """What the numbers are, from any of their rows."""
-    return {
-        column: rows[0].get(column) for column in ("protocol", "protocol_hash", "trained", "weights", "lower_is_better")
-    }
 
 
 def _refuse_mixtures(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hiperlab.metric.compare import image_similarity, real_similarity, text_similarity
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.picture import as_pictures
 
 Pictures = Tensor | Sequence[Image.Image]
@@ -25,7 +25,7 @@ class Similarity(Metric, ABC):
     """Mean similarity of pictures to something; sums travel between processes, rows do not.
 
     Args:
-        features: the frozen encoder; metrics may share one.
+        encoder: the frozen network; metrics may share one.
         scale: "cosine", "percent" or "clipscore".
     """
 
@@ -35,9 +35,9 @@ class Similarity(Metric, ABC):
     total: Tensor
     count: Tensor
 
-    def __init__(self, features: Features, scale: str) -> None:
+    def __init__(self, encoder: Encoder, scale: str) -> None:
         super().__init__()
-        self.features = features
+        self.encoder = encoder
         self.scale = scale
         self.values = torch.empty(0)  # of the last update, (B,)
         # float64: a mean must not depend on how many batches it was summed over
@@ -54,7 +54,7 @@ class Similarity(Metric, ABC):
 
     def update(self, images: Pictures, targets: Any) -> None:
         """Add B pictures. `targets`: B texts (ClipText) or R reference pictures shared by all B (the others)."""
-        self.values = self.measure(self.features.images(as_pictures(images)), self.embed(targets))
+        self.values = self.measure(self.encoder.images(as_pictures(images)), self.embed(targets))
         found = ~self.values.isnan()
         self.total += self.values[found].double().sum()
         self.count += found.sum()
@@ -78,20 +78,20 @@ class ClipText(Similarity):
 
     def embed(self, targets: Sequence[str]) -> Tensor:
         """B texts -> (B, D)."""
-        return self.features.texts(targets)
+        return self.encoder.texts(targets)
 
 
 class ImageSimilarity(Similarity):
     """Each picture with all references, over any picture encoder.
 
     Args:
-        features: the frozen encoder.
+        encoder: the frozen encoder.
         scale: as in Similarity.
         pairing: "mean" over the references or "max".
     """
 
-    def __init__(self, features: Features, scale: str, pairing: str) -> None:
-        super().__init__(features, scale)
+    def __init__(self, encoder: Encoder, scale: str, pairing: str) -> None:
+        super().__init__(encoder, scale)
         self.pairing = pairing
 
     def measure(self, embeddings: Tensor, targets: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ImageSimilarity(Similarity):
         return image_similarity(embeddings, targets, self.scale, self.pairing)
 
     def copies(self, embeddings: Tensor, targets: Tensor) -> Tensor:
-        """Similarity to the nearest reference (B,): above the real pictures' own, it smells of copying."""
+        """Similarity to the nearest reference (B,): above the real pictures' own, it may be a copy."""
         return image_similarity(embeddings, targets, self.scale, "max")
 
     def ceiling(self, targets: Tensor, pairing: str | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class ImageSimilarity(Similarity):
 
     def embed(self, targets: Pictures) -> Tensor:
         """R reference pictures -> (R, D)."""
-        return self.features.images(as_pictures(targets))
+        return self.encoder.images(as_pictures(targets))
 
 
 class ClipImage(ImageSimilarity):
@@ -119,14 +119,14 @@ class Identity(ImageSimilarity):
     """Is it the same one? Over any embedder; a face encoder may find no face (a row of NaN).
 
     Args:
-        features: the frozen encoder.
+        encoder: the frozen encoder.
         scale: as in Similarity.
         pairing: as in ImageSimilarity.
         missing: where nothing was found, "zero" scores 0 and "drop" leaves the picture out (NaN).
     """
 
-    def __init__(self, features: Features, scale: str, pairing: str, missing: str) -> None:
-        super().__init__(features, scale, pairing)
+    def __init__(self, encoder: Encoder, scale: str, pairing: str, missing: str) -> None:
+        super().__init__(encoder, scale, pairing)
         self.missing = missing
 
     def measure(self, embeddings: Tensor, targets: Tensor) -> Tensor:

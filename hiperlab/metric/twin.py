@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hiperlab.metric.edit.extractor import KeyFeatures, LpipsFeatures, lpips_network
-from hiperlab.metric.encoder import Encoder
-from hiperlab.metric.features import ClipFeatures, Features, VisionFeatures
+from hiperlab.metric.edit.extractor import KeyEncoder, LpipsEncoder, lpips_network
+from hiperlab.metric.encoder import EncoderConfig
+from hiperlab.metric.extractor import ClipEncoder, Encoder, VisionEncoder
 from hiperlab.metric.preprocess import Preprocess, make_transform
 
 
 @dataclass(frozen=True)
-class TwinClip(Encoder):
+class TwinClip(EncoderConfig):
     """A tiny CLIP with random weights from a seed: no files, no meaning, real plumbing."""
 
     seed: int
     width: int
     preprocess: Preprocess
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         import open_clip
 
@@ -35,18 +35,18 @@ class TwinClip(Encoder):
                 text_cfg={"context_length": 77, "vocab_size": 49408, "width": self.width, "heads": 2, "layers": 2},
             ),
         )  # fmt: skip
-        return ClipFeatures(network, make_transform(self.preprocess), open_clip.SimpleTokenizer(context_length=77))
+        return ClipEncoder(network, make_transform(self.preprocess), open_clip.SimpleTokenizer(context_length=77))
 
 
 @dataclass(frozen=True)
-class TwinVision(Encoder):
+class TwinVision(EncoderConfig):
     """A tiny vision transformer with random weights from a seed, in DINO's place."""
 
     seed: int
     width: int
     preprocess: Preprocess
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
         from timm.models.vision_transformer import VisionTransformer
 
@@ -57,29 +57,29 @@ class TwinVision(Encoder):
                 img_size=crop, patch_size=crop // 4, embed_dim=self.width, depth=2, num_heads=2, num_classes=0
             ),
         )
-        return VisionFeatures(network, make_transform(self.preprocess))
+        return VisionEncoder(network, make_transform(self.preprocess))
 
 
 @dataclass(frozen=True)
 class TwinKeys(TwinVision):
     """The same transformer's keys, for the structure distance."""
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it."""
         loaded = super().load(key)
-        assert isinstance(loaded, VisionFeatures)
-        return KeyFeatures(loaded.network, loaded.transform, raw=False)
+        assert isinstance(loaded, VisionEncoder)
+        return KeyEncoder(loaded.network, loaded.transform, raw=False)
 
 
 @dataclass(frozen=True)
-class TwinLpips(Encoder):
+class TwinLpips(EncoderConfig):
     """LPIPS over AlexNet with random weights from a seed; only its learnt heads are real."""
 
     seed: int
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it; the same seed gives the same weights, and the global random state stays as it was."""
-        return LpipsFeatures(_seeded(self.seed, lambda: lpips_network("alex")))
+        return LpipsEncoder(_seeded(self.seed, lambda: lpips_network("alex")))
 
 
 def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:

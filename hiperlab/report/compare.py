@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from hiperlab import files
-from hiperlab.metric.score import COPY
-from hiperlab.metric.table import ALL, aggregate
+from hiperlab.metric.rows import ALL, score_row
+from hiperlab.metric.table import aggregate
 from hiperlab.report import page
 from hiperlab.report.grid import grid, save_png
 
@@ -41,11 +41,11 @@ def compare(sweep_dir: Path, jobs: Sequence[Job]) -> str:
         UserError: the jobs were scored under different protocols.
     """
     keys = [key for key in dict.fromkeys(key for job in jobs for key in job.labels) if key != "seed"]
-    rows = [{**row, **job.labels} for job in jobs for row in files.read_jsonl(job.folder / "scores.jsonl")]
+    rows = [{**score_row(row), **job.labels} for job in jobs for row in files.read_jsonl(job.folder / "scores.jsonl")]
     if not rows:
         return ""
-    table = aggregate([row for row in rows if not row["metric"].endswith(COPY)], by=(*keys, "variant"))
-    totals = [row for row in table if row["concept"] == ALL]
+    table = aggregate(rows, by=(*keys, "variant"))
+    totals = [row for row in table if row["kind"] == ALL]
     files.write_json(sweep_dir / "comparison.json", table)
     picture = _side_by_side(sweep_dir, jobs)
     lines = _lines(totals, keys)

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from hiperlab import files
-from hiperlab.metric.score import REAL
+from hiperlab.metric.rows import ALL, PICTURE, TableRow, columns, score_row, table_row
 from hiperlab.metric.table import aggregate
 from hiperlab.report import page
 from hiperlab.report.curve import curve
@@ -39,7 +39,7 @@ def write_report(
     Returns:
         Where the page lies.
     """
-    folder = Path(run_dir)
+    folder, rows = Path(run_dir), [score_row(row) for row in rows]
     name = " · ".join(str(results[key]) for key in ("method", "data", "model") if results.get(key)) or folder.name
     concepts = ", ".join(map(str, results.get("concepts") or ()))
     what = [(key, results.get(key)) for key in ("status", "method", "model", "data", "seed", "steps")]
@@ -53,7 +53,7 @@ def write_report(
         what=[*what, ("concepts", concepts)],
         command=results.get("command"),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        scores=_scores(results.get("scores") or aggregate(rows)),
+        scores=_scores([table_row(row) for row in results.get("scores") or aggregate(rows)]),
         prompts=_per_prompt(rows),
         pictures=_pictures(folder),
         losses=_losses(folder),
@@ -70,9 +70,7 @@ def write_report(
 
 def _scores(scores: Sequence[Mapping[str, Any]]) -> page.Table:
     """The table of `metric.table.aggregate`, further columns (such as a variant) first."""
-    known = {"metric", "concept", "mean", "low", "high", "n", "missed", "ceiling"}
-    known |= {"protocol", "protocol_hash", "trained", "weights", "lower_is_better"}  # in the caption, or in the notes
-    more = [name for name in (scores[0] if scores else ()) if name not in known]
+    more = [name for name in (scores[0] if scores else ()) if name not in columns(TableRow)]
     head = [*more, "metric", "concept", "mean", "95 % interval", "n", "missed", "real pictures"]
     lines = []
     for score in scores:
@@ -83,7 +81,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> page.Table:
         names = [
             *(score.get(name, "") for name in more),
             f"{score['metric']}{' ↓' if score.get('lower_is_better') else ''}{judge}",
-            score.get("concept", ""),
+            score.get("concept") or ALL,
         ]
         lines.append([*names, *numbers, _number(score.get("ceiling"))])
     protocols = sorted({f"{s['protocol']} ({s['protocol_hash']})" for s in scores if s.get("protocol")})
@@ -93,7 +91,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> page.Table:
         + "↓ marks scores of which less is better. "
         + "Real pictures: the references scored against each other, about as high as a score can honestly get."
     )
-    classes = ["total" if score.get("concept") == "all" else "" for score in scores]
+    classes = ["total" if score["kind"] == ALL else "" for score in scores]
     return page.Table(head, lines, caption, classes)
 
 
@@ -101,13 +99,13 @@ def _per_prompt(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     """Means per concept and prompt, one column per metric."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
-        if row.get("prompt") and row.get("picture") != REAL and row.get("value") is not None:
-            place = values.setdefault((str(row.get("concept", "")), str(row["prompt"])), {})
-            place.setdefault(str(row.get("metric", "score")), []).append(float(row["value"]))
-    metrics = sorted({metric for place in values.values() for metric in place})
+        if row["kind"] == PICTURE and row.get("value") is not None:
+            scores = values.setdefault((str(row["concept"]), str(row["prompt"])), {})
+            scores.setdefault(str(row["metric"]), []).append(float(row["value"]))
+    metrics = sorted({metric for scores in values.values() for metric in scores})
     lines = [
-        [concept, prompt, *(_number(fmean(place[metric])) if metric in place else "–" for metric in metrics)]
-        for (concept, prompt), place in values.items()
+        [concept, prompt, *(_number(fmean(scores[metric])) if metric in scores else "–" for metric in metrics)]
+        for (concept, prompt), scores in values.items()
     ]
     return page.Table(["concept", "prompt", *metrics], lines)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from hiperlab import files
+from hiperlab.data.concept import Concept
 from hiperlab.errors import UserError, near
 from hiperlab.metric.edit.distance import EditReference
-from hiperlab.metric.score import COPY
+from hiperlab.metric.rows import ALL, PICTURE, score_row
 from hiperlab.metric.score import score as score_pictures
-from hiperlab.metric.table import ALL, aggregate
+from hiperlab.metric.table import aggregate
 from hiperlab.report.environment import peak_memory
 from hiperlab.report.html import write_report
 from hiperlab.report.loggers import write_csv
@@ -35,30 +37,25 @@ def score(session: Session) -> None:
         references = {concept.name: concept.views for concept in session.data.concepts}
         known = [record for record in records if record["concept"] in references]
         scored = score_pictures(
-            known, references, session.protocol, root=session.folder, device=session.device, edits=edits(session)
-        )
+            known, references, session.protocol, root=session.folder, device=session.device,
+            edits=edits(session.data.concepts, session.cfg.model.size),
+        )  # fmt: skip
         for message in scored.messages:
             log.warning("%s", message)
         files.write_jsonl(session.folder / "scores.jsonl", scored.rows)
         found |= {"rows": len(scored.rows), "protocol": session.protocol.name, "hash": session.protocol.hash}
-        session.update(score_messages=scored.messages, scores=summarise(scored.rows))
+        session.update(score_messages=scored.messages, scores=aggregate(scored.rows, by=("variant",)))
 
 
-def edits(session: Session) -> dict[str, EditReference]:
-    """What the edits among the concepts are judged against, cropped as methods see it."""
-    size = session.cfg.model.size
+def edits(concepts: Sequence[Concept], size: int) -> dict[str, EditReference]:
+    """What the edits among the concepts are judged against, cropped as methods see it at `size` pixels a side."""
     found = {}
-    for concept in session.data.concepts:
+    for concept in concepts:
         if concept.edit:
             truths = {text: truth for text, truth in zip(concept.edit.targets, concept.edit.truths) if truth}
             mask = concept.edit.mask and crop(concept.edit.mask.convert("RGB"), size)
             found[concept.name] = EditReference(crop(concept.views[0], size), concept.edit.source, truths, mask)
     return found
-
-
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table of means, one line per variant, metric and concept; the copy detector's rows stay in scores.jsonl."""
-    return aggregate([row for row in rows if not row["metric"].endswith(COPY)], by=("variant",))
 
 
 def objective(session: Session) -> float | None:
@@ -76,7 +73,7 @@ def objective(session: Session) -> float | None:
     if wanted not in session.protocol.members:
         raise UserError(f"objective={wanted} is no score.{near(wanted, ['loss', *session.protocol.members])}")
     table = session.results.get("scores", [])
-    means = {row["variant"]: row["mean"] for row in table if row["metric"] == wanted and row["concept"] == ALL}
+    means = {row["variant"]: row["mean"] for row in table if row["metric"] == wanted and row["kind"] == ALL}
     return means.get("", next(iter(means.values()), None))  # the plain pictures count, if any were drawn
 
 
@@ -86,7 +83,7 @@ def summary(session: Session) -> None:
         session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
         for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
             write_csv(metrics)
-        rows = files.read_jsonl(session.folder / "scores.jsonl")
+        rows = [score_row(row) for row in files.read_jsonl(session.folder / "scores.jsonl")]
         # The page is the run's last act, so it may say how the run ends.
         write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
         _to_wandb(session, rows)
@@ -96,11 +93,11 @@ def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
     """Scores, the grids, and one table row per picture."""
     table = session.results.get("scores", [])
     means = {
-        "/".join(filter(None, ["score", row["metric"], row["concept"], row.get("variant")])): row["mean"]
+        "/".join(filter(None, ["score", row["metric"], row["concept"] or ALL, row.get("variant")])): row["mean"]
         for row in table
     }
     by_picture: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["kind"] == PICTURE):
         by_picture.setdefault((row["concept"], row["picture"]), {})[row["metric"]] = row["value"]
     names = sorted({row["metric"] for row in table})
     records = read_manifest(session.folder)

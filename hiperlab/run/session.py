@@ -30,6 +30,7 @@ from hiperlab.data.dataset import DataSet
 from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
 from hiperlab.metric.protocol import Protocol
+from hiperlab.metric.rows import table_row
 from hiperlab.model.stack import FrozenStack
 from hiperlab.report.environment import environment
 from hiperlab.report.wandb_logger import GuardedWandb
@@ -245,6 +246,8 @@ def open_session(cfg: DictConfig) -> Session:
             results = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}). Delete it; the checkpoints stay.") from None
+        if "scores" in results:
+            results["scores"] = [table_row(row) for row in results["scores"]]
     return Session(cfg, folder, results)
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from hiperlab import files
 from hiperlab.cli.hydra_job import resume_command, task_overrides
 from hiperlab.errors import StoppedError, UserError
+from hiperlab.metric.rows import ALL
 from hiperlab.report.environment import command
 from hiperlab.report.signals import StopSignals
 from hiperlab.run import fit, sample, sample_composed, score
@@ -126,7 +127,7 @@ def _say_where(session: Session) -> None:
         return
     table: list[dict[str, Any]] = session.results.get("scores", [])
     for row in table:
-        if row["concept"] == "all":
+        if row["kind"] == ALL:
             variant = f" [{row['variant']}]" if row.get("variant") else ""
             spread = "" if row["low"] is None else f" (95 %: {row['low']:.3f} to {row['high']:.3f})"
             mean = "-" if row["mean"] is None else f"{row['mean']:.3f}"

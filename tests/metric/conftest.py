@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from hiperlab.metric.compare import unit
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.protocol import Protocol
 
 CONF = Path(__file__).parents[2] / "conf" / "metric"
 
 
-class ColourFeatures(Features):
+class ColourEncoder(Encoder):
     """Embeds a picture as its mean colour and a text as the colour it names; black is "nothing found"."""
 
     weights = "colour"

@@ -12,7 +12,7 @@ from PIL import Image
 from hiperlab.errors import UserError
 from hiperlab.metric.edit import distance as edit
 from hiperlab.metric.edit.distance import EditReference
-from hiperlab.metric.edit.extractor import KeyFeatures, PixelFeatures
+from hiperlab.metric.edit.extractor import KeyEncoder, PixelEncoder
 from hiperlab.metric.edit.recipe import Lpips, Pixels
 from hiperlab.metric.edit.scores import (
     BackgroundMse,
@@ -25,7 +25,7 @@ from hiperlab.metric.edit.scores import (
 from hiperlab.metric.protocol import Protocol, TextScore
 from hiperlab.metric.score import score
 from hiperlab.metric.table import aggregate
-from tests.metric.conftest import ColourFeatures, noise, plain
+from tests.metric.conftest import ColourEncoder, noise, plain
 
 SIDE = 32
 HALF = Image.fromarray(np.repeat(np.where(np.arange(SIDE) < SIDE // 2, 255, 0)[None], SIDE, 0).astype(np.uint8))
@@ -56,7 +56,7 @@ def test_perceptual_distance_by_hand() -> None:
 
 
 def test_background_is_what_lies_outside_the_mask() -> None:
-    features = PixelFeatures(SIDE)
+    features = PixelEncoder(SIDE)
     source = plain((100, 100, 100), SIDE)
     inside, outside = source.copy(), source.copy()
     inside.paste((255, 0, 0), (0, 0, SIDE // 2, SIDE))
@@ -74,7 +74,7 @@ def test_background_is_what_lies_outside_the_mask() -> None:
 
 
 def test_truth_distance_forgives_the_camera_only() -> None:
-    features = PixelFeatures(SIDE)
+    features = PixelEncoder(SIDE)
     coarse = np.random.default_rng(1).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
     truth, other = (Image.fromarray(each).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for each in coarse)
     moved = Image.fromarray(np.roll(np.asarray(truth), round(0.08 * SIDE), axis=1))
@@ -94,7 +94,7 @@ def test_keys_are_those_of_the_last_block() -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     transform = Compose([ToTensor(), Normalize(mean, std)])
     pictures = [noise(1, (SIDE, SIDE)), noise(2, (SIDE, SIDE))]
-    plainly = KeyFeatures(network, transform, raw=False)
+    plainly = KeyEncoder(network, transform, raw=False)
     keys = plainly.patches(pictures)
     assert keys.shape == (2, 1 + 4, 192)
     seen: list[torch.Tensor] = []
@@ -103,7 +103,7 @@ def test_keys_are_those_of_the_last_block() -> None:
         network(torch.stack([transform(p) for p in pictures]))
     handle.remove()
     torch.testing.assert_close(keys, seen[0][..., 192:384])
-    raw = KeyFeatures(network, transform, raw=True)._pixels(pictures[0])
+    raw = KeyEncoder(network, transform, raw=True)._pixels(pictures[0])
     levels = torch.from_numpy(np.asarray(pictures[0]).copy()).permute(2, 0, 1).float()
     wanted = (levels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(raw, wanted, atol=1e-3, rtol=1e-4)
@@ -113,7 +113,7 @@ def test_keys_are_those_of_the_last_block() -> None:
 
 class _Colours(Pixels):
     def load(self, key: str):
-        return ColourFeatures()
+        return ColourEncoder()
 
 
 def test_a_protocol_scores_edits_beside_other_members(tmp_path) -> None:
@@ -130,7 +130,7 @@ def test_a_protocol_scores_edits_beside_other_members(tmp_path) -> None:
     references = {"x": [plain((255, 0, 0), 16)]}
     edits = {"x": EditReference(references["x"][0], "red", {"green": plain((0, 255, 0), 16)}, HALF.resize((16, 16)))}
     rows = score(records, references, protocol, root=tmp_path, edits=edits).rows
-    table = {row["metric"]: row for row in aggregate(rows) if row["concept"] == "all"}
+    table = {row["metric"]: row for row in aggregate(rows) if row["kind"] == "all"}
     assert table["direction"]["mean"] == pytest.approx(1) and table["direction"]["n"] == 1, (
         "reconstructions are no edits"
     )
@@ -147,4 +147,4 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match="16 to 2048"):
         Pixels(4)
     with pytest.raises(UserError, match="gives no patches"):
-        PixelFeatures(16).patches([plain((0, 0, 0))])
+        PixelEncoder(16).patches([plain((0, 0, 0))])

@@ -17,7 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from hiperlab.errors import UserError
 from hiperlab.metric.edit.distance import EditReference
-from hiperlab.metric.edit.extractor import LpipsFeatures, PixelFeatures, lpips_network
+from hiperlab.metric.edit.extractor import LpipsEncoder, PixelEncoder, lpips_network
 from hiperlab.metric.edit.ns_lpips import NsLpips, NsLpipsFixed
 from hiperlab.metric.edit.recipe import Lpips, Pixels, TensorKeys
 from hiperlab.metric.edit.scores import (
@@ -33,7 +33,7 @@ from hiperlab.metric.preprocess import Preprocess
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.score import score
 from hiperlab.metric.table import aggregate
-from tests.metric.conftest import ColourFeatures, noise, plain
+from tests.metric.conftest import ColourEncoder, noise, plain
 
 SIDE = 48
 SOURCE, DRAWN = noise(1, (SIDE, SIDE)), noise(2, (SIDE, SIDE))
@@ -66,12 +66,12 @@ def test_the_unedited_part_is_pie_benchs() -> None:
     a, b = (levels(picture) / 255 * kept for picture in (DRAWN, SOURCE))
     reference = EditReference(SOURCE, "a", mask=BOX)
     wanted: list[tuple[Any, Any, Any]] = [
-        (BackgroundPsnr, PixelFeatures(SIDE), peak_signal_noise_ratio(a, b, data_range=1.0)),
-        (BackgroundMse, PixelFeatures(SIDE), F.mse_loss(a, b)),
-        (BackgroundSsim, PixelFeatures(SIDE), structural_similarity_index_measure(a, b, data_range=1.0)),
+        (BackgroundPsnr, PixelEncoder(SIDE), peak_signal_noise_ratio(a, b, data_range=1.0)),
+        (BackgroundMse, PixelEncoder(SIDE), F.mse_loss(a, b)),
+        (BackgroundSsim, PixelEncoder(SIDE), structural_similarity_index_measure(a, b, data_range=1.0)),
     ]
     squeeze = make_lpips("squeeze")
-    wanted.append((BackgroundPerceptual, LpipsFeatures(squeeze), squeeze(a * 2 - 1, b * 2 - 1)))
+    wanted.append((BackgroundPerceptual, LpipsEncoder(squeeze), squeeze(a * 2 - 1, b * 2 - 1)))
     for member, features, value in wanted:
         (found,) = member("x").measure(features, [DRAWN], ["b"], reference)
         assert float(found) == pytest.approx(float(value), rel=1e-5), member.__name__
@@ -116,13 +116,13 @@ def test_text_score_of_the_edited_part() -> None:
     cut = np.asarray(picture) * (np.asarray(BOX) > 0)[..., None]
     assert cut[10, 20].tolist() == [0, 255, 0] and not cut[0].any()
     measure = EditedTextScore("clip", "percent").measure
-    found = measure(ColourFeatures(), [picture, picture], ["green", "red"], EditReference(SOURCE, "a", mask=BOX))
+    found = measure(ColourEncoder(), [picture, picture], ["green", "red"], EditReference(SOURCE, "a", mask=BOX))
     assert found.tolist() == pytest.approx([100, 0])
     nowhere = Image.new("L", (SIDE, SIDE))
     for mask in (None, nowhere):
-        assert measure(ColourFeatures(), [picture], ["green"], EditReference(SOURCE, "a", mask=mask)).isnan().all()
+        assert measure(ColourEncoder(), [picture], ["green"], EditReference(SOURCE, "a", mask=mask)).isnan().all()
     with pytest.raises(UserError, match="8 x 8 pixels, its source 48 x 48"):
-        measure(ColourFeatures(), [plain((1, 2, 3))], ["green"], EditReference(SOURCE, "a", mask=BOX))
+        measure(ColourEncoder(), [plain((1, 2, 3))], ["green"], EditReference(SOURCE, "a", mask=BOX))
 
 
 def test_ns_lpips_as_released_and_as_meant(alex: nn.Module) -> None:
@@ -131,7 +131,7 @@ def test_ns_lpips_as_released_and_as_meant(alex: nn.Module) -> None:
 
     prepare = Compose([Resize((256, 256)), ToTensor()])
     a, b = (prepare(picture)[None] for picture in (DRAWN, SOURCE))
-    features, grey = LpipsFeatures(alex), SOFT.resize((256, 256), Image.Resampling.BILINEAR)
+    features, grey = LpipsEncoder(alex), SOFT.resize((256, 256), Image.Resampling.BILINEAR)
     stored = Image.fromarray(255 - np.asarray(grey)).convert("RGB")  # the mask file is the background
     background = Grayscale()(prepare(stored))[None]
     reference = EditReference(SOURCE, "a", mask=grey)
@@ -149,11 +149,11 @@ def test_ns_lpips_sees_the_background_only(alex: nn.Module, member: type[NsLpips
     inside.paste(DRAWN.crop((12, 8, 26, 36)), (12, 8))
     outside.paste(DRAWN.crop((34, 4, 48, 40)), (34, 4))
     reference = EditReference(SOURCE, "a", mask=BOX)
-    found = member("alex").measure(LpipsFeatures(alex), [inside, outside], ["b", "b"], reference)
+    found = member("alex").measure(LpipsEncoder(alex), [inside, outside], ["b", "b"], reference)
     assert 0 <= found[0] < 0.01 * found[1]
-    unknown = member("alex").measure(LpipsFeatures(alex), [inside], ["b"], EditReference(SOURCE, "a"))
+    unknown = member("alex").measure(LpipsEncoder(alex), [inside], ["b"], EditReference(SOURCE, "a"))
     everywhere = EditReference(SOURCE, "a", mask=Image.new("L", (SIDE, SIDE), 255))
-    nothing = member("alex").measure(LpipsFeatures(alex), [inside], ["b"], everywhere)
+    nothing = member("alex").measure(LpipsEncoder(alex), [inside], ["b"], everywhere)
     assert unknown.isnan().all() and nothing.isnan().all()
 
 
@@ -161,7 +161,7 @@ def test_lpips_over_alexnet_reads_torchvisions_file(alex: nn.Module, tmp_path: P
     names = {f"features.{own.split('.', 1)[1]}": value for own, value in alex.net.state_dict().items()}
     torch.save(names, tmp_path / "alexnet.pth")
     loaded = Lpips("alex", str(tmp_path / "alexnet.pth")).load("metric.encoders.alex")
-    assert loaded.weights == LpipsFeatures(alex).weights
+    assert loaded.weights == LpipsEncoder(alex).weights
 
 
 def test_reconstructions_are_scored_by_themselves(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_reconstructions_are_scored_by_themselves(tmp_path: Path) -> None:
     source, mask = plain((100, 100, 100), 16), BOX.resize((16, 16), Image.Resampling.NEAREST)
     edits = {"x": EditReference(source, "a  red car", mask=mask)}
     rows = score(records, {"x": [source]}, protocol, root=tmp_path, edits=edits).rows
-    table = {row["metric"]: row for row in aggregate(rows) if row["concept"] == "all"}
+    table = {row["metric"]: row for row in aggregate(rows) if row["kind"] == "all"}
     assert table["reconstruction_psnr"]["mean"] == pytest.approx(-20 * math.log10(51 / 255), abs=1e-3)
     assert table["reconstruction_psnr"]["n"] == 1 and table["reconstruction_psnr"]["missed"] == 0
     assert table["background_mse"]["n"] == 1, "an edit's score passes over the reconstruction"

@@ -18,7 +18,7 @@ from hiperlab.errors import UserError
 from hiperlab.hub import hub_problem
 from hiperlab.metric import weights
 from hiperlab.metric.encoder import FolderClip, HubClip, HubVision
-from hiperlab.metric.features import content
+from hiperlab.metric.extractor import content
 from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.twin import TwinClip
 from hiperlab.metric.weights import MissingWeightsError, hub_file

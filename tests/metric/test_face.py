@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hiperlab.errors import UserError
-from hiperlab.metric.face.extractor import SIDE, TEMPLATE, FaceFeatures, Found, aligned, centred, largest, similarity
+from hiperlab.metric.face.extractor import SIDE, TEMPLATE, FaceEncoder, Found, aligned, centred, largest, similarity
 from hiperlab.metric.face.recipe import OnnxFace
 from hiperlab.metric.torchmetric import Identity
 from hiperlab.metric.weights import MissingWeightsError
@@ -85,9 +85,9 @@ def test_largest_face() -> None:
     np.testing.assert_array_equal(largest(faces), faces[0, 4:14].reshape(5, 2))
 
 
-def features(find, bgr: bool = False) -> FaceFeatures:
+def features(find, bgr: bool = False) -> FaceEncoder:
     """A network that gives the mean of each channel it reads."""
-    return FaceFeatures(lambda x: x.mean((2, 3)), find, side=112, mean=127.5, std=127.5, bgr=bgr, weights="fake")
+    return FaceEncoder(lambda x: x.mean((2, 3)), find, side=112, mean=127.5, std=127.5, bgr=bgr, weights="fake")
 
 
 def dark_is_no_face(pixels: np.ndarray) -> np.ndarray | None:

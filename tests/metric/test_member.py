@@ -10,17 +10,17 @@ from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.metric.compare import image_similarity, real_similarity, rescale, unit
-from hiperlab.metric.features import VisionFeatures
+from hiperlab.metric.extractor import VisionEncoder
 from hiperlab.metric.picture import as_pictures
 from hiperlab.metric.torchmetric import ClipImage, ClipText, Identity
-from tests.metric.conftest import ColourFeatures, plain
+from tests.metric.conftest import ColourEncoder, plain
 
 RED, GREEN, YELLOW, BLACK = plain((255, 0, 0)), plain((0, 255, 0)), plain((255, 255, 0)), plain((0, 0, 0))
 HALF = math.sqrt(0.5)  # cosine of red or green with yellow
 
 
 def test_text_similarity_by_hand() -> None:
-    metric = ClipText(ColourFeatures(), scale="cosine")
+    metric = ClipText(ColourEncoder(), scale="cosine")
     values = metric([RED, RED, YELLOW], ["a red", "a green", "a green"])
     torch.testing.assert_close(values, torch.tensor([1.0, 0.0, HALF]))
     assert metric.compute().item() == pytest.approx((1 + HALF) / 3)
@@ -28,7 +28,7 @@ def test_text_similarity_by_hand() -> None:
 
 @pytest.mark.parametrize(("pairing", "expected"), [("mean", [0.5, (1 + HALF) / 2]), ("max", [1.0, 1.0])])
 def test_image_similarity_by_hand(pairing: str, expected: list[float]) -> None:
-    metric = ClipImage(ColourFeatures(), scale="cosine", pairing=pairing)
+    metric = ClipImage(ColourEncoder(), scale="cosine", pairing=pairing)
     first = metric([RED], [RED, GREEN])
     second = metric([YELLOW], [YELLOW, RED])
     torch.testing.assert_close(torch.cat([first, second]), torch.tensor(expected))
@@ -49,20 +49,20 @@ def test_clipscore_is_scaled_before_pairing() -> None:
 
 @pytest.mark.parametrize(("missing", "value", "mean"), [("zero", 0.0, 0.5), ("drop", math.nan, 1.0)])
 def test_a_picture_in_which_nothing_is_found(missing: str, value: float, mean: float) -> None:
-    metric = Identity(ColourFeatures(), scale="cosine", pairing="mean", missing=missing)
+    metric = Identity(ColourEncoder(), scale="cosine", pairing="mean", missing=missing)
     values = metric([RED, BLACK], [RED, BLACK])  # the black reference does not count either
     torch.testing.assert_close(values, torch.tensor([1.0, value]), equal_nan=True)
     assert metric.compute().item() == pytest.approx(mean)
 
 
 def test_references_without_anything_found_give_no_score() -> None:
-    metric = Identity(ColourFeatures(), scale="cosine", pairing="mean", missing="zero")
+    metric = Identity(ColourEncoder(), scale="cosine", pairing="mean", missing="zero")
     assert metric([RED], [BLACK]).isnan().all()
     assert metric.compute().isnan()
 
 
 def test_real_against_real_leaves_itself_out() -> None:
-    references = ColourFeatures().images([RED, GREEN, YELLOW])
+    references = ColourEncoder().images([RED, GREEN, YELLOW])
     torch.testing.assert_close(real_similarity(references, "cosine", "mean"), torch.tensor([HALF / 2, HALF / 2, HALF]))
     torch.testing.assert_close(real_similarity(references, "cosine", "max"), torch.tensor([HALF, HALF, HALF]))
     assert real_similarity(references[:1], "cosine", "mean").numel() == 0
@@ -89,7 +89,7 @@ def test_every_byte_survives_the_way_through_a_tensor() -> None:
 
 
 def test_tensor_and_pil_are_the_same_pictures() -> None:
-    metric = ClipImage(ColourFeatures(), scale="cosine", pairing="mean")
+    metric = ClipImage(ColourEncoder(), scale="cosine", pairing="mean")
     tensor = torch.zeros(1, 3, 8, 8)
     tensor[:, 0] = 1
     torch.testing.assert_close(metric(tensor, [YELLOW]), metric([RED], [YELLOW]))
@@ -100,12 +100,12 @@ def test_tensor_and_pil_are_the_same_pictures() -> None:
 )
 def test_wrong_tensors_are_refused(bad: Tensor) -> None:
     with pytest.raises(UserError, match=r"\[0, 1\]"):
-        ClipImage(ColourFeatures(), scale="cosine", pairing="mean")(bad, [RED])
+        ClipImage(ColourEncoder(), scale="cosine", pairing="mean")(bad, [RED])
 
 
 def test_sums_travel_between_processes() -> None:
     """Two processes with one and two pictures agree on the mean of all three."""
-    whole, mine, other = (ClipText(ColourFeatures(), scale="cosine") for _ in range(3))
+    whole, mine, other = (ClipText(ColourEncoder(), scale="cosine") for _ in range(3))
     for part, batch in ((mine, ([RED, YELLOW], ["red", "red"])), (other, ([GREEN], ["red"]))):
         part.update(*batch)
         whole.update(*batch)
@@ -118,4 +118,4 @@ def test_sums_travel_between_processes() -> None:
 def test_a_text_score_needs_a_text_tower() -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     with pytest.raises(UserError, match="text tower"):
-        VisionFeatures(network, lambda picture: torch.zeros(3, 8, 8)).texts(["a cat"])
+        VisionEncoder(network, lambda picture: torch.zeros(3, 8, 8)).texts(["a cat"])

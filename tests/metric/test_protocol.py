@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hiperlab.errors import UserError
-from hiperlab.metric.protocol import CLEANINGS, Protocol, clean
+from hiperlab.metric.contract import CLEANINGS, clean
+from hiperlab.metric.protocol import Protocol
 from tests.metric.conftest import CONF, load_protocol
 
 PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -12,10 +12,11 @@ from PIL import Image
 from hiperlab.errors import UserError
 from hiperlab.metric.picture import open_picture
 from hiperlab.metric.protocol import IdentityScore, Protocol, TextScore
-from hiperlab.metric.score import COPY, REAL, score
-from hiperlab.metric.table import ALL, aggregate, interval
+from hiperlab.metric.rows import ALL, CEILING, COPY, COPY_CEILING, PICTURE, score_row, table_row
+from hiperlab.metric.score import score
+from hiperlab.metric.table import aggregate, interval
 from hiperlab.metric.weights import MissingWeightsError
-from tests.metric.conftest import ColourFeatures, load_protocol, plain
+from tests.metric.conftest import ColourEncoder, load_protocol, plain
 
 
 def test_rows_of_the_twin(twin: Protocol, encoders: dict, samples, tmp_path: Path) -> None:
@@ -23,11 +24,15 @@ def test_rows_of_the_twin(twin: Protocol, encoders: dict, samples, tmp_path: Pat
     rows, messages = score(records, references, twin, root=tmp_path, loaded=encoders)
     assert messages == ["mug has one reference picture: no real-against-real ceiling."]
     names = {row["metric"] for row in rows}
-    assert names == {"clip_text", "clip_image", "dino", "clip_image" + COPY, "dino" + COPY}
+    assert names == {"clip_text", "clip_image", "dino"}
     for name in names:
-        mine = [row for row in rows if row["metric"] == name]
-        assert sum(row["picture"] == REAL for row in mine) == (0 if name == "clip_text" else 1)
-        assert sorted(r["picture"] for r in mine if r["picture"] != REAL) == sorted(r["path"] for r in records)
+        for kind, ceiling in ((PICTURE, CEILING), (COPY, COPY_CEILING)):
+            mine = [row for row in rows if row["metric"] == name and row["kind"] in (kind, ceiling)]
+            if name == "clip_text" and kind == COPY:
+                assert not mine, "a text has no copies"
+                continue
+            assert sum(row["kind"] == ceiling for row in mine) == (0 if name == "clip_text" else 1)
+            assert sorted(r["picture"] for r in mine if r["kind"] == kind) == sorted(r["path"] for r in records)
     row = next(row for row in rows if row["picture"] == "cats/0_1.png")
     assert row["truncation"] == 16 and row["seed"] == 1 and row["trained"] is False
     assert row["protocol"] == "twin" and row["protocol_hash"] == twin.hash
@@ -56,9 +61,9 @@ def test_rows_agree_with_the_metrics(twin: Protocol, encoders: dict, samples, tm
             picture = [open_picture(tmp_path / record["path"])]
             text = [" ".join(record["prompt"].replace("{}", "").split())]
             metric.update(picture, text if texts else references[record["concept"]])
-        mine = [row["value"] for row in rows if row["metric"] == name and row["picture"] != REAL]
+        mine = [row["value"] for row in rows if row["metric"] == name and row["kind"] == PICTURE]
         assert metric.compute().item() == pytest.approx(sum(mine) / len(mine), abs=1e-6)
-        overall = next(line for line in aggregate(rows) if line["metric"] == name and line["concept"] == ALL)
+        overall = next(line for line in aggregate(rows) if line["metric"] == name and line["kind"] == ALL)
         assert overall["mean"] == pytest.approx(sum(mine) / len(mine), abs=1e-12)
 
 
@@ -72,7 +77,7 @@ class Colours:
         def load(_, key: str):
             if key == "dino":
                 raise MissingWeightsError("weights of dino are not here.")
-            return ColourFeatures()
+            return ColourEncoder()
 
         monkeypatch.setattr(Protocol, "load", load)
         return score(records, references, self.protocol, root=root)
@@ -94,17 +99,17 @@ def test_values_by_hand_and_a_missing_encoder(monkeypatch: pytest.MonkeyPatch, t
     references = {"c": [plain((255, 0, 0)), plain((255, 255, 0)), plain((0, 255, 0))], "unused": []}
     rows, messages = lab.run(monkeypatch, records, references, tmp_path)
     assert messages == ["Not scored: lost (colours): weights of dino are not here."]
-    values = {(row["metric"], row["picture"]): row["value"] for row in rows}
-    assert values["face", "red.png"] == pytest.approx((1 + half) / 3)
-    assert values["face_copy", "red.png"] == pytest.approx(1)
-    assert values["face", "black.png"] is None
-    assert values["face", REAL] == pytest.approx((half / 2 + half + half / 2) / 3)  # the self pairs are left out
-    assert values["face_copy", REAL] == pytest.approx(half)
-    assert values["text", "red.png"] == pytest.approx(100)
+    values = {(row["kind"], row["metric"], row["picture"]): row["value"] for row in rows}
+    assert values[PICTURE, "face", "red.png"] == pytest.approx((1 + half) / 3)
+    assert values[COPY, "face", "red.png"] == pytest.approx(1)
+    assert values[PICTURE, "face", "black.png"] is None
+    assert values[CEILING, "face", ""] == pytest.approx((half / 2 + half + half / 2) / 3)  # the self pairs are left out
+    assert values[COPY_CEILING, "face", ""] == pytest.approx(half)
+    assert values[PICTURE, "text", "red.png"] == pytest.approx(100)
     table = {(line["metric"], line["concept"]): line for line in aggregate(r for r in rows if r["metric"] != "text")}
-    line = table["face", ALL]
+    line = table["face", ""]
     assert (line["n"], line["missed"], line["low"]) == (1, 1, None)
-    assert line["ceiling"] == values["face", REAL]
+    assert line["ceiling"] == values[CEILING, "face", ""]
 
 
 def test_mistakes_are_named_before_anything_loads(twin: Protocol, samples, tmp_path: Path) -> None:
@@ -132,8 +137,9 @@ def test_nothing_to_score(twin: Protocol) -> None:
 
 
 def line(value: float | None, **changes) -> dict:
-    return {"concept": "c", "prompt": "p", "seed": 0, "picture": "x.png", "metric": "m", "value": value,
-            "protocol": "twin", "protocol_hash": "0", "trained": False, "weights": "w", **changes}  # fmt: skip
+    return {"kind": PICTURE, "concept": "c", "prompt": "p", "seed": 0, "picture": "x.png", "metric": "m",
+            "value": value, "protocol": "twin", "protocol_hash": "0", "trained": False, "weights": "w",
+            **changes}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [{"protocol_hash": "1"}, {"protocol": "neti"}, {"weights": "v"}])
@@ -145,15 +151,15 @@ def test_mixtures_are_refused(change: dict) -> None:
 def test_weights_may_differ_between_metrics_and_columns_split() -> None:
     rows = [line(0.0, truncation=16), line(1.0, truncation=64), line(0.5, metric="n", weights="v", truncation=16)]
     table = aggregate(rows, by=("truncation",))
-    assert [(t["truncation"], t["metric"], t["mean"]) for t in table if t["concept"] == ALL] == [
+    assert [(t["truncation"], t["metric"], t["mean"]) for t in table if t["kind"] == ALL] == [
         (16, "m", 0.0), (64, "m", 1.0), (16, "n", 0.5),
     ]  # fmt: skip
 
 
 def test_a_ceiling_over_some_concepts_only_is_no_ceiling() -> None:
-    rows = [line(0.5), line(0.5, concept="d"), line(0.9, picture=REAL)]
+    rows = [line(0.5), line(0.5, concept="d"), line(0.9, kind=CEILING, picture="")]
     ceilings = {t["concept"]: t["ceiling"] for t in aggregate(rows)}
-    assert ceilings == {"c": 0.9, "d": None, ALL: None}
+    assert ceilings == {"c": 0.9, "d": None, "": None}
 
 
 def test_interval_knows_that_a_prompts_pictures_are_alike() -> None:
@@ -184,3 +190,21 @@ def test_interval_stays_within_the_values(concepts: list[list[list[float]]]) -> 
     if found:
         assert min(flat) - 1e-9 <= found[0] <= found[1] <= max(flat) + 1e-9
         assert interval(concepts, draws=200) == found
+
+
+def test_rows_of_earlier_runs_are_read() -> None:
+    """November 2026: marks inside the strings, no column `kind`."""
+    shared = {"concept": "c", "prompt": "{} red", "seed": 0, "value": 0.5}
+    earlier = [
+        {**shared, "picture": "a.png", "metric": "face"},
+        {**shared, "picture": "real", "metric": "face", "prompt": "", "seed": None},
+        {**shared, "picture": "a.png", "metric": "face_copy"},
+        {**shared, "picture": "real", "metric": "face_copy", "prompt": "", "seed": None},
+    ]
+    found = [score_row(row) for row in earlier]
+    assert [row["kind"] for row in found] == [PICTURE, CEILING, COPY, COPY_CEILING]
+    assert {row["metric"] for row in found} == {"face"} and [row["picture"] for row in found] == ["a.png", ""] * 2
+    assert [score_row(row) for row in found] == found
+    table = [table_row({"metric": "face", "concept": concept, "mean": 0.5}) for concept in ("c", "all")]
+    assert [(row["kind"], row["concept"]) for row in table] == [("concept", "c"), (ALL, "")]
+    assert [table_row(row) for row in table] == table

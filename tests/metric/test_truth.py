@@ -14,7 +14,7 @@ from hiperlab.metric.weights import MissingWeightsError
 from hiperlab.metric.world import network as truth_judge
 from hiperlab.metric.world.attributes import said_attributes
 from hiperlab.metric.world.distance import PARTS, distances, nearest, overlap, pack, truths, unpack
-from hiperlab.metric.world.extractor import ReaderFeatures, TruthFeatures, known_subject, subject_in
+from hiperlab.metric.world.extractor import ReaderEncoder, TruthEncoder, known_subject, subject_in
 from hiperlab.metric.world.network import Judge, Shape
 from hiperlab.metric.world.recipe import FolderIdentity, FolderReader, WorldTruth
 from hiperlab.metric.world.scores import KindScore, PlaceScore, TruthScore
@@ -31,14 +31,14 @@ def judge(labels: dict, seed: int = 0) -> Judge:
     return Judge(Shape(64, (8, 16), heads, labels)).eval()
 
 
-def fixed(kind: int, place: int, style: int) -> ReaderFeatures:
+def fixed(kind: int, place: int, style: int) -> ReaderEncoder:
     """A reader that sees the same in every picture."""
     network = judge(LABELS)
     with torch.no_grad():
         for head, value in (("kind", kind), ("place", place), ("style", style)):
             network.heads[head].weight.zero_()
             network.heads[head].bias.copy_(torch.nn.functional.one_hot(torch.tensor(value), len(LABELS[head])))
-    return ReaderFeatures(network)
+    return ReaderEncoder(network)
 
 
 def picture(prompt: str, seed: int, name: str = "cats") -> Image.Image:
@@ -63,7 +63,7 @@ def test_a_judge_survives_its_folder(tmp_path):
     assert loaded.shape == network.shape
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(loaded(pixels)["kind"], network(pixels)["kind"], atol=1e-2, rtol=0)
-    assert ReaderFeatures(loaded).weights == ReaderFeatures(truth_judge.load(tmp_path)).weights
+    assert ReaderEncoder(loaded).weights == ReaderEncoder(truth_judge.load(tmp_path)).weights
 
 
 def test_folders_without_a_judge_are_refused(tmp_path):
@@ -95,7 +95,7 @@ def test_the_truth_is_near_itself_and_nearer_than_anything_else():
 
 @pytest.mark.parametrize("name", ["cats", "robot", "racer"])
 def test_another_camera_costs_little_another_subject_or_scene_much(name):
-    features = TruthFeatures(**GRID)
+    features = TruthEncoder(**GRID)
     prompt = f"a photo of <{name}> sitting on the beach"
     who = subject(name).who
     right = [picture(prompt, seed, name) for seed in (11, 12)]
@@ -183,6 +183,6 @@ def test_a_protocol_scores_truth_without_knowing_it(tmp_path):
 
 
 def test_pictures_of_no_known_subject_have_no_distance():
-    features = TruthFeatures(**GRID)
+    features = TruthEncoder(**GRID)
     assert features.texts(["a photo of a cat"]).isnan().all()
     assert features.images([Image.fromarray(np.zeros((96, 96, 3), np.uint8))]).shape == (1, 3 * 48 * 48)

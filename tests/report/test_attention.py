@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hiperlab.base.method import WordMaps
+from hiperlab.base.capability import WordMaps
 from hiperlab.report.attention import attention_grid, heat
 
 

@@ -46,7 +46,7 @@ def test_seeds_are_pooled_and_settings_kept_apart(tmp_path) -> None:
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 3 * 16 and picture.height > 2 * 16
     assert "comparison.png" in (tmp_path / "comparison.html").read_text()
-    assert {row["concept"] for row in json.loads((tmp_path / "comparison.json").read_text())} == {"cats", "all"}
+    assert {row["kind"] for row in json.loads((tmp_path / "comparison.json").read_text())} == {"concept", "all"}
 
 
 def test_untrained_judges_and_mixed_protocols(tmp_path) -> None:

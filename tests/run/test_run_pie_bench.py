@@ -46,7 +46,7 @@ def test_items_are_edited_and_scored(tmp_path: Path) -> None:
         (row["metric"], row["concept"]): row for row in json.loads((folder / "results.json").read_text())["scores"]
     }
     for name in EDIT_SCORES:
-        assert table[name, "all"]["n"] == 2 and table[name, "all"]["missed"] == 0, name
+        assert table[name, ""]["n"] == 2 and table[name, ""]["missed"] == 0, name
     for concept in ("000000000000", "000000000001"):
         assert table["reconstruction_psnr", concept]["n"] == 1
         assert (folder / "grids" / f"{concept}.png").is_file()

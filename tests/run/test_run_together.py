@@ -52,7 +52,7 @@ def test_two_concepts_in_one_picture(kept, outputs) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert results["method"] == "ti+lora" and results["concepts"] == ["cats", "puppy"]
     assert results["status"] == "finished" and results["stages"]["sample"]["pictures"] == 4
-    assert {row["concept"] for row in results["scores"]} == {"cats", "puppy", "all"}
+    assert {row["concept"] for row in results["scores"]} == {"cats", "puppy", ""}
     assert (folder / "grids/cats-puppy.png").is_file() and (folder / "report.html").is_file()
     first = folder / "samples/cats-puppy/00_0.png"
     with Image.open(first) as picture:

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-from hiperlab.metric.features import Features, content, exact
+from hiperlab.metric.extractor import Encoder, content, exact
 
 
-class PixelFeatures(Features):
+class PixelEncoder(Encoder):
     """Pictures as they are, brought to one size.
 
     Args:
@@ -39,7 +39,7 @@ class PixelFeatures(Features):
         return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
 
 
-class KeyFeatures(Features):
+class KeyEncoder(Encoder):
     """Keys of a vision transformer's last block, all heads side by side, the class token first (Splice's reading).
 
     Args:
@@ -87,7 +87,7 @@ def lpips_network(net: str) -> Any:
     return _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
 
 
-class LpipsFeatures(Features):
+class LpipsEncoder(Encoder):
     """LPIPS v0.1 with its learnt weights.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.edit.scores import BATCH, EditScore
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
 
 SIDE = 256  # at which pictures are compared
 LUMA = 0.2989 + 0.587 + 0.114  # torchvision's weights of grey, one short of 1 in the fourth place
@@ -30,7 +30,7 @@ class NsLpips(EditScore):
     lower: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,); NaN where no mask is known."""
         if reference.mask is None:
@@ -40,7 +40,7 @@ class NsLpips(EditScore):
             return torch.full((len(pictures),), torch.nan)
         source = self.fed(_unit([reference.source]) * kept)
         parts = [
-            features.perceptual_raw(self.fed(_unit(pictures[at : at + BATCH]) * kept), source)
+            encoder.perceptual_raw(self.fed(_unit(pictures[at : at + BATCH]) * kept), source)
             for at in range(0, len(pictures), BATCH)
         ]
         return torch.cat(parts)

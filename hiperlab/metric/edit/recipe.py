@@ -10,9 +10,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from hiperlab.errors import UserError, near
 from hiperlab.hub import first_line, hub_problem
-from hiperlab.metric.edit.extractor import KeyFeatures, LpipsFeatures, PixelFeatures, lpips_network
-from hiperlab.metric.encoder import Encoder, HubVision
-from hiperlab.metric.features import Features, VisionFeatures
+from hiperlab.metric.edit.extractor import KeyEncoder, LpipsEncoder, PixelEncoder, lpips_network
+from hiperlab.metric.encoder import EncoderConfig, HubVision
+from hiperlab.metric.extractor import Encoder, VisionEncoder
 from hiperlab.metric.weights import MissingWeightsError, local_file, read_tensors
 
 # torchvision's ImageNet weights, over which LPIPS's own weights were learnt
@@ -25,7 +25,7 @@ ADDRESS = "https://download.pytorch.org/models/"
 
 
 @dataclass(frozen=True)
-class Pixels(Encoder):
+class Pixels(EncoderConfig):
     """Pictures as they are: what was kept, and the distance to the truth, need no weights.
 
     Attributes:
@@ -38,9 +38,9 @@ class Pixels(Encoder):
         if not 16 <= self.size <= 2048:
             raise UserError(f"{self}: needs a size from 16 to 2048.")
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Nothing to load."""
-        return PixelFeatures(self.size)
+        return PixelEncoder(self.size)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class HubKeys(HubVision):
 
     raw: bool
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32."""
         loaded = super().load(key)
-        assert isinstance(loaded, VisionFeatures)
+        assert isinstance(loaded, VisionEncoder)
         if not hasattr(loaded.network, "blocks"):
             raise UserError(f"{key}.model={self.model} is no vision transformer: choose one, e.g. vit_base_patch8_224.")
-        return KeyFeatures(loaded.network, loaded.transform, self.raw)
+        return KeyEncoder(loaded.network, loaded.transform, self.raw)
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class TensorKeys(HubKeys):
 
     antialias: bool
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32."""
         loaded, how = super().load(key), self.preprocess
-        assert isinstance(loaded, KeyFeatures)
+        assert isinstance(loaded, KeyEncoder)
         resize = Resize(how.resize, InterpolationMode(how.interpolation), antialias=self.antialias)
         steps = [ToTensor(), resize, CenterCrop(how.crop), Normalize(how.mean, how.std)]
-        return KeyFeatures(loaded.network, Compose(steps), self.raw)
+        return KeyEncoder(loaded.network, Compose(steps), self.raw)
 
 
 @dataclass(frozen=True)
-class Lpips(Encoder):
+class Lpips(EncoderConfig):
     """LPIPS v0.1; its learnt weights come with torchmetrics, the backbone's from torchvision.
 
     Attributes:
@@ -97,7 +97,7 @@ class Lpips(Encoder):
         if self.net not in BACKBONES:
             raise UserError(f"LPIPS over net={self.net} is unknown.{near(self.net, BACKBONES)}")
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32."""
         file = self._file(key)
         tensors = read_tensors(file, self._what)
@@ -108,7 +108,7 @@ class Lpips(Encoder):
             network.net.load_state_dict({own: tensors[f"features.{theirs}"] for own, theirs in names.items()})
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{file} does not hold {self._what} ({first_line(error)}): name the right file.") from error
-        return LpipsFeatures(network)
+        return LpipsEncoder(network)
 
     def fetch(self, key: str) -> None:
         """Find or download the file."""

@@ -5,8 +5,8 @@ A score that does not exist (no mask, no truth, a text that does not change) is 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,29 +17,41 @@ from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.metric.compare import text_similarity
+from hiperlab.metric.contract import SCALES, Found, Judged, Score, cleaned
 from hiperlab.metric.edit.distance import EditReference, direction, mse, psnr, ssim, structure_distance, truth_distance
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
+from hiperlab.metric.rows import PICTURE
 
 BATCH = 16  # pictures a pass of the costly encoders
 
 
 @dataclass(frozen=True)
-class EditScore(ABC):
+class EditScore(Score):
     """One score of edits.
 
     Attributes:
         encoder: key into the protocol's encoders.
     """
 
-    encoder: str
-    lower: ClassVar[bool] = False  # whether less is better
-    of_source: ClassVar[bool] = False  # whether it judges what was drawn for the source's own text, not the edits
-
     @abstractmethod
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Scores (B,) of B pictures of one source, each drawn for its own plain text."""
+
+    def find(self, judged: Judged) -> Iterator[Found]:
+        """One number per picture of an edit; scores of the source are of pictures drawn for its text only."""
+        for concept, reference in judged.edits.items():
+            records = [judged.records[number] for number in judged.of(concept)]
+            texts = [cleaned(record, "noun") for record in records]
+            if self.of_source:
+                own = " ".join(reference.source_text.split())  # as `clean` spaces it
+                records = [record for record, text in zip(records, texts, strict=True) if text == own]
+                texts = [own] * len(records)
+            if records:
+                values = self.measure(judged.encoder, judged.opened(records), texts, reference)
+                for record, value in zip(records, values.tolist(), strict=True):
+                    yield Found(PICTURE, value, concept, record)
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,12 @@ class DirectionScore(EditScore):
     """CLIP directional similarity; the source text itself has none."""
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Cosines (B,)."""
-        words = features.texts([reference.source_text, *texts])
+        words = encoder.texts([reference.source_text, *texts])
         every = [reference.source, *pictures]
-        seen = torch.cat([features.images(every[at : at + BATCH]) for at in range(0, len(every), BATCH)])
+        seen = torch.cat([encoder.images(every[at : at + BATCH]) for at in range(0, len(every), BATCH)])
         return direction(seen[1:], seen[0], words[1:], words[0])
 
 
@@ -63,12 +75,12 @@ class StructureScore(EditScore):
     lower: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,)."""
-        source = features.patches([reference.source])
+        source = encoder.patches([reference.source])
         parts = [
-            structure_distance(features.patches(pictures[at : at + BATCH]), source)
+            structure_distance(encoder.patches(pictures[at : at + BATCH]), source)
             for at in range(0, len(pictures), BATCH)
         ]
         return torch.cat(parts)
@@ -81,10 +93,10 @@ class PerceptualScore(EditScore):
     lower: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,)."""
-        return _perceptual(features, pictures, reference.source)
+        return _perceptual(encoder, pictures, reference.source)
 
 
 @dataclass(frozen=True)
@@ -94,14 +106,14 @@ class BackgroundPerceptual(EditScore):
     lower: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,)."""
         kept = _kept(reference, edited=False)
         if kept is None:
             return _nothing(len(pictures))
         first, *rest = [_cut(picture, kept, reference.source) for picture in (reference.source, *pictures)]
-        return _perceptual(features, rest, first)
+        return _perceptual(encoder, rest, first)
 
 
 @dataclass(frozen=True)
@@ -113,17 +125,18 @@ class EditedTextScore(EditScore):
     """
 
     scale: str
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"scale": SCALES}
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Scores (B,)."""
         kept = _kept(reference, edited=True)
         if kept is None:
             return _nothing(len(pictures))
         cut = [_cut(picture, kept, reference.source) for picture in pictures]
-        seen = torch.cat([features.images(cut[at : at + BATCH]) for at in range(0, len(cut), BATCH)])
-        return text_similarity(seen, features.texts(texts), self.scale).cpu()
+        seen = torch.cat([encoder.images(cut[at : at + BATCH]) for at in range(0, len(cut), BATCH)])
+        return text_similarity(seen, encoder.texts(texts), self.scale).cpu()
 
 
 @dataclass(frozen=True)
@@ -133,10 +146,10 @@ class ReconstructionPsnr(EditScore):
     of_source: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Decibels (B,)."""
-        return psnr(features.pixels(pictures), features.pixels([reference.source]))
+        return psnr(encoder.pixels(pictures), encoder.pixels([reference.source]))
 
 
 @dataclass(frozen=True)
@@ -144,15 +157,15 @@ class _Background(EditScore):
     """The part that must not change, black elsewhere in both pictures (PIE-Bench's rule)."""
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Scores (B,)."""
         if reference.mask is None:
             return _nothing(len(pictures))
-        kept = (features.pixels([reference.mask]).mean(1, keepdim=True) < 0.5).float()  # (1, 1, H, W)
+        kept = (encoder.pixels([reference.mask]).mean(1, keepdim=True) < 0.5).float()  # (1, 1, H, W)
         if not kept.any():  # a mask over everything leaves nothing to keep: PIE-Bench's "nan"
             return _nothing(len(pictures))
-        return self.compare(features.pixels(pictures) * kept, features.pixels([reference.source]) * kept)
+        return self.compare(encoder.pixels(pictures) * kept, encoder.pixels([reference.source]) * kept)
 
     @abstractmethod
     def compare(self, pictures: Tensor, source: Tensor) -> Tensor:
@@ -192,26 +205,26 @@ class EditTruthScore(EditScore):
     lower: ClassVar[bool] = True
 
     def measure(
-        self, features: Features, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
+        self, encoder: Encoder, pictures: Sequence[Image.Image], texts: Sequence[str], reference: EditReference
     ) -> Tensor:
         """Distances (B,); where truths are known, the source is the truth of its own text."""
         known = dict(reference.truths)
         if known:
             known.setdefault(reference.source_text, reference.source)
-        true = {text: features.pixels([truth])[0] for text, truth in known.items()}
+        true = {text: encoder.pixels([truth])[0] for text, truth in known.items()}
         rows = [
             truth_distance(drawn, true[text]) if text in true else drawn.new_full((), torch.nan)
-            for drawn, text in zip(features.pixels(pictures), texts, strict=True)
+            for drawn, text in zip(encoder.pixels(pictures), texts, strict=True)
         ]
         return torch.stack(rows)
 
 
-def _perceptual(features: Features, pictures: Sequence[Image.Image], source: Image.Image) -> Tensor:
+def _perceptual(encoder: Encoder, pictures: Sequence[Image.Image], source: Image.Image) -> Tensor:
     """Perceptual distances (B,) to one picture."""
     for picture in pictures:
         _check_size(picture, source)
     parts = [
-        features.perceptual(pictures[at : at + BATCH], [source] * len(pictures[at : at + BATCH]))
+        encoder.perceptual(pictures[at : at + BATCH], [source] * len(pictures[at : at + BATCH]))
         for at in range(0, len(pictures), BATCH)
     ]
     return torch.cat(parts)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hiperlab.metric.compare import unit
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.torchmetric import ImageSimilarity
 
 Points = NDArray[np.float64]
@@ -73,7 +73,7 @@ def largest(faces: NDArray[np.float32] | None) -> Points | None:
     return face[4:14].reshape(5, 2).astype(np.float64)
 
 
-class FaceFeatures(Features):
+class FaceEncoder(Encoder):
     """Unit vectors of faces; NaN where no face is found, which a protocol's `missing` rule then settles.
 
     Args:

@@ -21,9 +21,9 @@ import numpy as np
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
-from hiperlab.metric.encoder import Encoder
-from hiperlab.metric.face.extractor import FaceFeatures, Found, largest
-from hiperlab.metric.features import Features
+from hiperlab.metric.encoder import EncoderConfig
+from hiperlab.metric.extractor import Encoder
+from hiperlab.metric.face.extractor import FaceEncoder, Found, largest
 from hiperlab.metric.protocol import ImageScore
 from hiperlab.metric.torchmetric import ImageSimilarity
 from hiperlab.metric.weights import MissingWeightsError
@@ -33,7 +33,7 @@ CHANNELS = ("rgb", "bgr")
 
 
 @dataclass(frozen=True)
-class OnnxFace(Encoder):
+class OnnxFace(EncoderConfig):
     """An ArcFace-class network in a file.
 
     Attributes:
@@ -72,7 +72,7 @@ class OnnxFace(Encoder):
         """Check that the files and the extra are here."""
         self._files(key)
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Both networks, on the CPU."""
         found = self._files(key)
         weights = hashlib.sha256()
@@ -81,7 +81,7 @@ class OnnxFace(Encoder):
         embed = _network(found[0], self.size)
         find = _detector(found[1], self.confidence) if self.align == "detect" else None
         named = weights.hexdigest()[:12]
-        return FaceFeatures(embed, find, self.size, self.mean, self.std, self.channels == "bgr", named)
+        return FaceEncoder(embed, find, self.size, self.mean, self.std, self.channels == "bgr", named)
 
     def _files(self, key: str) -> list[Path]:
         """The network's file, and with "detect" the detector's."""
@@ -105,7 +105,7 @@ class OnnxFace(Encoder):
 class FoundScore(ImageScore):
     """Share of pictures with a face; `scale` and `pairing` as the identity score's beside it."""
 
-    def build(self, features: Features) -> ImageSimilarity:
+    def build(self, features: Encoder) -> ImageSimilarity:
         """The torchmetrics metric with these settings."""
         return Found(features, scale=self.scale, pairing=self.pairing)
 

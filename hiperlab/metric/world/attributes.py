@@ -54,20 +54,20 @@ class AttributeMatch(Similarity):
     """One attribute as a protocol's score: 1 where it is read as prompted.
 
     Args:
-        features: from `recipe.FolderReader`.
+        encoder: from `recipe.FolderReader`.
         scale: "cosine" leaves 0 and 1, "percent" multiplies by 100.
         attribute: which one.
     """
 
-    def __init__(self, features: Any, scale: str, attribute: str) -> None:
-        super().__init__(features, scale)
+    def __init__(self, encoder: Any, scale: str, attribute: str) -> None:
+        super().__init__(encoder, scale)
         self.attribute = attribute
 
     def measure(self, embeddings: Tensor, targets: Tensor) -> Tensor:
         """(B, D), (B, D) one-hot -> (B,)."""
-        places: Any = self.features.places
+        places: Any = self.encoder.places
         return rescale(matches(embeddings, targets, places[self.attribute]), self.scale)
 
     def embed(self, targets: Sequence[str]) -> Tensor:
         """B prompts -> (B, D) one-hot."""
-        return self.features.texts(targets)
+        return self.encoder.texts(targets)

@@ -147,7 +147,7 @@ class TruthDistance(Similarity):
     """The distance as a protocol's score; a prompt without a subject of the world has none.
 
     Args:
-        features: `extractor.TruthFeatures`.
+        encoder: `extractor.TruthEncoder`.
         scale: "cosine" leaves distances as they are.
     """
 
@@ -165,4 +165,4 @@ class TruthDistance(Similarity):
 
     def embed(self, targets: Sequence[str]) -> Tensor:
         """B prompts -> (B, M)."""
-        return self.features.texts(targets)
+        return self.encoder.texts(targets)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hiperlab.metric.edit.distance import perceptual_distance
-from hiperlab.metric.features import Features, VisionFeatures, content
+from hiperlab.metric.extractor import Encoder, VisionEncoder, content
 from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.world.attributes import read_attributes, said_attributes
 from hiperlab.metric.world.distance import pack, truths
@@ -34,7 +34,7 @@ def subject_in(text: str) -> tuple[str, str] | None:
     return (f"<{name}>", name) if len(names) == 1 and (name := names.pop()) else None
 
 
-class IdentityFeatures(VisionFeatures):
+class IdentityEncoder(VisionEncoder):
     """Who is in a picture: unit vectors."""
 
     def __init__(self, judge: Judge) -> None:
@@ -63,7 +63,7 @@ class IdentityFeatures(VisionFeatures):
         return perceptual_distance(self.maps(pictures), self.maps(others)).cpu()
 
 
-class ReaderFeatures(Features):
+class ReaderEncoder(Encoder):
     """What is in a picture, and what a prompt says: the same one-hot vectors, all attributes side by side.
 
     Attributes:
@@ -98,7 +98,7 @@ class ReaderFeatures(Features):
         return out
 
 
-class TruthFeatures(Features):
+class TruthEncoder(Encoder):
     """Pictures as pixels, prompts as what the world draws for them under every camera.
 
     Prompts must hold a subject the world knows: `<cats>` (a named one) or `<world-17>`, `<world-17-cat>` (held out).

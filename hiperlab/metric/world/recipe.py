@@ -7,15 +7,15 @@ from pathlib import Path
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.metric.encoder import Encoder
-from hiperlab.metric.features import Features
+from hiperlab.metric.encoder import EncoderConfig
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.weights import MissingWeightsError
-from hiperlab.metric.world.extractor import IdentityFeatures, ReaderFeatures, TruthFeatures
+from hiperlab.metric.world.extractor import IdentityEncoder, ReaderEncoder, TruthEncoder
 from hiperlab.metric.world.network import Judge, load
 
 
 @dataclass(frozen=True)
-class _FolderJudge(Encoder):
+class _FolderJudge(EncoderConfig):
     """A judge of the world in a folder (config.json, model.safetensors).
 
     Attributes:
@@ -49,22 +49,22 @@ class _FolderJudge(Encoder):
 class FolderIdentity(_FolderJudge):
     """The identity encoder: pictures only; use it with `IdentityScore`."""
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32."""
-        return IdentityFeatures(self._load(key, labelled=False))
+        return IdentityEncoder(self._load(key, labelled=False))
 
 
 @dataclass(frozen=True)
 class FolderReader(_FolderJudge):
     """The attribute reader; use it with the scores of scores.py."""
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Build it in float32."""
-        return ReaderFeatures(self._load(key, labelled=True))
+        return ReaderEncoder(self._load(key, labelled=True))
 
 
 @dataclass(frozen=True)
-class WorldTruth(Encoder):
+class WorldTruth(EncoderConfig):
     """The world as a judge: it draws what the prompt asks for. No weights; use it with the scores of scores.py.
 
     Attributes:
@@ -83,6 +83,6 @@ class WorldTruth(Encoder):
         if not 32 <= self.size <= 256 or not self.shifts or not self.zooms:
             raise UserError(f"{self}: needs a size from 32 to 256 and at least one shift and one zoom.")
 
-    def load(self, key: str) -> Features:
+    def load(self, key: str) -> Encoder:
         """Nothing to load but the drawing library."""
-        return TruthFeatures(self.size, self.shifts, self.zooms)
+        return TruthEncoder(self.size, self.shifts, self.zooms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hiperlab.metric.features import Features
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.protocol import TextScore
 from hiperlab.metric.torchmetric import Similarity
 from hiperlab.metric.world.attributes import AttributeMatch
@@ -21,9 +21,9 @@ class AttributeScore(TextScore):
 
     attribute: ClassVar[str]
 
-    def build(self, features: Features) -> Similarity:
+    def build(self, encoder: Encoder) -> Similarity:
         """The torchmetrics metric with these settings."""
-        return AttributeMatch(features, self.scale, self.attribute)
+        return AttributeMatch(encoder, self.scale, self.attribute)
 
 
 class KindScore(AttributeScore):
@@ -68,6 +68,6 @@ class TruthScore(TextScore):
 
     lower: ClassVar[bool] = True
 
-    def build(self, features: Features) -> Similarity:
+    def build(self, encoder: Encoder) -> Similarity:
         """The torchmetrics metric with these settings."""
-        return TruthDistance(features, self.scale)
+        return TruthDistance(encoder, self.scale)

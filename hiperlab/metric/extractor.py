@@ -15,8 +15,8 @@ from hiperlab.errors import UserError
 from hiperlab.metric.compare import unit
 
 
-class Features(nn.Module):
-    """What a metric may ask of an encoder; any embedder becomes a judge by subclassing this and `encoder.Encoder`.
+class Encoder(nn.Module):
+    """What a metric may ask of an encoder; any embedder becomes a judge by subclassing it and its `EncoderConfig`.
 
     Attributes:
         weights: 12 hex digits naming the weights by content: the same tensors give the same digits whatever file held
@@ -50,7 +50,7 @@ class Features(nn.Module):
         raise UserError(f"{type(self).__name__} gives no perceptual distance: give the score an LPIPS encoder.")
 
 
-class VisionFeatures(Features):
+class VisionEncoder(Encoder):
     """A network with pictures only, such as DINO.
 
     Args:
@@ -78,7 +78,7 @@ class VisionFeatures(Features):
         return next(self.network.parameters()).device
 
 
-class ClipFeatures(VisionFeatures):
+class ClipEncoder(VisionEncoder):
     """A CLIP in open_clip's form: two towers, one space.
 
     Args:

@@ -1,0 +1,196 @@
+"""What a protocol asks of a score: adding one costs a class and its lines in a yaml.
+
+A score says which of its settings may have which values, and what it finds in a set of pictures; it never sees a
+method, the model or the config. Axes: B pictures, R references, D embedding width.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hiperlab.errors import UserError, near
+from hiperlab.metric.edit.distance import EditReference
+from hiperlab.metric.extractor import Encoder
+from hiperlab.metric.picture import as_pictures, open_picture
+from hiperlab.metric.rows import SET
+
+SCALES = ("cosine", "percent", "clipscore")
+PAIRINGS = ("mean", "max")
+CLEANINGS = ("remove", "noun", "keep")
+MISSING = ("drop", "zero")
+
+
+def clean(prompt: str, text: str, placeholder: str | Sequence[str], word: str | Sequence[str], cleaning: str) -> str:
+    """The text a picture is compared with.
+
+    Args:
+        prompt: the template with "{}" where the concept stands; without one, the placeholder is sought in it.
+        text: the prompt as it was sampled.
+        placeholder: the concept's word in `text`, may be empty; of a picture of several concepts, each one's.
+        word: the class noun, or each one's.
+        cleaning: "remove" leaves the concept out (Textual Inversion: "a photo of a  on a beach"), "noun" puts the
+            class noun there once, also where the template names it already ("a {} cat" -> "a cat"), "keep" takes
+            `text` as it is.
+
+    Raises:
+        UserError: "noun" without a class noun.
+    """
+    if cleaning == "keep":
+        return text
+    if not isinstance(placeholder, str):
+        for one, noun in zip(placeholder, word, strict=True):
+            prompt = clean(prompt, text, one, noun, cleaning)
+        return prompt
+    assert isinstance(word, str)
+    template = prompt if "{}" in prompt or not placeholder else prompt.replace(placeholder, "{}")
+    if "{}" in template and cleaning == "noun":
+        if not word:
+            raise UserError(f"prompt {prompt!r} needs the class noun: give the pictures' records a word.")
+        template = re.sub(rf"\{{\}} {re.escape(word)}\b", "{}", template).replace("{}", word)
+    return re.sub(r"\s+", " ", template.replace("{}", "")).strip()
+
+
+class Found(NamedTuple):
+    """One number that a score found.
+
+    Attributes:
+        kind: as in `ScoreRow`.
+        value: NaN where nothing was found.
+        concept: whose pictures it is about.
+        record: the picture's, or None where it is about several.
+    """
+
+    kind: str
+    value: float
+    concept: str
+    record: Mapping[str, Any] | None = None
+
+
+class Judged:
+    """A set of pictures before one encoder: everything is opened and embedded once, when it is first asked for.
+
+    Args:
+        encoder: the frozen network.
+        records: of the pictures, see `SampleRecord`.
+        references: the real pictures of each concept.
+        edits: what edits among the concepts are judged against.
+        root: what relative paths start from.
+        batch_size: pictures per pass; does not change the numbers beyond float32's rounding.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        records: Sequence[Mapping[str, Any]],
+        references: Mapping[str, Sequence[Image.Image]],
+        edits: Mapping[str, EditReference],
+        root: Path,
+        batch_size: int,
+    ) -> None:
+        self.encoder, self.records, self.edits = encoder, records, edits
+        self._references, self._root, self._batch_size = references, root, batch_size
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All pictures embedded (B, D), in the order of the records."""
+        return self._embedded([self._root / str(record["path"]) for record in self.records])
+
+    @cached_property
+    def references(self) -> dict[str, Tensor]:
+        """Real pictures embedded (R, D), by concept, in the order in which concepts occur among the records."""
+        used = dict.fromkeys(record["concept"] for record in self.records)
+        return {concept: self._embedded(as_pictures(self._references[concept])) for concept in used}
+
+    def of(self, concept: str) -> list[int]:
+        """Numbers of the concept's records."""
+        return [number for number, record in enumerate(self.records) if record["concept"] == concept]
+
+    def opened(self, records: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+        """The records' pictures."""
+        return [open_picture(self._root / str(record["path"])) for record in records]
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts, equal ones once: (B, D)."""
+        unique = list(dict.fromkeys(texts))
+        starts = range(0, len(unique), self._batch_size)
+        table = torch.cat([self.encoder.texts(unique[i : i + self._batch_size]) for i in starts])
+        where = {text: i for i, text in enumerate(unique)}
+        return table[[where[text] for text in texts]]
+
+    def _embedded(self, sources: Sequence[Path | Image.Image]) -> Tensor:
+        """Embed pictures or files (read batch by batch): (B, D)."""
+        parts = []
+        for start in range(0, len(sources), self._batch_size):
+            batch = sources[start : start + self._batch_size]
+            parts.append(self.encoder.images([open_picture(s) if isinstance(s, Path) else s for s in batch]))
+        return torch.cat(parts)
+
+
+def cleaned(record: Mapping[str, Any], cleaning: str) -> str:
+    """The text that a record's picture is compared with, see `clean`."""
+    return clean(record["prompt"], record["text"], record.get("placeholder") or "", record.get("word") or "", cleaning)
+
+
+@dataclass(frozen=True)
+class Score(ABC):
+    """One score of a protocol; every field is a setting, checked, hashed and told.
+
+    Attributes:
+        encoder: key into the protocol's encoders.
+    """
+
+    encoder: str
+    lower: ClassVar[bool] = False  # whether less is better
+    of_source: ClassVar[bool] = False  # whether it judges what was drawn for an edit's own source text
+    has_ceiling: ClassVar[bool] = False  # whether real pictures are scored against each other
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # setting -> what it may be
+
+    def check(self, key: str) -> None:
+        """Refuse settings that do not exist; a score with numbers among its settings extends this.
+
+        Args:
+            key: of this score, e.g. "metric.members.clip_text", for messages.
+
+        Raises:
+            UserError: names the setting and what it may be.
+        """
+        for name, known in self.choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{key}.{name}={value} is unknown.{near(str(value), known)}")
+
+    @abstractmethod
+    def find(self, judged: Judged) -> Iterator[Found]:
+        """Every number of this score about a set of pictures."""
+
+
+@dataclass(frozen=True)
+class SetScore(Score):
+    """A score of a concept's pictures as a set; see `hiperlab.metric.sets`."""
+
+    @abstractmethod
+    def measure(self, images: Tensor, references: Tensor, prompts: Sequence[str]) -> float:
+        """The number of one concept; NaN where there are too few pictures.
+
+        Args:
+            images: (B, D) unit embeddings of the drawn pictures.
+            references: (R, D) of the real ones.
+            prompts: of the drawn pictures, B.
+        """
+
+    def find(self, judged: Judged) -> Iterator[Found]:
+        """One number per concept."""
+        for concept, references in judged.references.items():
+            numbers = judged.of(concept)
+            prompts = [str(judged.records[number]["prompt"]) for number in numbers]
+            yield Found(SET, self.measure(judged.images[numbers], references, prompts), concept)

@@ -1,0 +1,89 @@
+"""Scores of sets: the published formulas, by hand and by a library, and their way into scores.jsonl."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from hiperlab.errors import UserError
+from hiperlab.metric.contract import Found, Judged, Score
+from hiperlab.metric.protocol import Protocol
+from hiperlab.metric.rows import SET
+from hiperlab.metric.score import score
+from hiperlab.metric.sets import DiversityScore, FrechetScore, KernelScore, diversity, frechet_distance, kernel_distance
+from hiperlab.metric.table import aggregate
+from tests.metric.conftest import load_protocol
+
+
+def rows(count: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_kernel_distance_is_the_librarys() -> None:
+    x, y = rows(12, 5, 0), rows(12, 5, 1) + 0.3
+    assert kernel_distance(x, y) == pytest.approx(float(poly_mmd(y, x)), rel=1e-9)
+
+
+def test_kernel_distance_by_hand() -> None:
+    """X = {0, 1}, y = {0, 1} in one dimension: k(0, .) = 1, k(1, 1) = 8; 1 + 1 - 2 (1 + 1 + 1 + 8) / 4."""
+    x = torch.tensor([[0.0], [1.0]])
+    assert kernel_distance(x, x) == pytest.approx(2 - 2 * 11 / 4)
+    assert math.isnan(kernel_distance(x[:1], x))
+
+
+def test_frechet_distance_by_hand() -> None:
+    """One dimension: (m - m')^2 + (s - s')^2 with unbiased variances."""
+    x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [9.0]])
+    assert frechet_distance(x, y) == pytest.approx(6.0**2 + (math.sqrt(8) - math.sqrt(2)) ** 2, rel=1e-6)
+    assert math.isnan(frechet_distance(x, y[:1]))
+
+
+def test_diversity_by_hand() -> None:
+    """Two prompts: equal pictures 0, right angles 1; a prompt of one picture says nothing."""
+    images = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1]])
+    assert diversity(images, ["a", "a", "b", "b", "c"]) == pytest.approx(0.5)
+    assert math.isnan(diversity(images[:1], ["a"]))
+
+
+def test_they_are_scored_and_tabled(samples, tmp_path) -> None:
+    records, references = samples
+    sets = {"kid": KernelScore("dino"), "fid": FrechetScore("dino"), "diversity": DiversityScore("dino")}
+    protocol = Protocol("sets", False, load_protocol("twin").encoders, sets)
+    found = score(records, references, protocol, root=tmp_path).rows
+    concepts = list(dict.fromkeys(record["concept"] for record in records))
+    assert [(row["kind"], row["metric"], row["concept"]) for row in found] == [
+        (SET, name, concept) for name in sets for concept in concepts
+    ]
+    table = {(line["metric"], line["concept"]): line for line in aggregate(found)}
+    for row in found:
+        line = table[row["metric"], row["concept"]]
+        assert line["mean"] == row["value"] and line["low"] is None
+        assert line["lower_is_better"] == (row["metric"] != "diversity")
+
+
+def test_a_new_score_is_one_class(samples, tmp_path) -> None:
+    """With a setting that nothing else knows: it is checked, hashed and found without another line anywhere."""
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Brightness(Score):
+        mode: str
+        choices = {"mode": ("mean", "most")}  # noqa: RUF012
+
+        def find(self, judged: Judged):
+            for record, picture in zip(judged.records, judged.opened(judged.records), strict=True):
+                pixels = list(picture.convert("L").getdata())
+                value = max(pixels) if self.mode == "most" else sum(pixels) / len(pixels)
+                yield Found("picture", value / 255, record["concept"], record)
+
+    records, references = samples
+    encoders = load_protocol("twin").encoders
+    one, other = (Protocol("b", True, encoders, {"bright": Brightness("clip", mode)}) for mode in ("mean", "most"))
+    assert one.hash != other.hash
+    found = score(records, references, one, root=tmp_path).rows
+    assert len(found) == len(records) and all(0 <= row["value"] <= 1 for row in found)
+    with pytest.raises(UserError, match=r"metric\.members\.bright\.mode=mena is unknown\. Did you mean mean"):
+        Protocol("b", True, encoders, {"bright": Brightness("clip", "mena")})
