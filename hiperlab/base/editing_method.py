@@ -73,6 +73,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     stacks_concepts = False
     seeded = False
+    training_settings = ("optimizer", "cache")  # the cache is a place, not a choice
     sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "inject_source_latents", "cache")
 
     noise: Tensor
@@ -218,11 +219,6 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def finished(self) -> bool:
         """There is nothing to train unless a subclass has parameters."""
         return True
-
-    @property
-    def sampling_key(self) -> str:
-        """The settings of how maps are taken over, as JSON: they change pictures, not what was learnt."""
-        return json.dumps([vars(self.p2p), self.inject_source_latents], default=list, sort_keys=True)
 
     def condition(self, step: Step) -> Conditioning:
         """The plain texts: (1, R, N, D). What a step of the path adds comes from `edit_conditions`."""

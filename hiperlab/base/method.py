@@ -103,6 +103,7 @@ class Method(pl.LightningModule, ABC):
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
     sampling_settings: ClassVar[tuple[str, ...]] = ()  # only drawing reads them: a resumed training may change them
+    training_settings: ClassVar[tuple[str, ...]] = ("optimizer",)  # drawing does not read them: no picture is redrawn
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(
@@ -139,11 +140,6 @@ class Method(pl.LightningModule, ABC):
     def finished(self) -> bool:
         """Whether training has nothing left to do, however many steps were asked."""
         return False
-
-    @property
-    def sampling_key(self) -> str:
-        """Settings, besides the variant's, that change the pictures of a trained concept; "" for none."""
-        return ""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; by default all that requires grad."""

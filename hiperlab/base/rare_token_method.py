@@ -35,6 +35,7 @@ class RareTokenMethod(Method, Composable, Exportable):
     """
 
     stacks_concepts = False
+    training_settings = ("optimizer", "template", "prior")
 
     def __init__(
         self,

@@ -283,9 +283,10 @@ class FrozenStack(nn.Module):
 
 
 def weights_digest(parts: Iterable[nn.Module]) -> str:
-    """Names modules by the beginnings of their weights; what is kept on disk is kept for these."""
+    """Names modules by all of their weights, of any shape; what is kept on disk is kept for these."""
     digest = hashlib.sha256()
     for part in parts:
-        for value in part.parameters():
-            digest.update(value.detach().flatten()[:64].double().cpu().numpy().tobytes())
+        for name, value in part.named_parameters():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from hiperlab.metric.table import SOURCE
 from hiperlab.report.attention import attention_grid
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
+from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
 from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,8 @@ def sample(session: Session) -> None:
         records = [record for group in session.groups for record in _sample_group(session, group, found)]
         if files.is_rank_zero():
             files.write_jsonl(session.folder / "samples" / MANIFEST, records)
-            write_grids(session, records)
+            title = f"{session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}"
+            write_grids(session.folder, session.data.concepts, records, session.stack.size, title)
         found["pictures"] = len(records)
 
 
@@ -49,11 +49,14 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:
     method = load_artifacts(session, group).to(session.device)
-    records = [
-        record
-        for place, index in enumerate(group)
-        for record in _plan(session, index, method, digest_of(method.artifact(place)))
-    ]
+    shared = {
+        "model": model_inputs(session.stack, session.cfg.precision),
+        "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative),
+    }
+    records = []
+    for number, index in enumerate(group):
+        own = concept_inputs(type(method), session.method_settings(), session.subjects[index], method.artifact(number))
+        records += _plan(session, index, method, {**shared, "concept": own})
 
     def paint(batch: list[dict[str, Any]]) -> torch.Tensor:
         return method.sample(
@@ -68,7 +71,7 @@ def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> 
             batch_size=len(batch),
         )
 
-    draw_missing(session, records, paint, found)
+    draw_missing(session.folder, records, paint, session.cfg.sample.batch_size, found)
     if files.is_rank_zero():
         for index in group:
             _attention(session, method, index, anew="seconds_per_picture" in found)
@@ -91,20 +94,22 @@ def _attention(session: Session, method: Method, index: int, anew: bool) -> None
 
 
 def draw_missing(
-    session: Session,
+    folder: Path,
     records: list[dict[str, Any]],
     paint: Callable[[list[dict[str, Any]]], torch.Tensor],
+    batch_size: int,
     found: dict[str, Any],
 ) -> None:
     """Draw and write the pictures that are not there yet, every process its share.
 
     Args:
-        session: the run.
+        folder: of the run.
         records: with path, key, text, seed, concept and variant.
         paint: pictures (B, 3, H, W) in [0, 1] of B records of one variant.
+        batch_size: most records at a time.
         found: takes the seconds a picture took.
     """
-    missing = [record for record in records if not _is_there(session.folder, record)]
+    missing = [record for record in records if not _is_there(folder, record)]
     if len(missing) < len(records):
         log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
     rank, world = _rank()
@@ -112,10 +117,10 @@ def draw_missing(
     clock, done = Clock(SECONDS_BETWEEN_LINES), 0
     for variant in dict.fromkeys(record["variant"] for record in mine):
         chosen = [record for record in mine if record["variant"] == variant]
-        for at in range(0, len(chosen), session.cfg.sample.batch_size):
-            batch = chosen[at : at + session.cfg.sample.batch_size]
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
             for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
-                _write(session.folder, record, picture)
+                _write(folder, record, picture)
             done += len(batch)
             if clock.due(done == len(mine)):
                 each, left = clock.elapsed / done, clock.left(done, len(mine)) or 0.0
@@ -133,16 +138,7 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    """Names a concept by its tensors, of any shape; the file's bytes also depend on the order of its metadata."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _plan(session: Session, index: int, method: Method, concept_digest: str) -> list[dict[str, Any]]:
+def _plan(session: Session, index: int, method: Method, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One record per picture of a concept, with a key that names everything its pixels depend on."""
     cfg, concept = session.cfg, session.data.concepts[index]
     prompts = concept.prompts if cfg.sample.prompts is None else concept.prompts[: cfg.sample.prompts]
@@ -150,8 +146,8 @@ def _plan(session: Session, index: int, method: Method, concept_digest: str) -> 
     asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
     asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
     alike = isinstance(method, EditsPicture) and not method.seeded
-    seeds = cfg.sample.seeds[:1] if alike else cfg.sample.seeds
-    digests = [concept_digest, *filter(None, [method.sampling_key])]
+    seeds = seeds_of(cfg.sample.seeds)
+    seeds = seeds[:1] if alike else seeds
     records = []
     for number, (prompt, role) in enumerate(asked):
         for variant in method.variants:
@@ -161,24 +157,18 @@ def _plan(session: Session, index: int, method: Method, concept_digest: str) -> 
                 records.append(
                     {
                         "concept": concept.name, "prompt": prompt, "text": text, "placeholder": concept.placeholder,
-                        "word": concept.word, "seed": int(seed), "variant": variant,
+                        "word": concept.word, "seed": seed, "variant": variant,
                         "path": f"samples/{concept.name}/{ending}.png",
-                        "key": content_key(session, digests, text, seed, variant), "concept_index": index,
+                        "key": picture_key(**inputs, text=text, seed=seed, variant=variant), "concept_index": index,
                         **role,
                     }
                 )  # fmt: skip
     return records
 
 
-def content_key(session: Session, digests: list[str], text: str, seed: int, variant: str) -> str:
-    """16 hex digits that name everything a picture's pixels depend on."""
-    cfg = session.cfg
-    settings = [
-        *digests, session.stack.base.as_dict(), dict(cfg.precision), session.sampler.scheduler,
-        session.sampler.options, session.sampler.steps, session.sampler.guidance, cfg.sample.negative, cfg.model.size,
-    ]  # fmt: skip
-    content = json.dumps([*settings, text, seed, variant], default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def seeds_of(seeds: Sequence[Any]) -> list[int]:
+    """The seeds as asked, each once: a picture drawn twice must not count twice."""
+    return list(dict.fromkeys(int(seed) for seed in seeds))
 
 
 def _is_there(folder: Path, record: dict[str, Any]) -> bool:
@@ -200,42 +190,50 @@ def _write(folder: Path, record: dict[str, Any], picture: Image.Image) -> None:
     files.atomic_write(folder / record["path"], buffer.getvalue())
 
 
-def write_grids(session: Session, records: list[dict[str, Any]]) -> None:
-    """grids/<concept>.png: the reference pictures, then a row per prompt (and variant), a column per seed."""
-    for concept in session.data.concepts:
+def write_grids(
+    folder: Path, concepts: Sequence[Concept], records: list[dict[str, Any]], size: int, title: str
+) -> None:
+    """grids/<concept>.png: the reference pictures, then a row per prompt (and variant), a column per seed.
+
+    Args:
+        folder: of the run.
+        concepts: whose pictures.
+        records: of all pictures.
+        size: of the model's pictures.
+        title: method and model.
+    """
+    for concept in concepts:
         mine = [record for record in records if record["concept"] == concept.name]
         rows: dict[str, list[Image.Image | None]] = {}
         for record in mine:
-            with Image.open(session.folder / record["path"]) as picture:
+            with Image.open(folder / record["path"]) as picture:
                 label = " ".join(filter(None, [record["text"], f"[{record['variant']}]" if record["variant"] else ""]))
                 rows.setdefault(label, []).append(picture.convert("RGB"))
         if not rows:
             continue
         if concept.edit:
-            save_png(_edit_strip(session, concept, mine), session.folder / "grids" / f"{concept.name}.png")
+            save_png(_edit_strip(folder, concept, mine, size, title), folder / "grids" / f"{concept.name}.png")
             continue
-        size = session.stack.size
         references = [view.resize((size, size), Image.Resampling.BICUBIC) for view in concept.views]
         widest = max(len(row) for row in rows.values())
         image = grid(
             [references[: max(widest, 5)], *rows.values()],
             rows=[f"{concept.name}: references", *rows],
-            title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+            title=f"{concept.name}, {title}",
         )
-        save_png(image, session.folder / "grids" / f"{concept.name}.png")
+        save_png(image, folder / "grids" / f"{concept.name}.png")
 
 
-def _edit_strip(session: Session, concept: Concept, records: list[dict[str, Any]]) -> Image.Image:
+def _edit_strip(folder: Path, concept: Concept, records: list[dict[str, Any]], size: int, title: str) -> Image.Image:
     """The source and, where known, the true results; then a row per seed (and variant): reconstruction, edits."""
     edit = concept.edit
     assert edit
-    size = session.stack.size
     # A column per asked prompt, the source text first; by its number: concept data may ask for the source text twice.
     columns: dict[str, str] = {}
     rows: dict[str, list[Image.Image | None]] = {}
     for record in records:
         columns.setdefault(Path(record["path"]).name.split("_")[0], record["text"])
-        with Image.open(session.folder / record["path"]) as picture:
+        with Image.open(folder / record["path"]) as picture:
             label = " ".join(filter(None, [f"seed {record['seed']}", record["variant"]]))
             rows.setdefault(label, []).append(picture.convert("RGB"))
     source = crop(concept.views[0], size)
@@ -244,7 +242,7 @@ def _edit_strip(session: Session, concept: Concept, records: list[dict[str, Any]
         [[source, *truths[: len(columns) - 1]], *rows.values()],
         rows=["source" + (", truth" if truths else ""), *rows],
         columns=[text.replace(concept.placeholder, f"<{concept.word}>") for text in columns.values()],
-        title=f"{concept.name}, {session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}",
+        title=f"{concept.name}, {title}",
     )
 
 

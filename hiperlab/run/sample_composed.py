@@ -16,7 +16,8 @@ from hiperlab.base.method import Method
 from hiperlab.cli.targets import check_targets
 from hiperlab.errors import UserError
 from hiperlab.report.grid import grid, save_png
-from hiperlab.run.sample import MANIFEST, content_key, digest_of, draw_missing
+from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
+from hiperlab.run.sample import MANIFEST, draw_missing, seeds_of
 from hiperlab.run.session import Session
 
 
@@ -93,7 +94,7 @@ def sample(session: Session) -> None:
                 batch_size=len(batch),
             )
 
-        draw_missing(session, pictures, paint, found)
+        draw_missing(session.folder, pictures, paint, session.cfg.sample.batch_size, found)
         if files.is_rank_zero():
             files.write_jsonl(session.folder / "samples" / MANIFEST, _manifest(composition, pictures))
             _write_grid(session, composition, pictures)
@@ -106,7 +107,14 @@ def _plan(session: Session, composition: Composition) -> list[dict[str, Any]]:
     Raises:
         UserError: a text without any placeholder.
     """
-    digests = [digest_of(method.artifact(0)) for method in composition.methods]
+    inputs = {
+        "model": model_inputs(session.stack, session.cfg.precision),
+        "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative),
+        "concepts": [
+            concept_inputs(type(method), kept.settings, kept.subject, method.artifact(0))
+            for method, kept in zip(composition.methods, session.kept, strict=True)
+        ],
+    }
     folder = "-".join(subject.name for subject in composition.subjects)
     records = []
     for number, text in enumerate(map(str, session.cfg.sample.texts)):
@@ -115,11 +123,11 @@ def _plan(session: Session, composition: Composition) -> list[dict[str, Any]]:
             raise UserError(f"sample.texts: {text!r} names none of {words}.")
         records += [
             {
-                "concept": folder, "text": text, "seed": int(seed), "variant": "",
+                "concept": folder, "text": text, "seed": seed, "variant": "",
                 "path": f"samples/{folder}/{number:02d}_{seed}.png",
-                "key": content_key(session, digests, text, int(seed), ""),
+                "key": picture_key(**inputs, text=text, seed=seed, variant=""),
             }
-            for seed in session.cfg.sample.seeds
+            for seed in seeds_of(session.cfg.sample.seeds)
         ]  # fmt: skip
     return records
 

@@ -1,0 +1,78 @@
+"""The key of a drawn picture: what its pixels depend on, complete by construction, so that none is shown as another's.
+
+Everything that drawing is given goes in: the method's settings but for those it calls training-only, the concept, the
+artifact's tensors, all weights of the model, the sampler, the texts. A setting too many draws a picture again; one too
+few would show an old picture under a new name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from hiperlab.base.method import Method, Subject
+from hiperlab.model.sampler import Sampler
+from hiperlab.model.stack import FrozenStack, weights_digest
+
+
+def model_inputs(stack: FrozenStack, precision: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a picture is the model's: all its weights, its schedule, its size, its precision."""
+    return {
+        "weights": weights_digest((stack.text, stack.unet, stack.vae)),
+        "schedule": dict(stack.scheduler_config),
+        "size": stack.size,
+        "precision": dict(precision),
+    }
+
+
+def sampler_inputs(sampler: Sampler, negative: str) -> dict[str, Any]:
+    """What of a picture is the sampler's."""
+    return {
+        "scheduler": sampler.scheduler,
+        "options": sampler.options,
+        "steps": sampler.steps,
+        "guidance": sampler.guidance,
+        "negative": negative,
+    }
+
+
+def concept_inputs(
+    method: type[Method], settings: Mapping[str, Any], subject: Subject, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What of a picture is the concept's.
+
+    Args:
+        method: its class.
+        settings: the method's composed configuration.
+        subject: the concept.
+        tensors: of its artifact, of any shape.
+    """
+    return {
+        "settings": {name: value for name, value in settings.items() if name not in method.training_settings},
+        "subject": asdict(subject),
+        "artifact": tensors_digest(tensors),
+    }
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Names tensors, of any shape, by their numbers; a file's bytes also depend on the order of its metadata."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def picture_key(**inputs: Any) -> str:
+    """16 hex digits that name everything a picture's pixels depend on.
+
+    Args:
+        inputs: plain values: those of model, sampler and concepts, the text, the seed and the variant.
+    """
+    content = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
