@@ -17,7 +17,15 @@ from hiperlab.cli.overrides import UNRECORDED, merge, parse, values, without
 from hiperlab.errors import UserError
 
 HANDED = "HIPERLAB_RUN_DIR"  # rank 0 decides the folder; the ranks that Lightning starts read it here
-FREE = ("run_dir", "resume", "stages", "logger", "trainer", "allowed_targets")  # may differ when a run is resumed
+FREE = (
+    "run_dir",
+    "resume",
+    "resume_data",
+    "stages",
+    "logger",
+    "trainer",
+    "allowed_targets",
+)  # may differ when a run is resumed
 
 
 def recorded(folder: Path) -> list[str]:

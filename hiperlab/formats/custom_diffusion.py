@@ -56,6 +56,8 @@ def read(path: Path) -> Concept:
         return _checked(path, Concept(_whole(content), {}, words))
     weights = path.parent / WEIGHTS
     if not weights.is_file():
+        weights = weights.with_suffix(".safetensors")
+    if not weights.is_file():
         raise UserError(f"{path.name} holds a word only: put the {WEIGHTS} of its training beside it.")
     return _checked(path, Concept(_whole(_load(weights)), {}, dict(content)))
 

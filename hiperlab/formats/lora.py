@@ -8,9 +8,12 @@ Letters: A (r, in) "down", B (out, r) "up", W' = W + scale B A with scale = alph
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import safetensors
@@ -21,15 +24,23 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from diffusers.utils.state_dict_utils import StateDictType
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding, pickles
+from hiperlab.hub import first_line
+
+log = logging.getLogger(__name__)
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 PEFT = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"
+BLOCKS = SimpleNamespace(
+    layers_per_block=2
+)  # of every SD U-Net; diffusers needs it for the original checkpoint's names
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_")
 OTHER_KINDS = {  # parts of keys that belong to something else than LoRA on SD 1.x or 2.x
     "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
@@ -73,16 +84,50 @@ def read(path: Path) -> Adapter:
         raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
     alphas: dict[str, float] = {}
     tensors = {key: value.detach().float() for key, value in content.items()}
+    if words := sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}):
+        raise UserError(
+            f"{path.name} carries the embedding of {', '.join(words)} (bundle_emb) beside its LoRA, and method=lora "
+            "draws without one. Save the LoRA without it, or use the embedding's own file with method=ti."
+        )
+    if any(key.startswith("base_model.model.") for key in tensors):
+        configs = _beside(path)
     if all(key.startswith(KOHYA) for key in tensors):
         tensors, alphas = _from_kohya(path, tensors)
     tensors = {_full(key): value for key, value in tensors.items()}
-    if path.name == PEFT and (beside := path.parent / "adapter_config.json").is_file():
-        configs = dict.fromkeys(("unet", "text_encoder"), json.loads(beside.read_text(encoding="utf-8")))
-    found = [
-        _pairs(path, _named(tensors, part), _named(alphas, part), configs.get(part, {}))
-        for part in ("unet", "text_encoder")
-    ]
+    parts = {part: _named(tensors, part) for part in ("unet", "text_encoder")}
+    _check_patterns(path, parts, configs)
+    found = [_pairs(path, values, _named(alphas, part), configs.get(part, {})) for part, values in parts.items()]
+    if not any(up.any() for pairs in found for _, up in pairs.values()):
+        log.warning("%s changes nothing: all its B matrices are zero, as before the first step of training.", path.name)
     return Adapter(*found)
+
+
+def _beside(path: Path) -> dict[str, dict[str, Any]]:
+    """The settings of a file with PEFT's names, of any file name: `adapter_config.json` in its folder."""
+    config = path.parent / CONFIG
+    if not config.is_file():
+        return {}
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{config} is damaged ({first_line(error)}). Take the one that was saved with it.") from error
+    return dict.fromkeys(("unet", "text_encoder"), values)
+
+
+def _check_patterns(path: Path, parts: Mapping[str, Mapping[str, Any]], configs: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a pattern that names no module of the file: its strength would be lost."""
+    modules = {part: [_module(key) for key in values] for part, values in parts.items()}
+    shared = configs.get("unet") is configs.get("text_encoder")
+    for part, config in configs.items():
+        names = [name for each in (modules if shared else (part,)) for name in modules.get(each, ())]
+        for pattern in config.get("alpha_pattern") or {}:
+            if not any(_matches(pattern, name) for name in names):
+                raise UserError(f"{path.name}: alpha_pattern names {pattern!r}, and no layer of the file is called so.")
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
 
 
 def _header(path: Path) -> dict[str, dict[str, Any]]:
@@ -106,7 +151,7 @@ def _from_kohya(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
     from diffusers.loaders import StableDiffusionLoraLoaderMixin  # it loads peft, which only LoRA files need
 
     try:
-        return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+        return StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=BLOCKS)
     except (ValueError, KeyError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(f"{path.name} is no LoRA that diffusers can convert ({first}).") from error
@@ -125,8 +170,8 @@ def _named(values: Mapping[str, Any], part: str) -> dict[str, Any]:
     mine = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
     if part == "unet":
         return convert_unet_state_dict_to_peft(mine)
-    if any("to_out_lora" in key or "lora_linear_layer" in key for key in mine):
-        mine = convert_state_dict_to_peft(mine)
+    if any(re.search(r"\.to_(q|k|v|out)_lora\.|lora_linear_layer", key) for key in mine):
+        mine = convert_state_dict_to_peft(mine, StateDictType.DIFFUSERS_OLD)  # also knows the names that followed
     return {key.removeprefix("text_model."): value for key, value in mine.items()}
 
 
@@ -153,12 +198,20 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor], alphas: Mapping[str, float
     return found
 
 
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern names a module: a regular expression for the end of its name (PEFT's get_pattern_key).
+
+    The text model's modules are called with and without "text_model.", as transformers changed its mind.
+    """
+    try:
+        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"text_model.{module}"))
+    except re.error:
+        return module == pattern or module.endswith(f".{pattern}")
+
+
 def _pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
-    """PEFT's per-module setting: a pattern names a module by the end of its name."""
-    for pattern, value in (patterns or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            return value
-    return otherwise
+    """PEFT's per-module setting: the first pattern that names the module."""
+    return next((value for pattern, value in (patterns or {}).items() if _matches(pattern, module)), otherwise)
 
 
 def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: str) -> list[Path]:

@@ -172,7 +172,8 @@ class FrozenStack(nn.Module):
     def base(self) -> Base:
         """What says in an artifact which model it was made with."""
         weight = clip.inner(self.text).embeddings.token_embedding.weight
-        rows = weight[:: len(weight) // 8][:8].double()
+        known = min(len(weight), self.tokenizer.vocab_size)  # words added later make no other base
+        rows = weight[:: known // 8][:8].double()
         fingerprint = tuple(round(norm, 5) for norm in rows.norm(dim=1).tolist())
         return Base(self.name, self.width, self.layers, self.prediction_type, fingerprint)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +12,112 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hiperlab import files
-from hiperlab.errors import UserError
+from hiperlab.errors import UserError, near
 from hiperlab.report.checkpoint import newest_valid, resume_path, step_of
 from hiperlab.run.session import Session
 
+log = logging.getLogger(__name__)
+
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
-FREE = ("data.prompts", "model.optimise", "model.note")
+# But for these: they are of drawing, or say where something lies. Pictures are compared by their content.
+FREE = ("data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder")
+RECORD, PICTURES = "config.yaml", "pictures.json"  # what a training was asked and trained on, beside its checkpoints
 
 
 def check_resume(session: Session) -> None:
     """Say what is wrong with training in this folder before anything in it is touched.
 
     Raises:
-        UserError: see `starting_point`; or the run is to be resumed under other settings (each key with both values).
+        UserError: see `starting_point`; or the run is to be resumed under other settings (each key with both values)
+            or with other pictures (each by its name).
     """
-    for group in session.groups:
-        starting_point(checkpoint_folder(session, group), session.cfg.resume, session.cfg.fit.steps)
-    path = _record(session)
-    if session.cfg.resume is None or not path.is_file():
+    cfg = session.cfg
+    if cfg.resume_data not in ("refuse", "accept"):
+        raise UserError(f"resume_data={cfg.resume_data} is unknown.{near(str(cfg.resume_data), ('refuse', 'accept'))}")
+    found = [starting_point(checkpoint_folder(session, group), cfg.resume, cfg.fit.steps) for group in session.groups]
+    if cfg.resume is None:
         return
-    before, now = _flat(OmegaConf.load(path)), _flat(session.cfg)
+    for folder in dict.fromkeys(_record_folder(path) if path else _own_folder(session) for path in found):
+        if not (folder / RECORD).is_file():
+            if any(found):
+                log.warning("%s holds no %s: nobody can say whether the settings are the same.", folder, RECORD)
+            continue
+        _check_settings(session, folder)
+        _check_pictures(session, folder)
+
+
+def _check_settings(session: Session, folder: Path) -> None:
+    before, now = _flat(OmegaConf.load(folder / RECORD)), _flat(session.cfg)
     sampling = get_class(session.cfg.method._target_).sampling_settings  # type: ignore[attr-defined]
     free = (*FREE, *(f"method.{name}" for name in sampling))
+    asked = [key for key in sorted(before.keys() | now.keys()) if _under(key, IDENTITY) and not _under(key, free)]
+    # A later version's settings: the earlier one did what their defaults do.
+    if new := [f"{key}={now[key]}" for key in asked if key not in before]:
+        log.info("the earlier run did not know %s; it takes the value now.", ", ".join(new))
     changed = [
-        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and _under(key, IDENTITY) and not _under(key, free)
+        f"{key} (was {before[key]!r}, now {now.get(key)!r})"
+        for key in asked
+        if key in before and before[key] != now.get(key)
     ]
     if changed:
         raise UserError(
-            f"cannot resume {session.folder} under other settings: {'; '.join(changed[:5])}. "
+            f"cannot resume {folder.parent} under other settings: {'; '.join(changed[:5])}. "
             "Put them back, or start a new run."
         )
 
 
+def _check_pictures(session: Session, folder: Path) -> None:
+    """Compare the pictures by their content; names and places may change."""
+    path = folder / PICTURES
+    if not path.is_file():  # of a version that kept none
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), _pictures(session)
+    said = []
+    for concept in before.keys() & now.keys():
+        old, new = before[concept], now[concept]
+        said += [f"{name} is missing or changed" for name, digest in old.items() if digest not in new.values()]
+        said += [f"{name} is new or changed" for name, digest in new.items() if digest not in old.values()]
+        if not said and list(old.values()) != list(new.values()):
+            said.append(f"those of {concept} stand in another order")
+    said += [f"concept {name} is missing" for name in before.keys() - now.keys()]
+    said += [f"concept {name} is new" for name in now.keys() - before.keys()]
+    if not said:
+        return
+    message = f"the pictures differ from those of {folder.parent}: {'; '.join(dict.fromkeys(said[:5]))}"
+    if session.cfg.resume_data == "refuse":
+        raise UserError(f"{message}. Put them back, or go on with resume_data=accept.")
+    log.warning("%s. Accepted: resume_data=accept.", message)
+    session.update(resumed_with_other_pictures=said)
+
+
 def remember(session: Session, fresh: bool) -> None:
     """Keep what this training was asked, for `check_resume`; what a resumed part is asked does not replace it."""
-    path = _record(session)
-    if files.is_rank_zero() and (fresh or not path.is_file()):
-        files.atomic_write(path, OmegaConf.to_yaml(session.cfg, resolve=True))
+    folder = _own_folder(session)
+    if files.is_rank_zero() and (fresh or not (folder / RECORD).is_file()):
+        files.atomic_write(folder / RECORD, OmegaConf.to_yaml(session.cfg, resolve=True))
+        files.write_json(folder / PICTURES, _pictures(session))
 
 
-def _record(session: Session) -> Path:
-    return session.folder / "checkpoints" / "config.yaml"
+def _own_folder(session: Session) -> Path:
+    return session.folder / "checkpoints"
+
+
+def _record_folder(checkpoint: Path) -> Path:
+    """Where the record of a checkpoint lies: beside it, or one above where concepts were taken one by one."""
+    beside = checkpoint.parent
+    return beside if (beside / RECORD).is_file() or not (beside.parent / RECORD).is_file() else beside.parent
+
+
+def _pictures(session: Session) -> dict[str, dict[str, str]]:
+    """Content of every picture by concept and name, in the order in which they are trained on."""
+    return {
+        concept.name: {
+            name: hashlib.sha256(f"{view.mode}{view.size}".encode() + view.tobytes()).hexdigest()[:16]
+            for name, view in zip(concept.sources, concept.views, strict=True)
+        }
+        for concept in session.data.concepts
+    }
 
 
 def checkpoint_folder(session: Session, group: list[int]) -> Path:

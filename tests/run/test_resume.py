@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hiperlab.run.main import main
@@ -154,3 +155,64 @@ def test_stopped_while_drawing_keeps_what_is_drawn(tmp_path) -> None:
     assert len(list(drawn.glob("*.png"))) == 26
     kept = [name for name, when in times.items() if (drawn / name).stat().st_mtime_ns == when]
     assert sorted(kept) == sorted(times), "drawn before, kept"
+
+
+SHORT = [
+    *JOB[:6],
+    "method=ti",
+    "stages=[fit]",
+    "fit.batch_size=1",
+    "fit.sample_every=0",
+    "data=folder",
+    "data.word=cat",
+    "data.name=x",
+]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+    return folder
+
+
+def train(folder: Path, photos: Path, steps: int, *more: str) -> int:
+    words = [word for word in SHORT if not word.startswith(("method=neti", "data.resolution"))]
+    return main([*words, f"data.dir='{photos}'", f"fit.steps={steps}", f"run_dir='{folder}'", *more])
+
+
+def test_a_checkpoint_from_elsewhere_is_compared_with_its_own_record(tmp_path, photos, capsys) -> None:
+    assert train(tmp_path / "a", photos, 1) == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "step-000001.ckpt"
+    for change in ("method.optimizer.lr=0.5", "seed=3", "fit.batch_size=2", "data.word=dog"):
+        assert train(tmp_path / "b", photos, 2, f"resume='{checkpoint}'", change) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "under other settings" in said and change.split("=")[0] in said
+    assert train(tmp_path / "b", photos, 2, f"resume='{checkpoint}'") == 0
+    assert (tmp_path / "b" / "checkpoints" / "step-000002.ckpt").is_file()
+
+
+def test_other_pictures_are_refused_by_name_or_accepted(tmp_path, photos, capsys) -> None:
+    folder = tmp_path / "run"
+    assert train(folder, photos, 1) == 0
+    photos.rename(moved := tmp_path / "moved")
+    (moved / "0.png").rename(moved / "00.png")
+    assert train(folder, moved, 2, "resume=auto") == 0, "the same pictures under other names in another place"
+    Image.new("RGB", (64, 64), "white").save(moved / "1.png")
+    (moved / "2.png").unlink()
+    assert train(folder, moved, 3, "resume=auto") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "1.png is missing or changed" in said and "2.png is missing" in said and "resume_data=accept" in said
+    assert train(folder, moved, 3, "resume=auto", "resume_data=accept") == 0
+    assert json.loads((folder / "results.json").read_text())["resumed_with_other_pictures"]
+
+
+def test_settings_that_an_earlier_version_did_not_know(tmp_path, photos) -> None:
+    folder = tmp_path / "run"
+    assert train(folder, photos, 1) == 0
+    record = folder / "checkpoints" / "config.yaml"
+    kept = [line for line in record.read_text().splitlines() if "num_vectors" not in line]
+    record.write_text("\n".join(kept))
+    assert train(folder, photos, 2, "resume=auto") == 0
