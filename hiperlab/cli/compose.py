@@ -149,6 +149,27 @@ def _worth_trying(override: Override, groups: set[str]) -> list[str]:
     return options if override.key_or_group in groups or len(options) <= 8 else [options[0], options[-1]]
 
 
+SET_BY_US = {  # arguments of Lightning's Trainer -> what to set instead
+    "max_steps": "use fit.steps",
+    "min_steps": "use fit.steps",
+    "max_epochs": "use fit.steps",
+    "min_epochs": "use fit.steps",
+    "max_time": "use fit.steps, and stop with Ctrl-C or SIGTERM: a run saves and resumes",
+    "gradient_clip_val": "use fit.gradient_clip",
+    "gradient_clip_algorithm": "use fit.gradient_clip, which clips each concept by its own norm",
+    "accumulate_grad_batches": "use fit.batch_size with a smaller fit.micro_batch_size",
+    "precision": "use the group precision",
+    "callbacks": "they follow from fit and sample",
+    "logger": "use the group logger",
+    "plugins": "they follow from the group precision",
+    "log_every_n_steps": "every step is logged",
+    "default_root_dir": "use run_dir",
+    "enable_model_summary": "it is off",
+    "num_sanity_val_steps": "there is no validation",
+    "use_distributed_sampler": "every rank draws its own share",
+}
+
+
 def _check_values(plain: dict[str, Any]) -> None:
     """The door's own keys."""
     stages = plain.get("stages", list(STAGES))
@@ -160,6 +181,9 @@ def _check_values(plain: dict[str, Any]) -> None:
     resume = plain.get("resume")
     if resume not in (None, "auto") and not Path(str(resume)).exists():
         raise UserError(f"resume={resume}: expected null, auto or the path of a checkpoint; there is no such file.")
+    for key, instead in SET_BY_US.items():
+        if key in (plain.get("trainer") or {}):
+            raise UserError(f"trainer.{key} is set by hiperlab itself: {instead}.")
     seed = plain.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed={seed}: expected a whole number, 0 or more.")

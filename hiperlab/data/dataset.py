@@ -160,6 +160,11 @@ def folder_of(directory: str | None, example: str) -> Path:
     Raises:
         UserError: none named, or there is none of that name.
     """
+    if directory is not None and not isinstance(directory, str):
+        raise UserError(
+            f"data.dir={directory} was read as a number. If that is a folder's name, quote it twice, e.g. "
+            "'data.dir=\"2023_10_01\"'."
+        )
     if not directory:
         raise UserError(f"data.dir is missing: name the folder, e.g. {example}.")
     path = Path(directory).expanduser()

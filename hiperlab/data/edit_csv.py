@@ -15,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from PIL import Image
-
 from hiperlab.data.concept import Concept, Edit, EditSettings
 from hiperlab.data.dataset import DataSet, file_name, folder_of
 from hiperlab.data.edit import EditDataSettings, edit_concept, edit_set
 from hiperlab.data.edit_loaders import last_word, read
+from hiperlab.data.masks import read_mask
 from hiperlab.errors import UserError, near
 
 MODES = {"Replacement": "replace", "Refinement": "refine"}
@@ -65,18 +64,20 @@ def load(
     for case, row in rows.items():
         where = f"row {case} of {path.name}"
         picture = _picture(folder, row["image_path"], where)
-        mask = read(shapes / f"{case} {row['prompt']}.png").convert("L") if shapes else None
+        mask = shapes and shapes / f"{case} {row['prompt']}.png"
         name = file_name(f"{case}-{picture.stem}")
         edits[name] = partial(_concept, name, row, picture, mask, where)
     return edit_set(edits, **settings)
 
 
-def _concept(name: str, row: Row, picture: Path, mask: Image.Image | None, where: str, placeholder: str) -> Concept:
+def _concept(name: str, row: Row, picture: Path, mask: Path | None, where: str, placeholder: str) -> Concept:
     source, target = row["prompt"], row["target"]
     settings = _edit_settings(row, where)
     word = settings.blend[0] if settings.blend else last_word(source)
-    edit = Edit(source, (target,), mask=mask, settings=settings)
-    return edit_concept(name, placeholder, word, read(picture), picture.name, edit)
+    view = read(picture)
+    shape = read_mask(mask, None, keep_grey=True) if mask else None
+    edit = Edit(source, (target,), mask=shape, settings=settings)
+    return edit_concept(name, placeholder, word, view, picture.name, edit)
 
 
 def _picture(folder: Path, written: str, where: str) -> Path:

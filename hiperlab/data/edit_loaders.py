@@ -11,10 +11,12 @@ from typing import Unpack
 import numpy as np
 from PIL import Image, ImageFilter
 
+from hiperlab import files
 from hiperlab.data.concept import Concept, Edit
 from hiperlab.data.dataset import DataSet, file_name, folder_of, names_of
 from hiperlab.data.edit import EditDataSettings, edit_concept, edit_set
 from hiperlab.data.images import ImageProblem, read_image
+from hiperlab.data.masks import read_mask
 from hiperlab.errors import UserError, near
 from hiperlab.world.caption import true_picture
 from hiperlab.world.subjects import EDITS
@@ -56,8 +58,8 @@ def load(
         )
     path = Path(image).expanduser()
     called = name or file_name(path.stem)
-    edit = Edit(source, tuple(names_of(targets)), mask=_mask(mask) if mask else None)
     noun, picture = word or last_word(source), read(path)
+    edit = Edit(source, tuple(names_of(targets)), mask=read_mask(files.expand(mask), picture.size) if mask else None)
     return edit_set({called: lambda given: edit_concept(called, given, noun, picture, path.name, edit)}, **settings)
 
 
@@ -161,11 +163,6 @@ def read(path: Path) -> Image.Image:
         return read_image(path)
     except ImageProblem as problem:
         raise UserError(f"{path}: {problem}.") from None
-
-
-def _mask(path: str) -> Image.Image:
-    grey = read(Path(path).expanduser()).convert("L")
-    return grey.point(lambda value: 255 if value >= 128 else 0)
 
 
 def _tedbench_list(folder: Path) -> dict[str, list[str]]:

@@ -32,6 +32,8 @@ _SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .bmp .gif .avif .jp2 .j2k .ppm .pgm .pnm .heic .heif"
 )
 SUFFIXES = frozenset(_SUFFIXES.split(" "))
+MASK = "-masklabel"  # end of a mask's name in OneTrainer's layout
+TABLES = ("metadata.jsonl", "metadata.csv")  # captions in the layout of Hugging Face's image folders
 OnBad = Literal["stop", "skip"]
 
 
@@ -70,6 +72,7 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
             names.append(path.name)
         except ImageProblem as problem:
             bad.append(f"{path.name}: {problem}")
+    _name_side_files(folder)
     if bad and on_bad_image == "stop":
         remedy = "Mend or remove them, or set data.on_bad_image=skip."
         raise UserError(f"{_count(len(bad), 'unusable picture')} in {folder}:\n{_some(bad)}\n{remedy}")
@@ -82,9 +85,30 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
 
 def picture_files(folder: Path) -> list[Path]:
     """The files directly in `folder` that are pictures by name, or nameless ones that are by content; sorted."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and not _is_mask(p))
     found = [p for p in files if p.suffix.lower() in SUFFIXES or (not p.suffix and _opens(p))]
     return sorted(found, key=lambda p: (p.name.casefold(), p.name))  # the same order on every file system
+
+
+def _is_mask(path: Path) -> bool:
+    """OneTrainer's masks lie beside the photographs: they are none."""
+    return path.stem.endswith(MASK)
+
+
+def _name_side_files(folder: Path) -> None:
+    """Say in one line what other trainers keep beside photographs and what is not used here."""
+    there = [path for path in folder.iterdir() if path.is_file()]
+    masks = sum(map(_is_mask, there))
+    captions = sum(path.suffix.lower() == ".txt" and _has_picture(path) for path in there)
+    tables = [path.name for path in there if path.name in TABLES]
+    said = [f"{masks} masks (<name>{MASK}.png)"] if masks else []
+    said += [f"{captions} captions (<name>.txt)"] if captions else []
+    if said or tables:
+        log.warning("%s lie beside the pictures of %s and are not used.", ", ".join([*said, *tables]), folder)
+
+
+def _has_picture(text: Path) -> bool:
+    return any(text.with_suffix(suffix).is_file() for suffix in SUFFIXES)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -63,7 +63,7 @@ def read(path: Path) -> Concept:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = embedding.tensors(path) if path.suffix == ".safetensors" else pickles.load(path)
+    content = embedding.tensors(path) if path.suffix.lower() == ".safetensors" else pickles.load(path)
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path.name} is no file of Custom Diffusion: expected {DELTA} or {WEIGHTS}.")
     return dict(content)

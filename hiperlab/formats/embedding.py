@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.formats import pickles
+from hiperlab.formats.disguises import disguise
 
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 
@@ -31,7 +32,7 @@ def read(path: Path) -> Tensor:
     Raises:
         UserError: there is no file, it is broken or unsafe, or it holds something else.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content: Any = tensors(path)
     else:
         content = pickles.load(path, stand_ins=[PARAMETER_DICT])
@@ -50,6 +51,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing or broken.
     """
+    if path.is_file() and (what := disguise(path, safetensors=True)):
+        raise UserError(f"{path.name} {what}.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

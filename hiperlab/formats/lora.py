@@ -69,7 +69,7 @@ def read(path: Path) -> Adapter:
     Raises:
         UserError: there is no file, it is broken, unsafe, or holds something else than LoRA.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content, configs = embedding.tensors(path), _header(path)
     else:
         content, configs = pickles.load(path), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from hiperlab.errors import UserError
+from hiperlab.formats.disguises import disguise
 
 MOST_BYTES = 2 * 1024**3  # no concept file is larger; a 1.9 MB zip was seen to unpack to 6.3 GB
 
@@ -35,6 +37,8 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file. Give the path of a saved concept.")
+    if what := disguise(path, safetensors=False):
+        raise UserError(f"{path.name} {what}.")
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -47,5 +51,8 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
-        first = " ".join(str(error).split()).split(". ")[0][:160]
-        raise UserError(f"{path.name} is broken or holds more than tensors, so it is not loaded ({first}).") from error
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds a {named[1]}, which is no tensor and no plain value"
+        else:
+            reason = " ".join(str(error).split()).split(". ")[0][:160]
+        raise UserError(f"{path.name} is broken or holds more than tensors, so it is not loaded ({reason}).") from error

@@ -59,9 +59,10 @@ def pretrained(
     weights: dict[str, Any] = {"use_safetensors": True} | ({"variant": variant} if variant else {})
     scheduler = part(_scheduler_config, "scheduler")
     tokenizer = part(AutoTokenizer.from_pretrained, "tokenizer")
-    text = part(CLIPTextModel.from_pretrained, "text_encoder", **weights).float()
+    text: Any = part(CLIPTextModel.from_pretrained, "text_encoder", **weights).float()
     vae = part(AutoencoderKL.from_pretrained, "vae", **weights).float()
     unet = part(UNet2DConditionModel.from_pretrained, "unet", **weights).float()
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)  # 1e30 if unsaid
     width = text.config.hidden_size
     if unet.config.in_channels != 4 or unet.config.cross_attention_dim != width:
         raise UserError(
@@ -86,6 +87,11 @@ def _scheduler_config(path: str, subfolder: str, **options: Any) -> dict[str, An
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(
+            f"model.path={folder} is a single file. Convert it once with diffusers' "
+            "StableDiffusionPipeline.from_single_file(…).save_pretrained(<folder>), and name that folder."
+        )
     if not folder.is_dir():
         raise UserError(f"model.path={folder} does not exist. Give a folder in diffusers' layout or a hub id.")
     parts = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")

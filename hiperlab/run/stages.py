@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from omegaconf import DictConfig
@@ -19,6 +20,7 @@ from hiperlab.run.sample_composed import check_artifacts_together
 from hiperlab.run.session import Session, configure_logging, open_session, write_settings
 
 log = logging.getLogger(__name__)
+WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\[[^\[\]]+\]")  # as the web UIs write them
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -80,11 +82,32 @@ def check_artifacts(session: Session) -> None:
         UserError: they do not, or the stages include fit.
     """
     for path in session.given_artifacts:
+        if path.is_dir():
+            inside = sorted(each.name for each in path.iterdir() if each.suffix in (".safetensors", ".bin", ".pt"))
+            raise UserError(f"artifact={path} is a folder: name a file in it{', e.g. ' + inside[0] if inside else ''}.")
         if not path.is_file():
             raise UserError(f"artifact={path} does not exist. Give the file of a trained concept.")
     if session.given_artifacts and "fit" in session.cfg.stages:
         raise UserError("artifact=… samples a concept that is trained already: add stages=[sample,score,summary].")
     check_artifacts_together(session)
+
+
+def check_texts(session: Session) -> None:
+    """Texts that would be read as letters where more is meant.
+
+    Raises:
+        UserError: a learnt word in the negative text, which the frozen text encoder reads.
+    """
+    negative = str(session.cfg.sample.negative)
+    for subject in [*session.subjects, *(each.subject for each in session.kept)]:
+        if subject.placeholder in negative:
+            raise UserError(
+                f"sample.negative={negative!r} names the placeholder {subject.placeholder}, but the negative text is "
+                f"plain text and no learnt word reaches it: leave it out, or write {subject.word!r}."
+            )
+    prompts = [prompt for concept in session.data.concepts for prompt in concept.prompts]
+    if weighted := [text for text in [*prompts, negative] if WEIGHTS.search(text)]:
+        log.warning("weights such as (word:1.4) and [word] are read as letters: %s", weighted[0])
 
 
 def _check(session: Session) -> None:
@@ -95,6 +118,7 @@ def _check(session: Session) -> None:
     """
     check_artifacts(session)
     data, protocol = session.data, session.protocol
+    check_texts(session)
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "sample" in session.cfg.stages:
         log.debug("%s", session.sampler.scheduler)  # built here: one that cannot draw is refused before a night's fit
