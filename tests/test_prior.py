@@ -89,11 +89,13 @@ def test_weight_zero_changes_nothing(small) -> None:
     assert losses.keys() == {""} and losses[""].tolist() == [1, 1]
 
 
-def test_real_pictures(small, tmp_path) -> None:
+def test_real_pictures(small, tmp_path, caplog) -> None:
     for number in range(4):
         Image.new("RGB", (80, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
     mine = prior(real=str(tmp_path))
-    assert [picture.getpixel((0, 0))[0] for picture in mine.pictures(small, "cat")] == [0, 1, 2]
+    assert [path.name for path in mine.pictures(small, "cat")] == ["0.png", "1.png", "2.png"]
+    few = prior(real=str(tmp_path), count=9)
+    assert len(few.pictures(small, "cat")) == 4 and "holds 4 pictures, method.prior.count asks for 9" in caplog.text
     with pytest.raises(UserError, match="is no folder"):
         prior(real=str(tmp_path / "none")).pictures(small, "cat")
 

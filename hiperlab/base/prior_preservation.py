@@ -136,7 +136,13 @@ class Prior:
             raise UserError(
                 f"method.prior.real={self.real} is no folder. Give the one that holds pictures of the class."
             )
-        return list(read_folder(self.real, "stop", self.count)[0])
+        found, _ = read_folder(self.real, "stop", self.count)
+        if len(found) < self.count:
+            log.warning(
+                "method.prior.real=%s holds %d pictures, method.prior.count asks for %d: none are drawn beside them.",
+                self.real, len(found), self.count,
+            )  # fmt: skip
+        return list(found.paths)
 
     def _drawn(self, model: FrozenStack, word: str) -> list[Path | Image.Image]:
         caption = fill(self.prompt, word)

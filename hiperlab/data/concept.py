@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -85,7 +85,7 @@ class Concept:
     name: str
     placeholder: str
     word: str
-    views: tuple[Image.Image, ...]
+    views: Sequence[Image.Image]
     sources: tuple[str, ...]
     templates: tuple[str, ...]
     prompts: tuple[str, ...]

@@ -114,7 +114,7 @@ def data_set(concepts: Sequence[Found], **settings: Unpack[ConceptSettings]) -> 
                 each.name,
                 placeholder or default_placeholder(each.name),
                 word,
-                tuple(views),
+                views,
                 tuple(sources),
                 with_class(train, word) if noun == "all" else train,
                 test if noun == "none" else with_class(test, word),

@@ -5,24 +5,27 @@ Axes: H, W pixels. What reading guarantees: RGB, 8 bit, upright, opaque, between
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from hiperlab.clock import Clock
 from hiperlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 16
+SECONDS_BETWEEN_LINES = 5.0
 MAX_NAMED = 10  # bad files listed one by one before a count
 BACKGROUND = (255, 255, 255)  # white: what shows through transparent pixels
 
@@ -41,7 +44,50 @@ class ImageProblem(ValueError):
     """Why one file cannot be used; the message does not repeat the file's name."""
 
 
-def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tuple[list[Image.Image], list[str]]:
+class Photographs(Sequence[Image.Image]):
+    """Pictures that are read when they are looked at: five hundred of a telephone's would take 18 GB decoded.
+
+    Args:
+        paths: files that `read_image` has read before.
+        digests: of their pixels, see `digest`.
+    """
+
+    def __init__(self, paths: Sequence[Path], digests: Sequence[str]) -> None:
+        assert len(paths) == len(digests), "one digest each"
+        self.paths, self.digests = tuple(paths), tuple(digests)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Photographs: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | Photographs:
+        """A picture, read anew, or some of them.
+
+        Raises:
+            UserError: its file is gone or broken since.
+        """
+        if isinstance(index, slice):
+            return Photographs(self.paths[index], self.digests[index])
+        try:
+            return read_image(self.paths[index], notices=False)
+        except (ImageProblem, OSError) as problem:
+            raise UserError(f"{self.paths[index]} could be read when the run began: {problem}.") from problem
+
+
+def digest(picture: Image.Image) -> str:
+    """16 hex digits of a picture's pixels."""
+    return hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
+
+
+def digests(views: Sequence[Image.Image]) -> tuple[str, ...]:
+    """The `digest` of each picture, without reading those of `Photographs` again."""
+    return views.digests if isinstance(views, Photographs) else tuple(map(digest, views))
+
+
+def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tuple[Photographs, list[str]]:
     """Read the pictures directly in `folder`, in the order of their names.
 
     Hidden files and files that are no pictures by name and by content (notes, thumbnails' data bases) are passed over.
@@ -52,7 +98,7 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
         max_views: at most so many pictures (the first usable ones), or None for all.
 
     Returns:
-        the pictures (RGB, see `read_image`) and their file names.
+        the pictures (RGB, see `read_image`), which are read again when they are looked at, and their file names.
 
     Raises:
         UserError: unusable pictures with "stop", or none left.
@@ -61,15 +107,16 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
         raise UserError(f"on_bad_image={on_bad_image} is unknown: use stop or skip.")
     if max_views is not None and max_views < 1:
         raise UserError(f"max_views={max_views} leaves no picture: use 1 or more, or null for all.")
-    views: list[Image.Image] = []
-    names: list[str] = []
+    found: dict[Path, str] = {}
     bad: list[str] = []
-    for path in picture_files(folder):
-        if max_views is not None and len(views) == max_views:
+    paths, clock = picture_files(folder), Clock(SECONDS_BETWEEN_LINES)
+    for number, path in enumerate(paths):
+        if max_views is not None and len(found) == max_views:
             break
+        if clock.due():
+            log.info("read %d of %d pictures", number, len(paths))
         try:
-            views.append(read_image(path))
-            names.append(path.name)
+            found[path] = digest(read_image(path))
         except ImageProblem as problem:
             bad.append(f"{path.name}: {problem}")
     _name_side_files(folder)
@@ -78,9 +125,9 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
         raise UserError(f"{_count(len(bad), 'unusable picture')} in {folder}:\n{_some(bad)}\n{remedy}")
     if bad:
         log.warning("skipped %s in %s:\n%s", _count(len(bad), "unusable picture"), folder, _some(bad))
-    if not views:
+    if not found:
         raise UserError(f"no usable picture in {folder}: put at least one photograph (e.g. .jpg, .png) there.")
-    return views, names
+    return Photographs(list(found), list(found.values())), [path.name for path in found]
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -111,16 +158,23 @@ def _has_picture(text: Path) -> bool:
     return any(text.with_suffix(suffix).is_file() for suffix in SUFFIXES)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, notices: bool = True) -> Image.Image:
     """Read one photograph as an upright, opaque RGB picture in its original size.
 
     Colours: CMYK goes through its embedded profile where there is one; RGB profiles are ignored, as the papers' loaders
     do. 16-bit greys are scaled by 255/65535. Animated files give their first frame, with a notice.
 
+    Args:
+        path: the file.
+        notices: whether to say what is odd about it; a second reading need not.
+
     Raises:
         ImageProblem: the reason in a few words.
     """
+    before = log.level
     try:
+        if not notices:
+            log.setLevel(logging.ERROR)
         if path.stat().st_size == 0:
             raise ImageProblem("the file is empty (0 bytes)")
         with warnings.catch_warnings():
@@ -140,6 +194,8 @@ def read_image(path: Path) -> Image.Image:
         raise ImageProblem(reason) from error
     except Exception as error:  # decoders raise anything on damaged data (OSError, SyntaxError, struct.error, ...)
         raise ImageProblem(f"broken ({error})".replace("\n", " ")) from error
+    finally:
+        log.setLevel(before)
 
 
 def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, short_side: bool = False) -> Tensor:
@@ -158,6 +214,17 @@ def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, shor
     Returns:
         float32 (3, size, size) in [-1, 1], x / 127.5 - 1.
     """
+    pixels = in_range(to_levels(image, size, center_crop, short_side))
+    return (pixels.flip(-1) if flip else pixels).contiguous()
+
+
+def in_range(levels: Tensor) -> Tensor:
+    """Levels uint8 (3, H, W) as float32 in [-1, 1]: float64, then rounded once, bit-equal to the authors'."""
+    return (levels.double() / 127.5 - 1.0).float()
+
+
+def to_levels(image: Image.Image, size: int, center_crop: bool, short_side: bool) -> Tensor:
+    """A picture at training size, uint8 (3, size, size); the arguments are `to_pixels`'s."""
     if short_side:
         image = _short_side(image, size)
     elif center_crop:
@@ -167,9 +234,7 @@ def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, shor
         image = image.crop((left, top, left + side, top + side))
     if image.size != (size, size) or not short_side:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    scaled = np.asarray(image) / 127.5 - 1.0  # float64, then rounded once: bit-equal to the authors'
-    pixels = torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1)
-    return (pixels.flip(-1) if flip else pixels).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _short_side(image: Image.Image, size: int) -> Image.Image:

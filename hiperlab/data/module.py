@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import to_pixels
+from hiperlab.data.images import in_range, to_levels
 from hiperlab.draws import generator, integers, uniform
 from hiperlab.errors import UserError
 
-CACHE_BYTES = 1_000_000_000  # pixels kept per process; 512 px: 317 pictures
+CACHE_BYTES = 1_000_000_000  # pixels kept per process; 512 px: 1271 pictures
 
 
 class ConceptData(pl.LightningDataModule):
@@ -123,19 +123,18 @@ class _PixelCache:
 
     def __init__(self, dataset: DataSet, size: int) -> None:
         self.dataset, self.size = dataset, size
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        self.most = CACHE_BYTES // (3 * size * size * 4)
+        self.kept: dict[tuple[int, int], Tensor] = {}  # as levels 0 to 255: a quarter of the numbers' size
+        self.most = CACHE_BYTES // (3 * size * size)
 
     def __call__(self, concept: int, view: int, flip: bool) -> Tensor:
         """float32 (3, size, size) in [-1, 1]."""
-        pixels = self.kept.get((concept, view))
-        if pixels is None:
+        levels = self.kept.get((concept, view))
+        if levels is None:
             image = self.dataset.concepts[concept].views[view]
-            pixels = to_pixels(
-                image, self.size, self.dataset.center_crop, flip=False, short_side=self.dataset.short_side
-            )
+            levels = to_levels(image, self.size, self.dataset.center_crop, self.dataset.short_side)
             if len(self.kept) < self.most:
-                self.kept[(concept, view)] = pixels
+                self.kept[(concept, view)] = levels
+        pixels = in_range(levels)
         return pixels.flip(-1) if flip else pixels
 
 

@@ -109,7 +109,7 @@ class Judged:
     def references(self) -> dict[str, Tensor]:
         """Real pictures embedded (R, D), by concept, in the order in which concepts occur among the records."""
         used = dict.fromkeys(record["concept"] for record in self.records)
-        return {concept: self._embedded(as_pictures(self._references[concept])) for concept in used}
+        return {concept: self._embedded(self._references[concept]) for concept in used}
 
     def of(self, concept: str) -> list[int]:
         """Numbers of the concept's records."""
@@ -132,7 +132,8 @@ class Judged:
         parts = []
         for start in range(0, len(sources), self._batch_size):
             batch = sources[start : start + self._batch_size]
-            parts.append(self.encoder.images([open_picture(s) if isinstance(s, Path) else s for s in batch]))
+            opened = [open_picture(each) if isinstance(each, Path) else each for each in batch]
+            parts.append(self.encoder.images(as_pictures(opened)))
         return torch.cat(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -12,6 +11,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hiperlab import files
+from hiperlab.data.images import digests
 from hiperlab.errors import UserError, near
 from hiperlab.report.checkpoint import newest_valid, resume_path, step_of
 from hiperlab.run.session import Session
@@ -112,10 +112,7 @@ def _record_folder(checkpoint: Path) -> Path:
 def _pictures(session: Session) -> dict[str, dict[str, str]]:
     """Content of every picture by concept and name, in the order in which they are trained on."""
     return {
-        concept.name: {
-            name: hashlib.sha256(f"{view.mode}{view.size}".encode() + view.tobytes()).hexdigest()[:16]
-            for name, view in zip(concept.sources, concept.views, strict=True)
-        }
+        concept.name: dict(zip(concept.sources, digests(concept.views), strict=True))
         for concept in session.data.concepts
     }
 

@@ -12,7 +12,16 @@ import torch
 from PIL import Image, ImageCms
 
 from hiperlab.data import images
-from hiperlab.data.images import ImageProblem, picture_files, read_folder, read_image, to_pixels
+from hiperlab.data.images import (
+    ImageProblem,
+    digests,
+    in_range,
+    picture_files,
+    read_folder,
+    read_image,
+    to_levels,
+    to_pixels,
+)
 from hiperlab.errors import UserError
 
 RED = (200, 30, 40)
@@ -251,3 +260,27 @@ def test_formats_that_start_other_programs_are_not_opened(tmp_path: Path) -> Non
 
 def test_logger_is_the_room_s_own() -> None:
     assert images.log is logging.getLogger("hiperlab.data.images")
+
+
+def test_photographs_are_read_when_they_are_looked_at(tmp_path: Path) -> None:
+    """Their pixels are not kept, their content is named without reading them again, and a lost one is one line."""
+    for number in range(3):
+        Image.new("RGB", (40 + number, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    views, names = read_folder(tmp_path, "stop", None)
+    assert len(views) == 3 and names == ["0.png", "1.png", "2.png"]
+    assert [view.size for view in views] == [(40, 30), (41, 30), (42, 30)] and views[1] is not views[1]
+    assert digests(views) == digests(list(views)) and digests(views[1:]) == digests(views)[1:]
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match=r"1\.png could be read when the run began"):
+        views[1]
+
+
+def test_levels_are_the_pixels(tmp_path: Path) -> None:
+    """A quarter of the memory, the same numbers to the last bit."""
+    image = Image.effect_noise((50, 37), 80).convert("RGB")
+    for settings in ({"center_crop": True, "short_side": False}, {"center_crop": False, "short_side": True}):
+        levels = to_levels(image, 32, **settings)
+        assert levels.dtype == torch.uint8
+        expected = (levels.numpy() / 127.5 - 1.0).astype(np.float32)
+        assert np.array_equal(in_range(levels).numpy(), expected)
+        assert np.array_equal(to_pixels(image, 32, flip=False, **settings).numpy(), expected)

@@ -13,7 +13,7 @@ import torch
 from hiperlab.data import module
 from hiperlab.data.batch import Batch
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import to_pixels
+from hiperlab.data.images import to_levels, to_pixels
 from hiperlab.data.module import ConceptData, MicroBatches, view_order
 from hiperlab.data.world import load_named
 from hiperlab.errors import UserError
@@ -152,13 +152,13 @@ def test_pixels_are_worked_out_once_and_only_while_they_fit(one: DataSet, monkey
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
-        return to_pixels(*args, **kwargs)
+        return to_levels(*args, **kwargs)
 
-    monkeypatch.setattr(module, "to_pixels", counted)
+    monkeypatch.setattr(module, "to_levels", counted)
     stream = MicroBatches(one, 0, SIZE, 5, 0, 1)
     before = [stream[m] for m in range(4)]
     assert len(calls) == 5
-    monkeypatch.setattr(module, "CACHE_BYTES", 2 * 3 * SIZE * SIZE * 4)
+    monkeypatch.setattr(module, "CACHE_BYTES", 2 * 3 * SIZE * SIZE)
     small = MicroBatches(one, 0, SIZE, 5, 0, 1)
     assert all(equal(a, small[m]) for m, a in enumerate(before)) and len(small.cache.kept) == 2
     before[0].pixels.zero_()  # a batch is the receiver's own: writing into it must not reach the cache

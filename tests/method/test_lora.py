@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hiperlab.base import artifact
 from hiperlab.base.method import Step
 from hiperlab.errors import UserError
+from hiperlab.formats import lora as files
 from hiperlab.method.lora import LoRA, modules_named, resized
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.offsets import LowRank, Offsets
@@ -278,3 +279,59 @@ def test_targets_are_whole_names(stack) -> None:
     assert len(modules_named(stack.unet, ["attn2.to_k"])) == 16
     with pytest.raises(UserError):
         modules_named(stack.unet, ["o_k"])
+
+
+def strengths(adapter) -> dict[str, torch.Tensor]:
+    return {name: up.flatten(1) @ down.flatten(1) for name, (down, up) in {**adapter.unet, **adapter.text}.items()}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "renamed.safetensors"])
+def test_pefts_settings_beside_any_file_with_its_names(tmp_path, name) -> None:
+    """Alpha per layer by regular expressions that PEFT matches to the end of a name, the first one counts."""
+    pair = {"A": torch.ones(2, 3), "B": torch.ones(4, 2)}
+    modules = ["down_blocks.0.attn.to_q", "down_blocks.0.attn.to_k", "up_blocks.1.attn.to_q"]
+    tensors = {f"base_model.model.{m}.lora_{k}.weight": v.clone() for m in modules for k, v in pair.items()}
+    if name.endswith(".bin"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    patterns = {r"^down_blocks\..*to_q": 8.0, "to_k": 1.0}
+    config = {"r": 2, "lora_alpha": 4, "alpha_pattern": patterns}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = strengths(files.read(tmp_path / name))
+    meant = dict(zip(modules, (8.0, 1.0, 4.0), strict=True))
+    for module, alpha in meant.items():
+        torch.testing.assert_close(found[module], alpha / 2 * (pair["B"] @ pair["A"]))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {"to_out": 3.0}}))
+    with pytest.raises(UserError, match="alpha_pattern names 'to_out', and no layer"):
+        files.read(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
+        files.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj"], ["out_proj", "q_proj"]])
+def test_our_files_with_some_of_the_text_layers_are_read_again(stack, tmp_path, targets) -> None:
+    method = fitted(stack, text_encoder=True, text_targets=targets)
+    for path in method.export(0, tmp_path, steps=1):
+        if path.suffix == ".safetensors" and path.parent == tmp_path:
+            read = files.read(path)
+            assert {name.rsplit(".", 1)[-1] for name in read.text} == set(targets), path.name
+
+
+def test_a_bundled_embedding_and_an_empty_lora_are_said(tmp_path, caplog) -> None:
+    pair = {"unet.a.lora_A.weight": torch.ones(1, 2), "unet.a.lora_B.weight": torch.zeros(2, 1)}
+    save_file(pair, tmp_path / "empty.safetensors")
+    files.read(tmp_path / "empty.safetensors")
+    assert "changes nothing" in caplog.text
+    save_file({**pair, "bundle_emb.mycat.string_to_param.*": torch.ones(1, 4)}, tmp_path / "bundle.safetensors")
+    with pytest.raises(UserError, match="carries the embedding of mycat"):
+        files.read(tmp_path / "bundle.safetensors")
+
+
+def test_names_of_the_original_checkpoint(tmp_path) -> None:
+    key = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{key}.lora_down.weight": torch.ones(1, 32), f"{key}.lora_up.weight": torch.ones(32, 1)}
+    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "ldm.safetensors")
+    (name,) = files.read(tmp_path / "ldm.safetensors").unet
+    assert name == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

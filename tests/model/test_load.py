@@ -106,3 +106,27 @@ def test_twin_is_a_function_of_its_seed() -> None:
     assert all(torch.equal(one[key], two[key]) for key in one)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), after), "building it leaves the global random state alone"
+
+
+def test_the_same_base_with_more_words_is_the_same_base(stack, tmp_path) -> None:
+    """As diffusers' whole pipeline after Textual Inversion saves it; and a tokenizer that names no length."""
+    grown = tiny(seed=0, size=128)
+    grown.tokenizer.add_tokens([f"<new{number}>" for number in range(8)])
+    grown.text.resize_token_embeddings(len(grown.tokenizer))
+    grown.base.check(stack.base, "an artifact")
+    stack.base.check(grown.base, "an artifact")
+
+
+def test_a_tokenizer_that_names_no_length_has_the_text_encoders(folder, tmp_path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "unsaid")
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    assert pretrained("copy", str(copy), size=128).tokenizer.model_max_length == 77
+
+
+def test_a_single_file_is_called_one(tmp_path) -> None:
+    (tmp_path / "v1-5.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="is a single file. Convert it once"):
+        pretrained("sd15", str(tmp_path / "v1-5.safetensors"), size=512)

@@ -61,6 +61,11 @@ MISTAKES = {
     "stages not a list": (["stages=fit"], "expected a list such as stages=[sample,score]"),
     "resume": (["resume=yes"], "resume=yes: expected null, auto or the path"),
     "seed": (["seed=abc"], "seed=abc: expected a whole number"),
+    "lightning's own": (
+        ["+trainer.accumulate_grad_batches=4"],
+        "use fit.batch_size with a smaller fit.micro_batch_size",
+    ),
+    "lightning's steps": (["+trainer.max_steps=4"], "trainer.max_steps is set by hiperlab itself: use fit.steps"),
     "reference": (["behave=${nothing.here}"], "does not resolve"),
     "target": (["method._target_=os.system"], "method._target_=os.system is not allowed"),
     "target from a file": (["experiment=evil"], "method._target_=os.system is not allowed"),

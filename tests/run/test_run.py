@@ -271,3 +271,14 @@ def test_a_method_that_cannot_stack_goes_one_by_one(tmp_path, monkeypatch) -> No
         load_file(tmp_path / each / "artifacts" / "bunny.safetensors")["vectors"] for each in ("run", "stacked")
     )
     torch.testing.assert_close(alone, stacked, **CLOSE)
+
+
+def test_a_learnt_word_in_the_negative_text_is_refused(tmp_path, capsys) -> None:
+    assert main([*SMALL, "sample.negative='ugly <cats>'", f"run_dir='{tmp_path / 'run'}'"]) == 2
+    assert "names the placeholder <cats>" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_weights_of_the_web_uis_are_said_to_be_letters(tmp_path, caplog) -> None:
+    words = ["data.prompts=['a {} in (deep:1.4) snow']", "stages=[fit]", f"run_dir='{tmp_path / 'run'}'"]
+    assert main([*SMALL, *words]) == 0
+    assert "are read as letters: a {} in (deep:1.4) snow" in (tmp_path / "run" / "run.log").read_text()
