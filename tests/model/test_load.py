@@ -128,5 +128,5 @@ def test_a_tokenizer_that_names_no_length_has_the_text_encoders(folder, tmp_path
 
 def test_a_single_file_is_called_one(tmp_path) -> None:
     (tmp_path / "v1-5.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="is a single file. Convert it once"):
+    with pytest.raises(UserError, match=r"is a single file\. Convert it once"):
         pretrained("sd15", str(tmp_path / "v1-5.safetensors"), size=512)
