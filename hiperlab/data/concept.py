@@ -20,6 +20,11 @@ def fill(text: str, word: str) -> str:
     return text.replace(SLOT, word)
 
 
+def slotted(text: str, word: str) -> str:
+    """The text with the first whole-word occurrence of `word` as the slot; unchanged where the word is not in it."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", SLOT, text, count=1)
+
+
 @dataclass(frozen=True)
 class EditSettings:
     """How a data set's authors drew an edit by its attention maps; methods of that kind may follow it, none must.
@@ -76,6 +81,7 @@ class Concept:
         templates: training prompts, each with "{}".
         prompts: evaluation prompts, each with "{}".
         note: what a reader of the results must know about the pictures, e.g. "drawn placeholder, not a photograph".
+        captions: a training prompt of its own for each view, with "{}"; "" for a view without, empty for none at all.
         edit: for an edit: the texts as they stand; its prompts may lack the slot where a target names another noun.
 
     Raises:
@@ -91,6 +97,7 @@ class Concept:
     prompts: tuple[str, ...]
     note: str = ""
     edit: Edit | None = None
+    captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

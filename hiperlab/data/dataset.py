@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,11 +12,14 @@ from typing import TypedDict, Unpack
 
 from PIL import Image
 
+from hiperlab.data.captions import CAPTIONS, captions_beside
 from hiperlab.data.concept import Concept
+from hiperlab.data.images import Photographs
 from hiperlab.data.prompts import load_prompts, with_class
 from hiperlab.data.templates import templates
 from hiperlab.errors import UserError, near
 
+log = logging.getLogger(__name__)
 CLASS_NOUN = ("none", "prompts", "all")
 
 
@@ -58,6 +62,7 @@ class ConceptSettings(TypedDict):
         prompts: evaluation prompts, see `load_prompts`, or None for the loader's own choice.
         class_noun: where the class noun follows the placeholder ("a {} cat"): "none"; "prompts" = evaluation prompts,
             as DreamBooth's list is printed; "all" = training templates too.
+        captions: "auto" takes captions that lie beside the pictures as training prompts, "off" the templates.
         max_views: at most so many pictures per concept, or None.
         center_crop: see `DataSet`.
         flip: see `DataSet`.
@@ -68,6 +73,7 @@ class ConceptSettings(TypedDict):
     property: str
     prompts: str | Sequence[str] | None
     class_noun: str
+    captions: str
     max_views: int | None
     center_crop: bool
     flip: float
@@ -101,6 +107,10 @@ def data_set(concepts: Sequence[Found], **settings: Unpack[ConceptSettings]) -> 
     noun, names = settings["class_noun"], [each.name for each in concepts]
     if noun not in CLASS_NOUN:
         raise UserError(f"data.class_noun={noun!r} is unknown.{near(str(noun), CLASS_NOUN)}")
+    if settings["captions"] not in CAPTIONS:
+        raise UserError(
+            f"data.captions={settings['captions']!r} is unknown.{near(str(settings['captions']), CAPTIONS)}"
+        )
     words = per_concept(settings["word"], names, "word")
     placeholders = per_concept(settings["placeholder"], names, "placeholder")
     made = []
@@ -119,9 +129,21 @@ def data_set(concepts: Sequence[Found], **settings: Unpack[ConceptSettings]) -> 
                 with_class(train, word) if noun == "all" else train,
                 test if noun == "none" else with_class(test, word),
                 each.note,
+                captions=_captions(each.name, views, word) if settings["captions"] == "auto" else (),
             )
         )
     return DataSet(tuple(made), settings["center_crop"], settings["flip"])
+
+
+def _captions(name: str, views: Sequence[Image.Image], word: str) -> tuple[str, ...]:
+    """Captions beside the photographs, said in one line; drawn pictures have none."""
+    found = captions_beside(views.paths, word) if isinstance(views, Photographs) else ()
+    if count := sum(map(bool, found)):
+        log.info(
+            "%s: the captions of %d of %d pictures are training prompts (data.captions=off: templates), e.g. %s",
+            name, count, len(found), next(filter(None, found)),
+        )  # fmt: skip
+    return found if count else ()
 
 
 def per_concept(value: str | Sequence[str] | None, names: Sequence[str], key: str) -> list[str | None]:

@@ -6,21 +6,15 @@ exact text back. So edit methods read plain texts, and concept methods run on th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
 from PIL import Image
 
-from hiperlab.data.concept import SLOT, Concept, Edit, fill
+from hiperlab.data.concept import SLOT, Concept, Edit, fill, slotted
 from hiperlab.data.dataset import DataSet, default_placeholder, per_concept
 from hiperlab.errors import UserError
-
-
-def slotted(text: str, word: str) -> str:
-    """The text with the first whole-word occurrence of `word` as the slot; unchanged where the word is not in it."""
-    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", SLOT, text, count=1)
 
 
 def described(word: str) -> str:
@@ -102,6 +96,7 @@ def _as_edit(concept: Concept) -> Concept:
         templates=(slotted(edit.source, concept.word),),
         prompts=prompts,
         edit=edit,
+        captions=(),
     )
 
 

@@ -36,7 +36,6 @@ _SUFFIXES = (
 )
 SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MASK = "-masklabel"  # end of a mask's name in OneTrainer's layout
-TABLES = ("metadata.jsonl", "metadata.csv")  # captions in the layout of Hugging Face's image folders
 OnBad = Literal["stop", "skip"]
 
 
@@ -144,18 +143,10 @@ def _is_mask(path: Path) -> bool:
 
 def _name_side_files(folder: Path) -> None:
     """Say in one line what other trainers keep beside photographs and what is not used here."""
-    there = [path for path in folder.iterdir() if path.is_file()]
-    masks = sum(map(_is_mask, there))
-    captions = sum(path.suffix.lower() == ".txt" and _has_picture(path) for path in there)
-    tables = [path.name for path in there if path.name in TABLES]
-    said = [f"{masks} masks (<name>{MASK}.png)"] if masks else []
-    said += [f"{captions} captions (<name>.txt)"] if captions else []
-    if said or tables:
-        log.warning("%s lie beside the pictures of %s and are not used.", ", ".join([*said, *tables]), folder)
-
-
-def _has_picture(text: Path) -> bool:
-    return any(text.with_suffix(suffix).is_file() for suffix in SUFFIXES)
+    masks = sum(_is_mask(path) for path in folder.iterdir() if path.is_file())
+    said = f"{masks} masks (<name>{MASK}.png)" if masks else ""
+    if said:
+        log.warning("%s lie beside the pictures of %s and are not used.", said, folder)
 
 
 def read_image(path: Path, notices: bool = True) -> Image.Image:

@@ -93,7 +93,7 @@ class MicroBatches(Dataset[Batch]):
         for index, concept in enumerate(self.dataset.concepts):
             chosen = view_order(self.seed, samples, len(concept.views))
             views += chosen
-            prompts += training_prompts(self.seed, samples, concept)
+            prompts += training_prompts(self.seed, samples, concept, chosen)
             pixels += [self.cache(index, view, flip) for view, flip in zip(chosen, flips.tolist(), strict=True)]
         count = len(self.dataset.concepts)
         return Batch(
@@ -112,10 +112,14 @@ def view_order(seed: int, samples: Sequence[int], num_views: int) -> list[int]:
     return [int(orders[k // num_views][k % num_views]) for k in samples]
 
 
-def training_prompts(seed: int, samples: Sequence[int], concept: Concept) -> list[str]:
-    """A template drawn uniformly per sample, the placeholder filled in."""
+def training_prompts(seed: int, samples: Sequence[int], concept: Concept, views: Sequence[int]) -> list[str]:
+    """The caption of the view that a sample shows, else a template drawn uniformly; the placeholder filled in."""
     picks = integers(seed, "template", samples, len(concept.templates))
-    return [fill(concept.templates[i], concept.placeholder) for i in picks.tolist()]
+    captions = concept.captions or ("",) * len(concept.views)
+    return [
+        fill(captions[view] or concept.templates[i], concept.placeholder)
+        for i, view in zip(picks.tolist(), views, strict=True)
+    ]
 
 
 class _PixelCache:

@@ -17,6 +17,7 @@ from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.capability import Exportable, ReadsPicture
 from hiperlab.base.method import Method, Subject
+from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
@@ -131,6 +132,10 @@ def _train(
         subset = first_pictures(subset) if method.one_picture else subset
         for number, concept in enumerate(concepts):
             method.set_reference(number, first_pixels(subset, concept, cfg.model.size))
+    if isinstance(method, RareTokenMethod) and method.template is not None and any(each.captions for each in concepts):
+        log.warning(
+            "method.template=%r is trained instead of the captions; method.template=null takes them.", method.template
+        )
     data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
     start_from = starting_point(folder, resume, cfg.fit.steps)
     remember(session, fresh=start_from is None)
@@ -166,7 +171,10 @@ def _train(
 
 def first_pictures(data: DataSet) -> DataSet:
     """Every concept with its first picture alone, which is not mirrored: what a method of one picture trains on."""
-    concepts = tuple(replace(each, views=each.views[:1], sources=each.sources[:1]) for each in data.concepts)
+    concepts = tuple(
+        replace(each, views=each.views[:1], sources=each.sources[:1], captions=each.captions[:1])
+        for each in data.concepts
+    )
     return replace(data, concepts=concepts, flip=0.0)
 
 

@@ -24,7 +24,7 @@ SIZE = 16
 def cats(*names: str, flip: float = 0.5) -> DataSet:
     return load_named(
         list(names), 64, placeholder=None, word=None, property="object", prompts=None, class_noun="none",
-        max_views=None, center_crop=False, flip=flip,
+        captions="auto", max_views=None, center_crop=False, flip=flip,
     )  # fmt: skip
 
 

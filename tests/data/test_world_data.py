@@ -18,6 +18,7 @@ SETTINGS = {
     "property": "world",
     "prompts": None,
     "class_noun": "none",
+    "captions": "auto",
     "max_views": None,
     "resolution": 64,
     "center_crop": False,
