@@ -22,7 +22,7 @@ from hiperlab.errors import UserError, near
 from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.picture import as_pictures, open_picture
-from hiperlab.metric.rows import SET
+from hiperlab.metric.rows import SET, SETS_APART
 
 SCALES = ("cosine", "percent", "clipscore")
 PAIRINGS = ("mean", "max")
@@ -67,7 +67,7 @@ class Found(NamedTuple):
         kind: as in `ScoreRow`.
         value: NaN where nothing was found.
         concept: whose pictures it is about.
-        record: the picture's, or None where it is about several.
+        record: the picture's; of a set, the further columns that its pictures share, and their number; else None.
     """
 
     kind: str
@@ -181,7 +181,9 @@ class SetScore(Score):
 
     @abstractmethod
     def measure(self, images: Tensor, references: Tensor, prompts: Sequence[str]) -> float:
-        """The number of one concept; NaN where there are too few pictures.
+        """The number of one set; NaN where there are too few pictures.
+
+        Pictures in which the encoder finds nothing (no face, say) are left out of both sides.
 
         Args:
             images: (B, D) unit embeddings of the drawn pictures.
@@ -190,8 +192,18 @@ class SetScore(Score):
         """
 
     def find(self, judged: Judged) -> Iterator[Found]:
-        """One number per concept."""
+        """One number per concept, variant and role: pictures of another kind are another distribution."""
+        usable = ~judged.images.isnan().any(-1)
         for concept, references in judged.references.items():
-            numbers = judged.of(concept)
-            prompts = [str(judged.records[number]["prompt"]) for number in numbers]
-            yield Found(SET, self.measure(judged.images[numbers], references, prompts), concept)
+            sets: dict[tuple[Any, ...], list[int]] = {}
+            for number in judged.of(concept):
+                sets.setdefault(tuple(judged.records[number].get(name) for name in SETS_APART), []).append(number)
+            real = references[~references.isnan().any(-1)]
+            for members in sets.values():
+                shared = {
+                    name: judged.records[members[0]][name] for name in SETS_APART if name in judged.records[members[0]]
+                }
+                numbers = [number for number in members if usable[number]]
+                prompts = [str(judged.records[number]["prompt"]) for number in numbers]
+                value = self.measure(judged.images[numbers], real, prompts)
+                yield Found(SET, value, concept, {**shared, "num_pictures": len(numbers)})

@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict
 Row = dict[str, Any]
 
 PICTURE, CEILING, COPY, COPY_CEILING, SET = "picture", "ceiling", "copy", "copy_ceiling", "set"  # kinds of score rows
+SETS_APART = ("variant", "role")  # further columns: pictures that differ in one belong to different sets
 CONCEPT, ALL = "concept", "all"  # kinds of table rows
 
 
@@ -45,7 +46,7 @@ class ScoreRow(TypedDict):
         kind: "picture": a drawn picture's score. "ceiling": real pictures of the concept against each other, each left
             out of its own references. "copy": similarity of a drawn picture to its nearest reference; above
             "copy_ceiling", the same of real pictures, it is nearer to one photograph than photographs are. "set": of
-            all the concept's drawn pictures together.
+            all the concept's drawn pictures of one variant and role together.
         concept, prompt, seed: of the picture; a row of several has an empty prompt and no seed.
         picture: its path; empty in a row of several.
         metric: the score's name.
@@ -54,6 +55,7 @@ class ScoreRow(TypedDict):
         weights: content of the judge's weights.
         lower_is_better: whether less is better.
         of_source: whether it is a score of reconstructions, not of edits.
+        num_pictures: of a set: its pictures in which the judge found something.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class ScoreRow(TypedDict):
     weights: str
     lower_is_better: bool
     of_source: NotRequired[bool]
+    num_pictures: NotRequired[int]
 
 
 class TableRow(TypedDict):

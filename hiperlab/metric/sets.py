@@ -38,7 +38,8 @@ def kernel_distance(images: Tensor, references: Tensor) -> float:
         references: (R, D).
 
     Returns:
-        The distance, which may be a little below 0; NaN with fewer than two rows on a side.
+        The distance, which may be a little below 0, and of order 1 / D on unit rows; NaN with fewer than two rows on a
+        side.
     """
     if min(len(images), len(references)) < 2:
         return float("nan")
@@ -75,7 +76,7 @@ def frechet_distance(images: Tensor, references: Tensor) -> float:
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:
     """Mean of 1 - cosine over all pairs of pictures of one prompt, then over prompts.
 
-    As DIV of DreamBooth (Ruiz et al. 2022, section 4.1), which has LPIPS in the place of 1 - cosine.
+    As DIV of DreamBooth (Ruiz et al. 2023, section 4.3), which has LPIPS in the place of 1 - cosine.
 
     Args:
         images: (B, D) unit rows.

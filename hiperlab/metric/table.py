@@ -95,19 +95,20 @@ def interval(concepts: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) 
 def _summary(concepts: Sequence[Sequence[Mapping[str, Any]]]) -> Row:
     """Mean, interval and counts of the rows of one or several concepts."""
     values: list[list[list[float]]] = []
-    missed = 0
+    count = missed = 0
     for rows in concepts:
         prompts: dict[str, list[float]] = {}
         for row in rows:
             if row["value"] is None:
-                missed += 1
+                missed += row.get("num_pictures", 1)
             else:
+                count += row.get("num_pictures", 1)
                 prompts.setdefault(row["prompt"], []).append(row["value"])
         values.append(list(prompts.values()))
     flat = [value for concept in values for prompt in concept for value in prompt]
     low, high = interval(values) or (None, None)
     mean = float(np.mean(flat)) if flat else None
-    return {"mean": mean, "low": low, "high": high, "n": len(flat), "missed": missed}
+    return {"mean": mean, "low": low, "high": high, "n": count, "missed": missed}
 
 
 def _refuse_mixtures(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from hiperlab.metric.rows import SET
 from hiperlab.metric.score import score
 from hiperlab.metric.sets import DiversityScore, FrechetScore, KernelScore, diversity, frechet_distance, kernel_distance
 from hiperlab.metric.table import aggregate
-from tests.metric.conftest import load_protocol
+from tests.metric.conftest import ColourEncoder, load_protocol, plain
 
 
 def rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -61,7 +61,44 @@ def test_they_are_scored_and_tabled(samples, tmp_path) -> None:
     for row in found:
         line = table[row["metric"], row["concept"]]
         assert line["mean"] == row["value"] and line["low"] is None
+        assert row["num_pictures"] == 4 and 4 in (line["n"], line["missed"])
         assert line["lower_is_better"] == (row["metric"] != "diversity")
+
+
+def test_sets_of_variants_and_roles_are_kept_apart(tmp_path) -> None:
+    """Each variant repeats one picture. Reconstructions are no edits; pictures without an embedding do not count."""
+    records = []
+    for variant, role, colour in (
+        ("a", "target", (255, 0, 0)),
+        ("b", "target", (0, 255, 0)),
+        ("b", "source", (9, 9, 9)),
+    ):
+        for seed in range(3):
+            path = f"{variant}{role}{seed}.png"
+            plain((0, 0, 0) if (variant, seed) == ("a", 0) else colour).save(tmp_path / path)
+            records.append(
+                {"concept": "x", "prompt": "p", "text": "p", "path": path, "variant": variant, "role": role}
+            )  # fmt: skip
+    protocol = Protocol("t", False, load_protocol("twin").encoders, {"diversity": DiversityScore("clip")})
+    loaded = {protocol.encoders["clip"]: ColourEncoder()}
+    found = score(records, {"x": [plain((255, 0, 0))]}, protocol, root=tmp_path, loaded=loaded).rows
+    assert [(row["variant"], row["role"], row["num_pictures"]) for row in found] == [
+        ("a", "target", 2), ("b", "target", 3), ("b", "source", 3),
+    ]  # fmt: skip
+    assert [row["value"] for row in found] == pytest.approx([0, 0, 0], abs=1e-6)
+    table = {line["variant"]: line["n"] for line in aggregate(found, by=("variant",)) if line["kind"] == "all"}
+    assert table == {"a": 2, "b": 3}, "reconstructions are no edits"
+
+
+def test_frechet_distance_is_the_formula() -> None:
+    """The trace of (C C')^(1/2) by the eigenvalues of C^(1/2) C' C^(1/2), in five dimensions."""
+    x, y = rows(40, 5, 0), rows(30, 5, 1) * 1.5 + 0.3
+    a, b = torch.cov(x.T), torch.cov(y.T)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b @ root).sqrt().sum()
+    wanted = (x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross
+    assert frechet_distance(x, y) == pytest.approx(float(wanted), rel=1e-8)
 
 
 def test_a_new_score_is_one_class(samples, tmp_path) -> None:
