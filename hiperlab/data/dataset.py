@@ -80,7 +80,7 @@ class ConceptSettings(TypedDict):
 
 
 @dataclass(frozen=True)
-class Found:
+class ConceptSource:
     """A concept as its loader found it.
 
     Attributes:
@@ -98,7 +98,7 @@ class Found:
     note: str = ""
 
 
-def data_set(concepts: Sequence[Found], **settings: Unpack[ConceptSettings]) -> DataSet:
+def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettings]) -> DataSet:
     """The concepts with their pictures, texts and words.
 
     Raises:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from hiperlab.data.dataset import ConceptSettings, DataSet, Found, data_set, folder_of, names_of
+from hiperlab.data.dataset import ConceptSettings, ConceptSource, DataSet, data_set, folder_of, names_of
 from hiperlab.data.images import OnBad, read_folder
 from hiperlab.errors import UserError, near
 
@@ -44,7 +44,7 @@ def load(
         if not (root / name).is_dir():
             raise UserError(f"{root} lists subject {name} but has no folder of that name: complete the download.")
     found = [
-        Found(
+        ConceptSource(
             name,
             classes[name],
             partial(read_folder, root / name, on_bad_image),

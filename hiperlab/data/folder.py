@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from hiperlab.data.dataset import ConceptSettings, DataSet, Found, data_set, file_name, folder_of, names_of
+from hiperlab.data.dataset import ConceptSettings, ConceptSource, DataSet, data_set, file_name, folder_of, names_of
 from hiperlab.data.images import OnBad, picture_files, read_folder
 from hiperlab.errors import UserError, near
 
@@ -43,7 +43,9 @@ def load(
     elif not picture_files(folder):
         raise UserError(_nothing_here(folder))
     pairs = zip(folders, names, strict=True)
-    return data_set([Found(n, "", partial(read_folder, f, on_bad_image), PROMPTS) for f, n in pairs], **settings)
+    return data_set(
+        [ConceptSource(n, "", partial(read_folder, f, on_bad_image), PROMPTS) for f, n in pairs], **settings
+    )
 
 
 def _sub_folders(folder: Path) -> dict[str, Path]:

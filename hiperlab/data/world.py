@@ -11,7 +11,7 @@ from typing import Unpack
 from PIL import Image
 
 from hiperlab.data.concept import SLOT, Concept
-from hiperlab.data.dataset import ConceptSettings, DataSet, Found, data_set, names_of
+from hiperlab.data.dataset import ConceptSettings, ConceptSource, DataSet, data_set, names_of
 from hiperlab.errors import UserError
 from hiperlab.world.caption import article
 from hiperlab.world.identity import Identity, identity
@@ -108,7 +108,7 @@ def load_domain(
             sources += [f"{kind} {seed}, view {number}" for number in range(views_each)]
         return views[:most], sources[:most]
 
-    return _drawn([Found(name or f"{kind}-domain", kind, read, PROMPTS, NOTE)], resolution, settings)
+    return _drawn([ConceptSource(name or f"{kind}-domain", kind, read, PROMPTS, NOTE)], resolution, settings)
 
 
 def _subjects(found: Mapping[str, tuple[Identity, int]], resolution: int, settings: ConceptSettings) -> DataSet:
@@ -120,11 +120,11 @@ def _subjects(found: Mapping[str, tuple[Identity, int]], resolution: int, settin
         views = views_of(*found[name], resolution, most or 5)
         return views, [f"{name}, view {number}" for number in range(len(views))]
 
-    concepts = [Found(name, who.kind, partial(read, name), PROMPTS, NOTE) for name, (who, _) in found.items()]
+    concepts = [ConceptSource(name, who.kind, partial(read, name), PROMPTS, NOTE) for name, (who, _) in found.items()]
     return _drawn(concepts, resolution, settings)
 
 
-def _drawn(concepts: Sequence[Found], resolution: int, settings: ConceptSettings) -> DataSet:
+def _drawn(concepts: Sequence[ConceptSource], resolution: int, settings: ConceptSettings) -> DataSet:
     """Concepts of drawn pictures, with the world's templates and prompts where they are asked for."""
     if resolution < SMALLEST:
         raise UserError(f"data.resolution={resolution} is too small: use {SMALLEST} pixels or more.")

@@ -60,7 +60,7 @@ def clean(prompt: str, text: str, placeholder: str | Sequence[str], word: str | 
     return re.sub(r"\s+", " ", template.replace("{}", "")).strip()
 
 
-class Found(NamedTuple):
+class Measurement(NamedTuple):
     """One number that a score found.
 
     Attributes:
@@ -76,7 +76,7 @@ class Found(NamedTuple):
     record: Mapping[str, Any] | None = None
 
 
-class Judged:
+class EmbeddedPictures:
     """A set of pictures before one encoder: everything is opened and embedded once, when it is first asked for.
 
     Args:
@@ -171,7 +171,7 @@ class Score(ABC):
                 raise UserError(f"{key}.{name}={value} is unknown.{near(str(value), known)}")
 
     @abstractmethod
-    def find(self, judged: Judged) -> Iterator[Found]:
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """Every number of this score about a set of pictures."""
 
 
@@ -191,19 +191,21 @@ class SetScore(Score):
             prompts: of the drawn pictures, B.
         """
 
-    def find(self, judged: Judged) -> Iterator[Found]:
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """One number per concept, variant and role: pictures of another kind are another distribution."""
-        usable = ~judged.images.isnan().any(-1)
-        for concept, references in judged.references.items():
+        usable = ~pictures.images.isnan().any(-1)
+        for concept, references in pictures.references.items():
             sets: dict[tuple[Any, ...], list[int]] = {}
-            for number in judged.of(concept):
-                sets.setdefault(tuple(judged.records[number].get(name) for name in SETS_APART), []).append(number)
+            for number in pictures.of(concept):
+                sets.setdefault(tuple(pictures.records[number].get(name) for name in SETS_APART), []).append(number)
             real = references[~references.isnan().any(-1)]
             for members in sets.values():
                 shared = {
-                    name: judged.records[members[0]][name] for name in SETS_APART if name in judged.records[members[0]]
+                    name: pictures.records[members[0]][name]
+                    for name in SETS_APART
+                    if name in pictures.records[members[0]]
                 }
                 numbers = [number for number in members if usable[number]]
-                prompts = [str(judged.records[number]["prompt"]) for number in numbers]
-                value = self.measure(judged.images[numbers], real, prompts)
-                yield Found(SET, value, concept, {**shared, "num_pictures": len(numbers)})
+                prompts = [str(pictures.records[number]["prompt"]) for number in numbers]
+                value = self.measure(pictures.images[numbers], real, prompts)
+                yield Measurement(SET, value, concept, {**shared, "num_pictures": len(numbers)})

@@ -45,7 +45,7 @@ class EncoderConfig(ABC):
         """Everything that may move a number, as plain values, for the hash."""
         values = dataclasses.asdict(self)
         values.pop("path", None)
-        return {"kind": type(self).__name__, **values}
+        return {"kind": type(self).__dict__.get("hashed_as") or type(self).__name__, **values}
 
 
 @dataclass(frozen=True)

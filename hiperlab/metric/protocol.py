@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hiperlab.errors import UserError, near
-from hiperlab.metric.contract import CLEANINGS, MISSING, PAIRINGS, SCALES, Found, Judged, Score, cleaned
+from hiperlab.metric.contract import CLEANINGS, MISSING, PAIRINGS, SCALES, EmbeddedPictures, Measurement, Score, cleaned
 from hiperlab.metric.encoder import EncoderConfig
 from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.rows import CEILING, COPY, COPY_CEILING, PICTURE
@@ -46,12 +46,12 @@ class TextScore(Score):
         """The torchmetrics metric with these settings."""
         return ClipText(encoder, scale=self.scale)
 
-    def find(self, judged: Judged) -> Iterator[Found]:
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """One number per picture."""
-        texts = [cleaned(record, self.cleaning) for record in judged.records]
-        values = self.build(judged.encoder).measure(judged.images, judged.texts(texts))
-        for record, value in zip(judged.records, values.tolist(), strict=True):
-            yield Found(PICTURE, value, record["concept"], record)
+        texts = [cleaned(record, self.cleaning) for record in pictures.records]
+        values = self.build(pictures.encoder).measure(pictures.images, pictures.texts(texts))
+        for record, value in zip(pictures.records, values.tolist(), strict=True):
+            yield Measurement(PICTURE, value, record["concept"], record)
 
 
 @dataclass(frozen=True)
@@ -73,30 +73,30 @@ class ImageScore(Score):
         """The torchmetrics metric with these settings."""
         return ClipImage(encoder, scale=self.scale, pairing=self.pairing)
 
-    def find(self, judged: Judged) -> Iterator[Found]:
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """A number per picture and one of the concept's real pictures; then the same of the copy detector."""
-        metric = self.build(judged.encoder)
-        copies: list[Found] = []
-        for concept, references in judged.references.items():
-            numbers = judged.of(concept)
-            images = judged.images[numbers]
-            yield from _of_concept(judged, numbers, PICTURE, metric.measure(images, references))
+        metric = self.build(pictures.encoder)
+        copies: list[Measurement] = []
+        for concept, references in pictures.references.items():
+            numbers = pictures.of(concept)
+            images = pictures.images[numbers]
+            yield from _of_concept(pictures, numbers, PICTURE, metric.measure(images, references))
             yield from _ceiling(concept, CEILING, metric.ceiling(references))
-            copies += _of_concept(judged, numbers, COPY, metric.copies(images, references))
+            copies += _of_concept(pictures, numbers, COPY, metric.copies(images, references))
             copies += _ceiling(concept, COPY_CEILING, metric.ceiling(references, "max"))
         yield from copies
 
 
-def _of_concept(judged: Judged, numbers: Sequence[int], kind: str, values: Tensor) -> Iterator[Found]:
+def _of_concept(pictures: EmbeddedPictures, numbers: Sequence[int], kind: str, values: Tensor) -> Iterator[Measurement]:
     for number, value in zip(numbers, values.tolist(), strict=True):
-        record = judged.records[number]
-        yield Found(kind, value, record["concept"], record)
+        record = pictures.records[number]
+        yield Measurement(kind, value, record["concept"], record)
 
 
-def _ceiling(concept: str, kind: str, values: Tensor) -> Iterator[Found]:
+def _ceiling(concept: str, kind: str, values: Tensor) -> Iterator[Measurement]:
     """The mean over real pictures; a concept with a single one has none."""
     if len(values):
-        yield Found(kind, values.double().mean().item(), concept)
+        yield Measurement(kind, values.double().mean().item(), concept)
 
 
 @dataclass(frozen=True)

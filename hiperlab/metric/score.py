@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hiperlab.errors import UserError, near
-from hiperlab.metric.contract import Found, Judged
+from hiperlab.metric.contract import EmbeddedPictures, Measurement
 from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.encoder import EncoderConfig
 from hiperlab.metric.extractor import Encoder
@@ -76,9 +76,11 @@ def score(
         except UserError as error:  # absent weights or an unusable file: the other scores go on
             messages.append(protocol.missing(key, error))
             continue
-        judged = Judged(encoder, pictures, references, edits or {}, Path(root), batch_size)
+        embedded = EmbeddedPictures(encoder, pictures, references, edits or {}, Path(root), batch_size)
         for name in names:
-            rows[name] = [_row(found, name, protocol, encoder.weights) for found in protocol.members[name].find(judged)]
+            rows[name] = [
+                _row(found, name, protocol, encoder.weights) for found in protocol.members[name].measurements(embedded)
+            ]
     if any(member.has_ceiling for member in protocol.members.values()):
         lone = sorted({p["concept"] for p in pictures if len(references[p["concept"]]) < 2} - (edits or {}).keys())
         messages += [f"{concept} has one reference picture: no real-against-real ceiling." for concept in lone]
@@ -100,7 +102,7 @@ def _load(
     return loaded[config].to(device)
 
 
-def _row(found: Found, name: str, protocol: Protocol, weights: str) -> Row:
+def _row(found: Measurement, name: str, protocol: Protocol, weights: str) -> Row:
     """A `ScoreRow` with the picture's further columns; NaN becomes None, which JSON can hold."""
     record, member = found.record or {}, protocol.members[name]
     row: ScoreRow = {

@@ -20,7 +20,7 @@ from hiperlab.metric import weights
 from hiperlab.metric.encoder import FolderClip, HubClip, HubVision
 from hiperlab.metric.extractor import content
 from hiperlab.metric.preprocess import Preprocess, make_transform
-from hiperlab.metric.twin import TwinClip
+from hiperlab.metric.random_weights import RandomClip
 from hiperlab.metric.weights import MissingWeightsError, hub_file
 from tests.metric.conftest import load_protocol, noise
 
@@ -202,4 +202,4 @@ def test_wrong_names_and_files_are_named(tmp_path: Path) -> None:
 
 def test_the_twins_tokenizer_needs_no_connection(no_hub: None) -> None:
     pre = Preprocess(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    assert TwinClip(seed=0, width=32, preprocess=pre).load("k").texts(["a cat"]).shape == (1, 32)
+    assert RandomClip(seed=0, width=32, preprocess=pre).load("k").texts(["a cat"]).shape == (1, 32)

@@ -9,7 +9,7 @@ import torch
 from torchmetrics.image.kid import poly_mmd
 
 from hiperlab.errors import UserError
-from hiperlab.metric.contract import Found, Judged, Score
+from hiperlab.metric.contract import EmbeddedPictures, Measurement, Score
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.rows import SET
 from hiperlab.metric.score import score
@@ -110,11 +110,11 @@ def test_a_new_score_is_one_class(samples, tmp_path) -> None:
         mode: str
         choices = {"mode": ("mean", "most")}  # noqa: RUF012
 
-        def find(self, judged: Judged):
-            for record, picture in zip(judged.records, judged.opened(judged.records), strict=True):
+        def measurements(self, pictures: EmbeddedPictures):
+            for record, picture in zip(pictures.records, pictures.opened(pictures.records), strict=True):
                 pixels = list(picture.convert("L").getdata())
                 value = max(pixels) if self.mode == "most" else sum(pixels) / len(pixels)
-                yield Found("picture", value / 255, record["concept"], record)
+                yield Measurement("picture", value / 255, record["concept"], record)
 
     records, references = samples
     encoders = load_protocol("twin").encoders

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hiperlab.errors import UserError
 from hiperlab.metric.compare import text_similarity
-from hiperlab.metric.contract import SCALES, Found, Judged, Score, cleaned
+from hiperlab.metric.contract import SCALES, EmbeddedPictures, Measurement, Score, cleaned
 from hiperlab.metric.edit.distance import EditReference, direction, mse, psnr, ssim, structure_distance, truth_distance
 from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.rows import PICTURE
@@ -39,19 +39,19 @@ class EditScore(Score):
     ) -> Tensor:
         """Scores (B,) of B pictures of one source, each drawn for its own plain text."""
 
-    def find(self, judged: Judged) -> Iterator[Found]:
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """One number per picture of an edit; scores of the source are of pictures drawn for its text only."""
-        for concept, reference in judged.edits.items():
-            records = [judged.records[number] for number in judged.of(concept)]
+        for concept, reference in pictures.edits.items():
+            records = [pictures.records[number] for number in pictures.of(concept)]
             texts = [cleaned(record, "noun") for record in records]
             if self.of_source:
                 own = " ".join(reference.source_text.split())  # as `clean` spaces it
                 records = [record for record, text in zip(records, texts, strict=True) if text == own]
                 texts = [own] * len(records)
             if records:
-                values = self.measure(judged.encoder, judged.opened(records), texts, reference)
+                values = self.measure(pictures.encoder, pictures.opened(records), texts, reference)
                 for record, value in zip(records, values.tolist(), strict=True):
-                    yield Found(PICTURE, value, concept, record)
+                    yield Measurement(PICTURE, value, concept, record)
 
 
 @dataclass(frozen=True)

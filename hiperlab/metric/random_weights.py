@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -15,8 +16,10 @@ from hiperlab.metric.preprocess import Preprocess, make_transform
 
 
 @dataclass(frozen=True)
-class TwinClip(EncoderConfig):
+class RandomClip(EncoderConfig):
     """A tiny CLIP with random weights from a seed: no files, no meaning, real plumbing."""
+
+    hashed_as: ClassVar[str] = "TwinClip"  # its name when protocols were first hashed
 
     seed: int
     width: int
@@ -39,8 +42,10 @@ class TwinClip(EncoderConfig):
 
 
 @dataclass(frozen=True)
-class TwinVision(EncoderConfig):
+class RandomVision(EncoderConfig):
     """A tiny vision transformer with random weights from a seed, in DINO's place."""
+
+    hashed_as: ClassVar[str] = "TwinVision"  # its name when protocols were first hashed
 
     seed: int
     width: int
@@ -61,8 +66,10 @@ class TwinVision(EncoderConfig):
 
 
 @dataclass(frozen=True)
-class TwinKeys(TwinVision):
+class RandomKeys(RandomVision):
     """The same transformer's keys, for the structure distance."""
+
+    hashed_as: ClassVar[str] = "TwinKeys"  # its name when protocols were first hashed
 
     def load(self, key: str) -> Encoder:
         """Build it."""
@@ -72,8 +79,10 @@ class TwinKeys(TwinVision):
 
 
 @dataclass(frozen=True)
-class TwinLpips(EncoderConfig):
+class RandomLpips(EncoderConfig):
     """LPIPS over AlexNet with random weights from a seed; only its learnt heads are real."""
+
+    hashed_as: ClassVar[str] = "TwinLpips"  # its name when protocols were first hashed
 
     seed: int
 
