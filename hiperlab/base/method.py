@@ -104,6 +104,7 @@ class Method(pl.LightningModule, ABC):
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
     sampling_settings: ClassVar[tuple[str, ...]] = ()  # only drawing reads them: a resumed training may change them
     training_settings: ClassVar[tuple[str, ...]] = ("optimizer",)  # drawing does not read them: no picture is redrawn
+    variant_settings: ClassVar[tuple[str, ...]] = ()  # every variant names their value: others' pictures stay
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(

@@ -79,6 +79,7 @@ class NeTI(Method, Composable, Exportable):
 
     time_dependent = True
     sampling_settings = ("truncation",)
+    variant_settings = ("truncation",)
     target_norm: Tensor
 
     def __init__(

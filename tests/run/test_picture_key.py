@@ -39,7 +39,8 @@ def test_every_setting_of_every_method_counts(name) -> None:
 
     first = key(settings)
     for path, changed in changes(settings):
-        assert (key(changed) == first) == (path.split(".")[0] in method.training_settings), path
+        elsewhere = {*method.training_settings, *method.variant_settings}
+        assert (key(changed) == first) == (path.split(".")[0] in elsewhere), path
 
 
 def test_the_concept_and_what_was_learnt_count() -> None:
