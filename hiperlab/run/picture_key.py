@@ -1,8 +1,8 @@
 """The key of a drawn picture: what its pixels depend on, complete by construction, so that none is shown as another's.
 
 Everything that drawing is given goes in: the method's settings but for those it calls training-only or names in its
-variants, the concept, the artifact's tensors, all weights of the model, the sampler, the texts. A setting too many draws
-a picture again; one too few would show an old picture under a new name.
+variants, the concept, the artifact's tensors, all weights of the model, the sampler, the texts. A setting too many
+draws a picture again; one too few would show an old picture under a new name.
 """
 
 from __future__ import annotations
