@@ -6,7 +6,7 @@ exact text back. So edit methods read plain texts, and concept methods run on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -60,18 +60,18 @@ class EditDataSettings(TypedDict):
     flip: float
 
 
-def edit_set(edits: Mapping[str, Callable[[str], Concept]], **settings: Unpack[EditDataSettings]) -> DataSet:
+def edit_set(edits: Sequence[tuple[str, Callable[[str], Concept]]], **settings: Unpack[EditDataSettings]) -> DataSet:
     """The edits, which see their picture as the papers crop it.
 
     Args:
-        edits: name -> what makes the concept of that name for a placeholder.
+        edits: names, each with what makes the concept of that name for a placeholder.
         settings: see `EditDataSettings`.
+
+    Raises:
+        UserError: two have one name; a list of placeholders of another length.
     """
-    given = per_concept(settings["placeholder"], list(edits), "placeholder")
-    made = [
-        make(placeholder or default_placeholder(name))
-        for (name, make), placeholder in zip(edits.items(), given, strict=True)
-    ]
+    given = per_concept(settings["placeholder"], [name for name, _ in edits], "placeholder")
+    made = [make(one or default_placeholder(name)) for (name, make), one in zip(edits, given, strict=True)]
     return DataSet(tuple(made), center_crop=False, flip=settings["flip"], short_side=True)
 
 

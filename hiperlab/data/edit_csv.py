@@ -60,13 +60,13 @@ def load(
     folder = folder_of(dir, "data.dir=StyleDiffusion") if dir else path.parent
     rows = _chosen(_rows(path), item, path)
     shapes = folder_of(masks, "data.masks=fgmask") if masks else None
-    edits = {}
+    edits = []
     for case, row in rows.items():
         where = f"row {case} of {path.name}"
         picture = _picture(folder, row["image_path"], where)
         mask = shapes and shapes / f"{case} {row['prompt']}.png"
         name = file_name(f"{case}-{picture.stem}")
-        edits[name] = partial(_concept, name, row, picture, mask, where)
+        edits.append((name, partial(_concept, name, row, picture, mask, where)))
     return edit_set(edits, **settings)
 
 

@@ -60,7 +60,7 @@ def load(
     called = name or file_name(path.stem)
     noun, picture = word or last_word(source), read(path)
     edit = Edit(source, tuple(names_of(targets)), mask=read_mask(files.expand(mask), picture.size) if mask else None)
-    return edit_set({called: lambda given: edit_concept(called, given, noun, picture, path.name, edit)}, **settings)
+    return edit_set([(called, lambda given: edit_concept(called, given, noun, picture, path.name, edit))], **settings)
 
 
 def load_tedbench(
@@ -107,7 +107,7 @@ def load_tedbench(
     called = file_name(Path(chosen).stem)
     picture = read(folder / "originals" / chosen)
     noun, edit = word or last_word(source), Edit(source, texts)
-    return edit_set({called: lambda given: edit_concept(called, given, noun, picture, chosen, edit)}, **settings)
+    return edit_set([(called, lambda given: edit_concept(called, given, noun, picture, chosen, edit))], **settings)
 
 
 def load_world(edits: str | Sequence[str], resolution: int, **settings: Unpack[EditDataSettings]) -> DataSet:
@@ -124,7 +124,7 @@ def load_world(edits: str | Sequence[str], resolution: int, **settings: Unpack[E
     names = names_of(edits)
     if unknown := [name for name in names if name not in EDITS]:
         raise UserError(f"data.edits names {unknown[0]!r}, which is no edit of the world.{near(unknown[0], EDITS)}")
-    return edit_set({name: partial(_world, name, resolution) for name in names}, **settings)
+    return edit_set([(name, partial(_world, name, resolution)) for name in names], **settings)
 
 
 def _world(name: str, size: int, placeholder: str) -> Concept:

@@ -49,7 +49,7 @@ def load(
     folder = folder_of(dir, "data.dir=PIE-Bench/data")
     rows = _mapping(folder)
     names = _chosen(rows, item, kinds, folder)
-    return edit_set({file_name(name): partial(_concept, folder, name, rows[name]) for name in names}, **settings)
+    return edit_set([(file_name(name), partial(_concept, folder, name, rows[name])) for name in names], **settings)
 
 
 def decode_mask(runs: Sequence[int], side: int = SIDE) -> np.ndarray:

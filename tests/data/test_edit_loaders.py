@@ -146,3 +146,5 @@ def test_the_world_knows_results_and_masks() -> None:
 def test_unknown_edits_of_the_world() -> None:
     with pytest.raises(UserError, match=r"(?i)no edit of the world.*standing_dog"):
         edit_loaders.load_world("standing_dogs", 64, placeholder=None, flip=0.5)
+    with pytest.raises(UserError, match="two concepts have the name 'standing_dog'"):
+        edit_loaders.load_world(["standing_dog", "standing_dog"], 64, placeholder=None, flip=0.5)
