@@ -27,7 +27,7 @@ MOVED = {  # what settings in artifacts of 2026 name -> where it is now
     "hiperlab.editing.PromptToPrompt": "hiperlab.edit.prompt_to_prompt.PromptToPrompt",
 }
 FORMAT = "hiperlab/2"
-EARLIER = "hiperlab/1"  # the same but for these names of tensors
+EARLIER = "hiperlab/1"  # of November 2026, the same but for these names of tensors; in checkpoints, too
 RENAMED = {"place": "path_step", "made": "num_updates"}
 
 

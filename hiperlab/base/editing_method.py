@@ -134,7 +134,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def prepare(self) -> None:
         """Invert the picture unless that is done."""
         if self._inversion is None:
-            self._inversion = self._read() or self._write(self._invert())
+            path = self._cache_path()  # once: it reads all weights
+            self._inversion = self._read(path) or self._write(path, self._invert())
             self.noise.copy_(self.pivot[-1])
 
     @property
@@ -185,8 +186,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         name = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:20]
         return self.cache / f"{name}.safetensors"
 
-    def _read(self) -> Inversion | None:
-        path = self._cache_path()
+    def _read(self, path: Path | None) -> Inversion | None:
         if path is None or not path.is_file():
             return None
         try:
@@ -202,8 +202,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         log.info("%s: its inversion is kept in %s", self.concepts[0].name, path)
         return found
 
-    def _write(self, found: Inversion) -> Inversion:
-        path = self._cache_path()
+    def _write(self, path: Path | None, found: Inversion) -> Inversion:
         if path is not None:
             tensors = {"latents": found.latents, **{layer.name: maps for layer, maps in found.maps.items()}}
             content = save({name: value.cpu().contiguous() for name, value in tensors.items()})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hiperlab.base.artifact import RENAMED
 from hiperlab.base.editing_method import EditingMethod, EditingSettings
 from hiperlab.data.batch import Batch
 from hiperlab.errors import UserError
@@ -24,7 +25,6 @@ from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import predict_noise, previous
 
 log = logging.getLogger(__name__)
-RENAMED = {"place": "path_step", "made": "num_updates"}  # buffers of November 2026
 Found = TypeVar("Found")
 
 

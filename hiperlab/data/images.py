@@ -162,19 +162,17 @@ def read_image(path: Path, notices: bool = True) -> Image.Image:
     Raises:
         ImageProblem: the reason in a few words.
     """
-    before = log.level
+    level = logging.WARNING if notices else logging.DEBUG
     try:
-        if not notices:
-            log.setLevel(logging.ERROR)
         if path.stat().st_size == 0:
             raise ImageProblem("the file is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
             with Image.open(path, formats=_formats()) as image:
                 _check_size(image.size)
-                _notice_frames(image, path)
+                _notice_frames(image, path, level)
                 image.load()
-                return _to_rgb(_upright(image, path), path)
+                return _to_rgb(_upright(image, path, level), path, level)
     except ImageProblem:
         raise
     except Image.DecompressionBombError as error:
@@ -185,8 +183,6 @@ def read_image(path: Path, notices: bool = True) -> Image.Image:
         raise ImageProblem(reason) from error
     except Exception as error:  # decoders raise anything on damaged data (OSError, SyntaxError, struct.error, ...)
         raise ImageProblem(f"broken ({error})".replace("\n", " ")) from error
-    finally:
-        log.setLevel(before)
 
 
 def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, short_side: bool = False) -> Tensor:
@@ -263,30 +259,30 @@ def _check_size(size: tuple[int, int]) -> None:
         raise ImageProblem(f"{w}x{h} is too small; each side needs at least {MIN_SIDE} pixels")
 
 
-def _notice_frames(image: Image.Image, path: Path) -> None:
+def _notice_frames(image: Image.Image, path: Path, level: int) -> None:
     """Say that only the first frame or page is used (a phone's MPO holds the same photo twice: no notice)."""
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        log.warning("%s holds several frames; the first one is used", path.name)
+        log.log(level, "%s holds several frames; the first one is used", path.name)
         image.seek(0)
 
 
-def _upright(image: Image.Image, path: Path) -> Image.Image:
+def _upright(image: Image.Image, path: Path, level: int) -> Image.Image:
     """Turn the picture as its EXIF orientation says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # damaged EXIF raises anything; the pixels are sound
-        log.warning("%s: EXIF data cannot be read (%s); taken as upright", path.name, error)
+        log.log(level, "%s: EXIF data cannot be read (%s); taken as upright", path.name, error)
         return image
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path, level: int) -> Image.Image:
     """Any Pillow mode to opaque 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return _deep_grey(image)
     if image.mode == "CMYK":
-        return _cmyk(image, path)
+        return _cmyk(image, path, level)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
@@ -304,7 +300,7 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(grey * (255.0 / white)).astype(np.uint8)).convert("RGB")
 
 
-def _cmyk(image: Image.Image, path: Path) -> Image.Image:
+def _cmyk(image: Image.Image, path: Path, level: int) -> Image.Image:
     """CMYK to RGB by the embedded profile, else by Pillow's plain formula.
 
     Adobe writes JPEG inks inverted; Pillow already turns every CMYK JPEG round (as browsers do), so 0 is no ink.
@@ -316,7 +312,7 @@ def _cmyk(image: Image.Image, path: Path) -> Image.Image:
             assert rgb is not None, "a new picture was asked for"
             return rgb
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
-            log.warning("%s: its colour profile cannot be used (%s); plain CMYK conversion", path.name, error)
+            log.log(level, "%s: its colour profile cannot be used (%s); plain CMYK conversion", path.name, error)
     return image.convert("RGB")
 
 

@@ -128,23 +128,18 @@ def _drawn(concepts: Sequence[ConceptSource], resolution: int, settings: Concept
     """Concepts of drawn pictures, with the world's templates and prompts where they are asked for."""
     if resolution < SMALLEST:
         raise UserError(f"data.resolution={resolution} is too small: use {SMALLEST} pixels or more.")
-    own_templates, own_prompts, noun = (
-        settings["property"] == WORLD,
-        settings["prompts"] is None,
-        settings["class_noun"],
-    )
+    own_templates = settings["property"] == WORLD
     plain: ConceptSettings = {**settings, "property": "object"} if own_templates else settings
     made = data_set(concepts, **plain)
-    return replace(
-        made, concepts=tuple(_in_its_words(each, own_templates, own_prompts, noun) for each in made.concepts)
-    )
+    return replace(made, concepts=tuple(_in_its_words(each, settings) for each in made.concepts))
 
 
-def _in_its_words(concept: Concept, own_templates: bool, own_prompts: bool, class_noun: str) -> Concept:
+def _in_its_words(concept: Concept, settings: ConceptSettings) -> Concept:
     """A concept with the world's templates and prompts, in the grammar of its noun, where they are asked for."""
-    if own_templates:
+    class_noun = settings["class_noun"]
+    if settings["property"] == WORLD:
         concept = replace(concept, templates=_spoken(TEMPLATES, concept.word, class_noun == "all"))
-    if own_prompts:
+    if settings["prompts"] is None:
         concept = replace(concept, prompts=_spoken(PROMPTS, concept.word, class_noun != "none"))
     return concept
 

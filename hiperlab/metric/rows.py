@@ -6,7 +6,10 @@ Rows are plain mappings, as JSON holds them, and may have further columns (a var
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
+
+from hiperlab import files
 
 Row = dict[str, Any]
 
@@ -122,6 +125,11 @@ def score_row(row: Mapping[str, Any]) -> Row:
     kind = (COPY_CEILING if copy else CEILING) if real else (COPY if copy else PICTURE)
     found = {"kind": kind, **row, "metric": metric.removesuffix("_copy")}
     return {**found, "picture": ""} if real else found
+
+
+def read_scores(folder: Path) -> list[Row]:
+    """The `ScoreRow`s of a run folder's scores.jsonl, whatever version wrote it; none where nothing was scored."""
+    return [score_row(row) for row in files.read_jsonl(folder / "scores.jsonl")]
 
 
 def table_row(row: Mapping[str, Any]) -> Row:

@@ -111,6 +111,7 @@ class Sampler:
         return self._scheduler(stack.scheduler_config, steps, stack.device)
 
 
+@functools.cache  # making one walks the schedule
 def ddim(steps: int, guidance: float) -> Sampler:
     """DDIM (Song et al. 2021) with eta = 0, as Stable Diffusion ships it."""
     return Sampler("DDIMScheduler", steps, guidance, {})
@@ -135,6 +136,11 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     return draw(private(seeds), shape)
 
 
+@functools.cache
+def _takes_generator(scheduler: type) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+
+
 def step_with(
     scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
@@ -147,7 +153,7 @@ def step_with(
         latents: (B, C, H, W).
         generators: one per row, those the start noise came from, as diffusers' pipelines use them.
     """
-    named = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    named = {"generator": list(generators)} if _takes_generator(scheduler.__class__) else {}
     following: Tensor = scheduler.step(prediction, t, latents, return_dict=False, **named)[0]
     return following
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from hiperlab import files
-from hiperlab.metric.rows import ALL, score_row
+from hiperlab.metric.rows import ALL, read_scores
 from hiperlab.metric.table import aggregate
 from hiperlab.report import page
 from hiperlab.report.grid import grid, save_png
@@ -41,7 +41,7 @@ def compare(sweep_dir: Path, jobs: Sequence[Job]) -> str:
         UserError: the jobs were scored under different protocols.
     """
     keys = [key for key in dict.fromkeys(key for job in jobs for key in job.labels) if key != "seed"]
-    rows = [{**score_row(row), **job.labels} for job in jobs for row in files.read_jsonl(job.folder / "scores.jsonl")]
+    rows = [{**row, **job.labels} for job in jobs for row in read_scores(job.folder)]
     if not rows:
         return ""
     table = aggregate(rows, by=(*keys, "variant"))

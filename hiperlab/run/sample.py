@@ -34,7 +34,11 @@ MOST_MAPPED = 3  # targets whose attention is shown
 def sample(session: Session) -> None:
     """Draw what is missing, write samples/samples.jsonl and one grid per concept."""
     with session.stage("sample") as found:
-        records = [record for group in session.groups for record in _sample_group(session, group, found)]
+        shared = {
+            "model": model_inputs(session.stack, session.cfg.precision),  # once: it reads all weights
+            "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative),
+        }
+        records = [record for group in session.groups for record in _sample_group(session, group, shared, found)]
         if files.is_rank_zero():
             files.write_jsonl(session.folder / "samples" / MANIFEST, records)
             title = f"{session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}"
@@ -47,12 +51,11 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     return files.read_jsonl(folder / "samples" / MANIFEST)
 
 
-def _sample_group(session: Session, group: list[int], found: dict[str, Any]) -> list[dict[str, Any]]:
+def _sample_group(
+    session: Session, group: list[int], shared: Mapping[str, Any], found: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Draw what is missing of one group; `shared` is what all its pictures' keys have in common."""
     method = load_artifacts(session, group).to(session.device)
-    shared = {
-        "model": model_inputs(session.stack, session.cfg.precision),
-        "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative),
-    }
     records = []
     for number, index in enumerate(group):
         own = concept_inputs(type(method), session.method_settings(), session.subjects[index], method.artifact(number))
@@ -145,9 +148,9 @@ def _plan(session: Session, index: int, method: Method, inputs: Mapping[str, Any
     # An edit also draws its own source text: what an edit keeps can be judged only beside what was learnt.
     asked = [(concept.templates[0], {"role": SOURCE})] if concept.edit else []
     asked += [(prompt, {"role": "target"} if concept.edit else {}) for prompt in prompts]
-    alike = isinstance(method, EditsPicture) and not method.seeded
     seeds = seeds_of(cfg.sample.seeds)
-    seeds = seeds[:1] if alike else seeds
+    if isinstance(method, EditsPicture) and not method.seeded:
+        seeds = seeds[:1]
     records = []
     for number, (prompt, role) in enumerate(asked):
         for variant in method.variants:

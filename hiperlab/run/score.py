@@ -12,7 +12,7 @@ from hiperlab import files
 from hiperlab.data.concept import Concept
 from hiperlab.errors import UserError, near
 from hiperlab.metric.edit.distance import EditReference
-from hiperlab.metric.rows import ALL, PICTURE, score_row
+from hiperlab.metric.rows import ALL, PICTURE, read_scores
 from hiperlab.metric.score import score as score_pictures
 from hiperlab.metric.table import aggregate
 from hiperlab.report.environment import peak_memory
@@ -83,7 +83,7 @@ def summary(session: Session) -> None:
         session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
         for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
             write_csv(metrics)
-        rows = [score_row(row) for row in files.read_jsonl(session.folder / "scores.jsonl")]
+        rows = read_scores(session.folder)
         # The page is the run's last act, so it may say how the run ends.
         write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
         _to_wandb(session, rows)
