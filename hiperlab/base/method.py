@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from hiperlab import draws
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import EditSettings
+from hiperlab.data.images import Crop
 from hiperlab.errors import UserError
-from hiperlab.loss.diffusion import denoising_loss, per_concept
+from hiperlab.loss.diffusion import denoising_loss, per_concept, weighted
 from hiperlab.model import noise as diffusion
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import Sampler, ddim, generate
@@ -105,6 +106,8 @@ class Method(pl.LightningModule, ABC):
     sampling_settings: ClassVar[tuple[str, ...]] = ()  # only drawing reads them: a resumed training may change them
     training_settings: ClassVar[tuple[str, ...]] = ("optimizer",)  # drawing does not read them: no picture is redrawn
     variant_settings: ClassVar[tuple[str, ...]] = ()  # every variant names their value: others' pictures stay
+    published_crop: ClassVar[Crop] = "squeeze"  # how its authors' code makes pictures square (data.center_crop=null)
+    published_flip: ClassVar[float] = 0.5  # how often its authors' code mirrors a picture (data.flip=null)
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(
@@ -127,7 +130,7 @@ class Method(pl.LightningModule, ABC):
         self.concepts = tuple(concepts)
         self.seed = seed
         self._optimizer = optimizer
-        self._moments: dict[tuple[int, int, bool], Tensor] = {}
+        self._moments: dict[tuple[int, int, bool, int], Tensor] = {}
         self._losses: list[Tensor] = []
         self.last_timesteps: Tensor | None = None
 
@@ -176,7 +179,9 @@ class Method(pl.LightningModule, ABC):
     def moments(self, batch: Batch) -> Tensor:
         """The VAE's posterior (R, 2C, H, W), mean and log-variance, of each row's picture; it runs once a picture."""
         found = []
-        for row, key in enumerate(zip(batch.concept.tolist(), batch.view.tolist(), batch.flip.tolist(), strict=True)):
+        offset = torch.zeros_like(batch.view) if batch.offset is None else batch.offset
+        columns = (batch.concept, batch.view, batch.flip, offset)
+        for row, key in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
             if key not in self._moments:
                 # One picture at a time: the numbers must not depend on which pictures happen to be missing.
                 self._moments[key] = self.model.encode_moments(batch.pixels[row : row + 1])[0]
@@ -199,7 +204,10 @@ class Method(pl.LightningModule, ABC):
         z_t = self.model.add_noise(z0, noise, t)
         step = Step(rows.prompts, rows.concept, t, z_t, rows.sample, rows.pixels)
         prediction = self.model.predict(z_t, t, self.condition(step))
-        found = self.losses(step, prediction, self.model.target(z0, noise, t)) | self.extra_losses(step, z0)
+        target = self.model.target(z0, noise, t)
+        if rows.mask is not None:
+            prediction, target = weighted(prediction, target, rows.mask)
+        found = self.losses(step, prediction, target) | self.extra_losses(step, z0)
         losses = {name: per_concept(value, batch.concept, len(self.concepts)) for name, value in found.items()}
         self._note_losses(losses)
         return torch.stack(list(losses.values())).sum()

@@ -107,6 +107,7 @@ class Prior:
         chosen = view_order(seed, batch.sample.tolist(), len(pictures))
         pixels = torch.stack([self._pixels(pictures[number], model.size) for number in chosen])
         views = torch.tensor(chosen, device=batch.view.device)
+        offset, mask = batch.offset, batch.mask
         return Batch(
             pixels=torch.cat([batch.pixels, pixels.to(batch.pixels)]),
             prompts=[*batch.prompts, *[fill(self.prompt, word)] * len(chosen)],
@@ -114,6 +115,8 @@ class Prior:
             sample=torch.cat([batch.sample, -1 - batch.sample]),
             view=torch.cat([batch.view, -1 - views]),  # negative: the instance's pictures count from 0
             flip=torch.cat([batch.flip, torch.zeros_like(batch.flip)]),
+            offset=None if offset is None else torch.cat([offset, torch.zeros_like(offset)]),
+            mask=None if mask is None else torch.cat([mask, torch.ones_like(mask)]),
         )
 
     def losses(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -206,7 +209,7 @@ class Prior:
                 raise UserError(
                     f"class picture {picture} cannot be read ({error}). Delete it: it is drawn anew."
                 ) from error
-        return to_pixels(picture, size, center_crop=True, flip=False)
+        return to_pixels(picture, size, "square", flip=False)
 
 
 def _file_name(word: str) -> str:

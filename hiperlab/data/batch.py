@@ -20,6 +20,8 @@ class Batch(NamedTuple):
         sample: global sample number k of that concept, int64 (R,); the key of every further draw for the row.
         view: index of the reference picture, int64 (R,).
         flip: whether it was mirrored, bool (R,).
+        offset: where a random crop begins along the picture's long side, in pixels, int64 (R,); None without one.
+        mask: weights of the loss in [0, 1], float32 (R, 1, H, W), laid out as `pixels`; None where all count alike.
     """
 
     pixels: Tensor
@@ -28,3 +30,9 @@ class Batch(NamedTuple):
     sample: Tensor
     view: Tensor
     flip: Tensor
+    offset: Tensor | None = None
+    mask: Tensor | None = None
+
+    def after(self, row: int) -> Batch:
+        """The rows from number `row` on."""
+        return Batch(*(None if values is None else values[row:] for values in self))  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from hiperlab.data.concept import SLOT, slotted
 from hiperlab.errors import UserError
 
 log = logging.getLogger(__name__)
-CAPTIONS = ("auto", "off")
 
 
 def captions_beside(paths: Sequence[Path], word: str) -> tuple[str, ...]:

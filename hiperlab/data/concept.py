@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
@@ -82,6 +83,8 @@ class Concept:
         prompts: evaluation prompts, each with "{}".
         note: what a reader of the results must know about the pictures, e.g. "drawn placeholder, not a photograph".
         captions: a training prompt of its own for each view, with "{}"; "" for a view without, empty for none at all.
+        masks: a file for each view that says where the loss counts, see `read_mask`; None for a view without, empty
+            for none at all.
         edit: for an edit: the texts as they stand; its prompts may lack the slot where a target names another noun.
 
     Raises:
@@ -98,6 +101,7 @@ class Concept:
     note: str = ""
     edit: Edit | None = None
     captions: tuple[str, ...] = ()
+    masks: tuple[Path | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

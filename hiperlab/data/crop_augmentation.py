@@ -57,7 +57,7 @@ def drawn(seed: int, sample: int, size: int) -> Placement:
 
 
 def placed(pixels: Tensor, at: Placement) -> Tensor:
-    """A picture (3, S, S) in [-1, 1] put there: on zeros (grey) if smaller, cropped if larger; same shape."""
+    """A picture or mask (C, S, S) in [-1, 1] put there: on zeros (grey) if smaller, cropped if larger; same shape."""
     size = pixels.shape[-1]
     if at.scale == size:
         return pixels

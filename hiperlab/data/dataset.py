@@ -12,15 +12,18 @@ from typing import TypedDict, Unpack
 
 from PIL import Image
 
-from hiperlab.data.captions import CAPTIONS, captions_beside
+from hiperlab.data.captions import captions_beside
 from hiperlab.data.concept import Concept
-from hiperlab.data.images import Photographs
+from hiperlab.data.images import Crop, Photographs
+from hiperlab.data.masks import masks_beside
 from hiperlab.data.prompts import load_prompts, with_class
 from hiperlab.data.templates import templates
 from hiperlab.errors import UserError, near
 
 log = logging.getLogger(__name__)
 CLASS_NOUN = ("none", "prompts", "all")
+SIDE_FILES = ("auto", "off")
+CROPS: dict[bool | None, Crop | None] = {None: None, False: "squeeze", True: "square"}  # by data.center_crop
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,16 @@ class DataSet:
 
     Attributes:
         concepts: one or several, with different names and placeholders.
-        center_crop: cut the largest centred square before resizing (else pictures are squeezed).
-        flip: probability in [0, 1] of mirroring a picture.
-        short_side: resize the short side, then cut the middle (HiPer, Imagic), whatever `center_crop` says.
+        crop: how a picture that is not square becomes one; None for the method's published way.
+        flip: probability in [0, 1] of mirroring a picture; None for the method's published one.
 
     Raises:
         UserError: if one of these is not so.
     """
 
     concepts: tuple[Concept, ...]
-    center_crop: bool
-    flip: float
-    short_side: bool = False
+    crop: Crop | None
+    flip: float | None
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -48,7 +49,7 @@ class DataSet:
         # Case is ignored: CLIP's tokenizer lowers all text, and some file systems do not tell Cat from cat.
         _distinct([c.name for c in self.concepts], "name", "data.concepts")
         _distinct([c.placeholder for c in self.concepts], "placeholder", "data.placeholder")
-        if not 0 <= self.flip <= 1:
+        if self.flip is not None and not 0 <= self.flip <= 1:
             raise UserError(f"data.flip={self.flip} is no probability: use 0 to 1.")
 
 
@@ -63,8 +64,9 @@ class ConceptSettings(TypedDict):
         class_noun: where the class noun follows the placeholder ("a {} cat"): "none"; "prompts" = evaluation prompts,
             as DreamBooth's list is printed; "all" = training templates too.
         captions: "auto" takes captions that lie beside the pictures as training prompts, "off" the templates.
+        masks: "auto" lets masks that lie beside the pictures weigh the loss, "off" lets all of a picture count.
         max_views: at most so many pictures per concept, or None.
-        center_crop: see `DataSet`.
+        center_crop: True cuts the largest centred square, False squeezes, None is the method's published way.
         flip: see `DataSet`.
     """
 
@@ -74,9 +76,10 @@ class ConceptSettings(TypedDict):
     prompts: str | Sequence[str] | None
     class_noun: str
     captions: str
+    masks: str
     max_views: int | None
-    center_crop: bool
-    flip: float
+    center_crop: bool | None
+    flip: float | None
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,11 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
     noun, names = settings["class_noun"], [each.name for each in concepts]
     if noun not in CLASS_NOUN:
         raise UserError(f"data.class_noun={noun!r} is unknown.{near(str(noun), CLASS_NOUN)}")
-    if settings["captions"] not in CAPTIONS:
-        raise UserError(
-            f"data.captions={settings['captions']!r} is unknown.{near(str(settings['captions']), CAPTIONS)}"
-        )
+    for key in ("captions", "masks"):
+        if settings[key] not in SIDE_FILES:
+            raise UserError(f"data.{key}={settings[key]!r} is unknown.{near(str(settings[key]), SIDE_FILES)}")
+    if settings["center_crop"] not in CROPS:
+        raise UserError(f"data.center_crop={settings['center_crop']!r} is unknown: use true, false or null.")
     words = per_concept(settings["word"], names, "word")
     placeholders = per_concept(settings["placeholder"], names, "placeholder")
     made = []
@@ -130,9 +134,10 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
                 test if noun == "none" else with_class(test, word),
                 each.note,
                 captions=_captions(each.name, views, word) if settings["captions"] == "auto" else (),
+                masks=_masks(each.name, views) if settings["masks"] == "auto" else (),
             )
         )
-    return DataSet(tuple(made), settings["center_crop"], settings["flip"])
+    return DataSet(tuple(made), CROPS[settings["center_crop"]], settings["flip"])
 
 
 def _captions(name: str, views: Sequence[Image.Image], word: str) -> tuple[str, ...]:
@@ -142,6 +147,17 @@ def _captions(name: str, views: Sequence[Image.Image], word: str) -> tuple[str, 
         log.info(
             "%s: the captions of %d of %d pictures are training prompts (data.captions=off: templates), e.g. %s",
             name, count, len(found), next(filter(None, found)),
+        )  # fmt: skip
+    return found if count else ()
+
+
+def _masks(name: str, views: Sequence[Image.Image]) -> tuple[Path | None, ...]:
+    """Masks beside the photographs, said in one line."""
+    found = masks_beside(views.paths) if isinstance(views, Photographs) else ()
+    if count := sum(mask is not None for mask in found):
+        log.info(
+            "%s: the masks of %d of %d pictures weigh the loss (data.masks=off: all of a picture counts)",
+            name, count, len(found),
         )  # fmt: skip
     return found if count else ()
 

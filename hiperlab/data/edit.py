@@ -6,6 +6,7 @@ exact text back. So edit methods read plain texts, and concept methods run on th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
@@ -15,6 +16,8 @@ from PIL import Image
 from hiperlab.data.concept import SLOT, Concept, Edit, fill, slotted
 from hiperlab.data.dataset import DataSet, default_placeholder, per_concept
 from hiperlab.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def described(word: str) -> str:
@@ -72,7 +75,7 @@ def edit_set(edits: Sequence[tuple[str, Callable[[str], Concept]]], **settings: 
     """
     given = per_concept(settings["placeholder"], [name for name, _ in edits], "placeholder")
     made = [make(one or default_placeholder(name)) for (name, make), one in zip(edits, given, strict=True)]
-    return DataSet(tuple(made), center_crop=False, flip=settings["flip"], short_side=True)
+    return DataSet(tuple(made), "middle", settings["flip"])
 
 
 def as_edits(dataset: DataSet) -> DataSet:
@@ -80,12 +83,14 @@ def as_edits(dataset: DataSet) -> DataSet:
 
     A concept nobody described is "a photo of a <noun>", and its evaluation prompts are the targets.
     """
-    return replace(dataset, concepts=tuple(map(_as_edit, dataset.concepts)), flip=0.0, short_side=True)
+    return replace(dataset, concepts=tuple(map(_as_edit, dataset.concepts)), crop="middle", flip=0.0)
 
 
 def _as_edit(concept: Concept) -> Concept:
     if concept.edit:
         return concept
+    if concept.captions or concept.masks:
+        log.info("%s: captions and masks beside the pictures are not used by methods that edit.", concept.name)
     # Where the noun follows the placeholder (data.class_noun), the noun in its place would be there twice.
     prompts = tuple(text.replace(f"{SLOT} {concept.word}", SLOT) for text in concept.prompts)
     edit = Edit(described(concept.word), tuple(fill(text, concept.word) for text in prompts))
@@ -97,6 +102,7 @@ def _as_edit(concept: Concept) -> Concept:
         prompts=prompts,
         edit=edit,
         captions=(),
+        masks=(),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from hiperlab.clock import Clock
@@ -37,6 +37,10 @@ _SUFFIXES = (
 SUFFIXES = frozenset(_SUFFIXES.split(" "))
 MASK = "-masklabel"  # end of a mask's name in OneTrainer's layout
 OnBad = Literal["stop", "skip"]
+# How a picture that is not square becomes one: "squeeze" resizes it straight to the square; "square" cuts the largest
+# centred square first (both bicubic, NeTI's training/dataset.py); "middle" and "random" resize the short side,
+# bilinear, then cut there (torchvision's Resize, CenterCrop, RandomCrop in DreamBooth's and HiPer's scripts).
+Crop = Literal["squeeze", "square", "middle", "random"]
 
 
 class ImageProblem(ValueError):
@@ -118,7 +122,6 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
             found[path] = digest(read_image(path))
         except ImageProblem as problem:
             bad.append(f"{path.name}: {problem}")
-    _name_side_files(folder)
     if bad and on_bad_image == "stop":
         remedy = "Mend or remove them, or set data.on_bad_image=skip."
         raise UserError(f"{_count(len(bad), 'unusable picture')} in {folder}:\n{_some(bad)}\n{remedy}")
@@ -131,22 +134,9 @@ def read_folder(folder: Path, on_bad_image: OnBad, max_views: int | None) -> tup
 
 def picture_files(folder: Path) -> list[Path]:
     """The files directly in `folder` that are pictures by name, or nameless ones that are by content; sorted."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and not _is_mask(p))
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and not p.stem.endswith(MASK))
     found = [p for p in files if p.suffix.lower() in SUFFIXES or (not p.suffix and _opens(p))]
     return sorted(found, key=lambda p: (p.name.casefold(), p.name))  # the same order on every file system
-
-
-def _is_mask(path: Path) -> bool:
-    """OneTrainer's masks lie beside the photographs: they are none."""
-    return path.stem.endswith(MASK)
-
-
-def _name_side_files(folder: Path) -> None:
-    """Say in one line what other trainers keep beside photographs and what is not used here."""
-    masks = sum(_is_mask(path) for path in folder.iterdir() if path.is_file())
-    said = f"{masks} masks (<name>{MASK}.png)" if masks else ""
-    if said:
-        log.warning("%s lie beside the pictures of %s and are not used.", said, folder)
 
 
 def read_image(path: Path, notices: bool = True) -> Image.Image:
@@ -185,23 +175,19 @@ def read_image(path: Path, notices: bool = True) -> Image.Image:
         raise ImageProblem(f"broken ({error})".replace("\n", " ")) from error
 
 
-def to_pixels(image: Image.Image, size: int, center_crop: bool, flip: bool, short_side: bool = False) -> Tensor:
-    """Training pixels of a picture, as in the authors' loader (NeTI's training/dataset.py).
-
-    Without a crop a picture that is not square is squeezed: it is resized straight to size x size, bicubic.
+def to_pixels(image: Image.Image, size: int, crop: Crop, flip: bool) -> Tensor:
+    """Training pixels of a picture, as in the authors' loaders, see `Crop`.
 
     Args:
         image: RGB.
         size: side of the result in pixels.
-        center_crop: first cut the largest centred square.
+        crop: how it becomes square; where "random" stands, the middle is cut.
         flip: mirror left and right (after resizing, as the authors do).
-        short_side: the edit methods' way instead (HiPer's train.py with --center_crop): the short side to `size`,
-            bilinear, then the middle of the long one.
 
     Returns:
         float32 (3, size, size) in [-1, 1], x / 127.5 - 1.
     """
-    pixels = in_range(to_levels(image, size, center_crop, short_side))
+    pixels = in_range(cut(to_levels(image, size, crop), size))
     return (pixels.flip(-1) if flip else pixels).contiguous()
 
 
@@ -210,27 +196,35 @@ def in_range(levels: Tensor) -> Tensor:
     return (levels.double() / 127.5 - 1.0).float()
 
 
-def to_levels(image: Image.Image, size: int, center_crop: bool, short_side: bool) -> Tensor:
-    """A picture at training size, uint8 (3, size, size); the arguments are `to_pixels`'s."""
-    if short_side:
-        image = _short_side(image, size)
-    elif center_crop:
-        w, h = image.size
-        side = min(w, h)
-        left, top = (w - side) // 2, (h - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if image.size != (size, size) or not short_side:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def _short_side(image: Image.Image, size: int) -> Image.Image:
-    """Torchvision's Resize(size) and CenterCrop(size) on a PIL picture."""
+def to_levels(image: Image.Image, size: int, crop: Crop) -> Tensor:
+    """A picture scaled as `crop` says, uint8 (C, H, W): its short side is `size`, the long one is not `cut` yet."""
     w, h = image.size
-    long = int(size * max(w, h) / min(w, h))
-    image = image.resize((size, long) if w <= h else (long, size), Image.Resampling.BILINEAR)
-    left, top = (round((side - size) / 2.0) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    if crop in ("middle", "random"):
+        long = int(size * max(w, h) / min(w, h))  # as torchvision's Resize
+        image = image.resize((size, long) if w <= h else (long, size), Image.Resampling.BILINEAR)
+    else:
+        if crop == "square":
+            side = min(w, h)
+            left, top = (w - side) // 2, (h - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
+
+
+def cut(levels: Tensor, size: int, offset: int | None = None) -> Tensor:
+    """A square (C, size, size) of scaled levels (C, H, W), from `offset` on along the long side; None: the middle."""
+    starts = [
+        0 if side == size else round((side - size) / 2.0) if offset is None else offset for side in levels.shape[1:]
+    ]
+    top, left = starts
+    return levels[:, top : top + size, left : left + size]
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture that `read_image` has read, from the head of its file."""
+    with Image.open(path, formats=_formats()) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else image.size
 
 
 def _formats() -> list[str]:

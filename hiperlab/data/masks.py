@@ -1,17 +1,34 @@
-"""One way to read a mask, whoever drew it: white where a picture may change, black where it must not."""
+"""One way to read a mask, whoever drew it: white where an edit may change a picture, or where a loss counts."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from hiperlab.data.images import MASK, upright_size
 from hiperlab.errors import UserError
 
 log = logging.getLogger(__name__)
 HALF = 128
+
+
+def masks_beside(paths: Sequence[Path]) -> tuple[Path | None, ...]:
+    """OneTrainer's mask of each picture, `<name>-masklabel.png`; None for a picture without.
+
+    Raises:
+        UserError: see `read_mask`; all are read once, so that none is found wanting during training.
+    """
+    found = []
+    for path in paths:
+        beside = path.with_name(f"{path.stem}{MASK}.png")
+        found.append(beside if beside.is_file() else None)
+        if found[-1]:
+            read_mask(beside, upright_size(path), keep_grey=True)
+    return tuple(found)
 
 
 def read_mask(path: Path, size: tuple[int, int] | None, keep_grey: bool = False) -> Image.Image:
@@ -22,7 +39,7 @@ def read_mask(path: Path, size: tuple[int, int] | None, keep_grey: bool = False)
     Args:
         path: the file.
         size: (width, height) of the picture it belongs to; None where a benchmark's masks are of its cropped pictures.
-        keep_grey: leave grey, where its authors were not sure, as it is; else it is black below the middle.
+        keep_grey: leave grey, a weight between none and all, as it is; else it is black below the middle.
 
     Raises:
         UserError: unreadable, of another shape than the picture, or of one value throughout.

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import in_range, to_levels
+from hiperlab.data.images import cut, in_range, to_levels
+from hiperlab.data.masks import read_mask
 from hiperlab.draws import generator, integers, uniform
 from hiperlab.errors import UserError
 
@@ -37,7 +39,7 @@ class ConceptData(pl.LightningDataModule):
         """Keep the settings; nothing is read or drawn yet.
 
         Args:
-            dataset: the concepts and their preprocessing.
+            dataset: the concepts and their preprocessing, which is settled (its crop and flip are not None).
             seed: the run's seed.
             size: side of the training pictures in pixels.
             micro_batch_size: rows per concept, rank and micro batch (b).
@@ -78,23 +80,33 @@ class MicroBatches(Dataset[Batch]):
     """Micro batch m of one rank at index m, for every m >= 0 (no length: it never ends)."""
 
     def __init__(self, dataset: DataSet, seed: int, size: int, rows: int, rank: int, world: int) -> None:
+        assert dataset.crop is not None and dataset.flip is not None, "the method's published ones go in first"
         self.dataset, self.seed, self.size = dataset, seed, size
         self.rows, self.rank, self.world = rows, rank, world
+        self.random_crop, self.flip = dataset.crop == "random", dataset.flip
+        self.masked = any(concept.masks for concept in dataset.concepts)
         self.cache = _PixelCache(dataset, size)
 
     def __getitem__(self, m: int) -> Batch:
         """The batch of micro step m: `rows` rows per concept, concept-major."""
         start = (m * self.world + self.rank) * self.rows
         samples = list(range(start, start + self.rows))
-        flips = uniform(self.seed, "flip", samples) < self.dataset.flip
+        flips = uniform(self.seed, "flip", samples) < self.flip
         pixels: list[Tensor] = []
+        masks: list[Tensor] = []
         prompts: list[str] = []
         views: list[int] = []
+        offsets: list[int] = []
         for index, concept in enumerate(self.dataset.concepts):
             chosen = view_order(self.seed, samples, len(concept.views))
             views += chosen
             prompts += training_prompts(self.seed, samples, concept, chosen)
-            pixels += [self.cache(index, view, flip) for view, flip in zip(chosen, flips.tolist(), strict=True)]
+            for sample, view, flip in zip(samples, chosen, flips.tolist(), strict=True):
+                offset = self._offset(sample, index, view)
+                offsets.append(offset or 0)
+                pixels.append(in_range(self.cache.picture(index, view, offset, flip)))
+                if self.masked:
+                    masks.append(self.cache.mask(index, view, offset, flip) / 255.0)
         count = len(self.dataset.concepts)
         return Batch(
             pixels=torch.stack(pixels),
@@ -103,7 +115,16 @@ class MicroBatches(Dataset[Batch]):
             sample=torch.tensor(samples).repeat(count),
             view=torch.tensor(views),
             flip=flips.repeat(count),
+            offset=torch.tensor(offsets) if self.random_crop else None,
+            mask=torch.stack(masks) if self.masked else None,
         )
+
+    def _offset(self, sample: int, concept: int, view: int) -> int | None:
+        """Where a random crop begins, a pure function of seed and sample number; None for the middle."""
+        if not self.random_crop:
+            return None
+        room = self.cache.long_side(concept, view) - self.size + 1
+        return int(integers(self.seed, "crop", [sample], room))
 
 
 def view_order(seed: int, samples: Sequence[int], num_views: int) -> list[int]:
@@ -123,23 +144,47 @@ def training_prompts(seed: int, samples: Sequence[int], concept: Concept, views:
 
 
 class _PixelCache:
-    """Pixels by (concept, view), worked out once while they fit; the mirrored picture is the same numbers reversed."""
+    """Scaled pictures and masks by (concept, view), worked out once while they fit."""
 
     def __init__(self, dataset: DataSet, size: int) -> None:
         self.dataset, self.size = dataset, size
-        self.kept: dict[tuple[int, int], Tensor] = {}  # as levels 0 to 255: a quarter of the numbers' size
-        self.most = CACHE_BYTES // (3 * size * size)
+        self.kept: dict[tuple[int, int, bool], Tensor] = {}  # as levels 0 to 255: a quarter of the numbers' size
+        self.room = CACHE_BYTES
 
-    def __call__(self, concept: int, view: int, flip: bool) -> Tensor:
-        """float32 (3, size, size) in [-1, 1]."""
-        levels = self.kept.get((concept, view))
+    def picture(self, concept: int, view: int, offset: int | None, flip: bool) -> Tensor:
+        """Levels uint8 (3, size, size) of a picture, cut at `offset` (None: in the middle) and mirrored."""
+        return self._cut(self._scaled(concept, view, mask=False), offset, flip)
+
+    def mask(self, concept: int, view: int, offset: int | None, flip: bool) -> Tensor:
+        """Levels uint8 (1, size, size) of a picture's mask, cut and mirrored like it; white for one without."""
+        masks = self.dataset.concepts[concept].masks
+        if not masks or masks[view] is None:
+            return torch.full((1, self.size, self.size), 255, dtype=torch.uint8)
+        return self._cut(self._scaled(concept, view, mask=True), offset, flip)
+
+    def long_side(self, concept: int, view: int) -> int:
+        """Of a scaled picture, in pixels."""
+        return max(self._scaled(concept, view, mask=False).shape)
+
+    def _cut(self, levels: Tensor, offset: int | None, flip: bool) -> Tensor:
+        levels = cut(levels, self.size, offset)
+        return levels.flip(-1) if flip else levels
+
+    def _scaled(self, concept: int, view: int, mask: bool) -> Tensor:
+        levels = self.kept.get((concept, view, mask))
         if levels is None:
-            image = self.dataset.concepts[concept].views[view]
-            levels = to_levels(image, self.size, self.dataset.center_crop, self.dataset.short_side)
-            if len(self.kept) < self.most:
-                self.kept[(concept, view)] = levels
-        pixels = in_range(levels)
-        return pixels.flip(-1) if flip else pixels
+            levels = to_levels(self._read(concept, view, mask), self.size, self.dataset.crop or "squeeze")
+            if levels.numel() <= self.room:
+                self.room -= levels.numel()
+                self.kept[(concept, view, mask)] = levels
+        return levels
+
+    def _read(self, concept: int, view: int, mask: bool) -> Image.Image:
+        if not mask:
+            return self.dataset.concepts[concept].views[view]
+        path = self.dataset.concepts[concept].masks[view]
+        assert path, "only masks that are there are read"
+        return read_mask(path, None, keep_grey=True)
 
 
 class _Count(Sampler[int]):

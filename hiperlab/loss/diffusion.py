@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,6 +17,21 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
         (R,) one loss per row; their mean is the usual loss.
     """
     return (prediction - target).square().flatten(1).mean(1)
+
+
+def weighted(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both times sqrt(w), so that whichever squared error a method takes of them becomes w (prediction - target)^2.
+
+    The weights are scaled to the latents by area, and the mean is over all cells, as in kohya's `apply_masked_loss`
+    (kohya-ss/sd-scripts, library/custom_train_functions.py).
+
+    Args:
+        prediction: (R, C, H, W).
+        target: same shape.
+        mask: the weights w in [0, 1], (R, 1, H', W').
+    """
+    root = F.interpolate(mask, prediction.shape[-2:], mode="area").sqrt().to(prediction)
+    return prediction * root, target * root
 
 
 def per_concept(rows: Tensor, concept: Tensor, num_concepts: int) -> Tensor:

@@ -94,7 +94,8 @@ class CustomDiffusion(RareTokenMethod):
             return batch
         crops = [self._place(sample) for sample in batch.sample.tolist()]
         return batch._replace(
-            pixels=torch.stack([placed(row, crop) for row, crop in zip(batch.pixels, crops, strict=True)]),
+            pixels=_placed(batch.pixels, crops),
+            mask=None if batch.mask is None else _placed(batch.mask, crops),
             prompts=[crop.words + prompt for prompt, crop in zip(batch.prompts, crops, strict=True)],
         )
 
@@ -109,11 +110,7 @@ class CustomDiffusion(RareTokenMethod):
         fresh = [self.model.encode_moments(batch.pixels[row : row + 1]) for row in range(count)]
         if count == len(batch.sample):
             return torch.cat(fresh)
-        rest = Batch(
-            batch.pixels[count:], batch.prompts[count:],
-            batch.concept[count:], batch.sample[count:], batch.view[count:], batch.flip[count:],
-        )  # fmt: skip
-        return torch.cat([*fresh, super().moments(rest)])
+        return torch.cat([*fresh, super().moments(batch.after(count))])
 
     def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses "" and "prior", (R,) each: `masked_loss` of instance rows, weighted mean square of class rows.
@@ -195,6 +192,11 @@ class CustomDiffusion(RareTokenMethod):
         self.word[index].copy_(vector)
         for name, delta in deltas.items():
             self.kv[name.replace(".", "/")][index].copy_(delta)
+
+
+def _placed(rows: Tensor, crops: Sequence[Placement]) -> Tensor:
+    """Pictures or masks (R, C, S, S), each placed; same shape."""
+    return torch.stack([placed(row, crop) for row, crop in zip(rows, crops, strict=True)])
 
 
 def _start(model: FrozenStack, word: str) -> Tensor:

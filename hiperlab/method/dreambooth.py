@@ -47,6 +47,8 @@ class DreamBooth(RareTokenMethod):
     """
 
     fixed_settings = ("identifier",)
+    published_crop = "random"  # without --center_crop
+    published_flip = 0.0
 
     def __init__(
         self,

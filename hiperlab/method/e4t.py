@@ -82,6 +82,7 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
     time_dependent = True
     reads_latents = True
     fixed_settings = ("encoder", "encoder_unet", "embed_scale")
+    published_crop = "random"  # in pre-training; tuning cuts once for the whole run, here in the middle
 
     class_word: Tensor
     picture: Tensor
@@ -418,7 +419,7 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
             raise UserError(
                 f"{found.picture} cannot be read ({error}). Remove it to use the data's picture."
             ) from error
-        self.set_reference(index, to_pixels(image, self.model.size, center_crop=True, flip=False))
+        self.set_reference(index, to_pixels(image, self.model.size, "square", flip=False))
 
 
 def _domain_beside(folder: str | None, word: str) -> str | None:

@@ -76,6 +76,8 @@ class LoRA(RareTokenMethod):
     """
 
     fixed_settings = ("identifier",)
+    published_crop = "random"  # without --center_crop
+    published_flip = 0.0
     sampling_settings = ("strength",)
 
     def __init__(

@@ -127,7 +127,7 @@ def _train(
     trainer.accumulate_grad_batches = accumulate
     session.update(micro_batch_size=rows, world_size=trainer.world_size)
     concepts = tuple(session.data.concepts[index] for index in group)
-    subset = replace(session.data, concepts=concepts)
+    subset = replace(as_published(session.data, method), concepts=concepts)
     if isinstance(method, ReadsPicture):
         subset = first_pictures(subset) if method.one_picture else subset
         for number, concept in enumerate(concepts):
@@ -169,18 +169,28 @@ def _train(
     }
 
 
+def as_published(data: DataSet, method: Method) -> DataSet:
+    """The data with the method's published crop and flip where its settings leave them open."""
+    return replace(
+        data,
+        crop=method.published_crop if data.crop is None else data.crop,
+        flip=method.published_flip if data.flip is None else data.flip,
+    )
+
+
 def first_pictures(data: DataSet) -> DataSet:
-    """Every concept with its first picture alone, which is not mirrored: what a method of one picture trains on."""
+    """Every concept with its first picture alone, the same each time: what a method of one picture trains on."""
     concepts = tuple(
-        replace(each, views=each.views[:1], sources=each.sources[:1], captions=each.captions[:1])
+        replace(each, views=each.views[:1], sources=each.sources[:1], captions=each.captions[:1], masks=each.masks[:1])
         for each in data.concepts
     )
-    return replace(data, concepts=concepts, flip=0.0)
+    return replace(data, concepts=concepts, flip=0.0, crop="middle" if data.crop == "random" else data.crop)
 
 
 def first_pixels(data: DataSet, concept: Concept, size: int) -> Tensor:
-    """A concept's first picture (3, size, size) in [-1, 1], as training sees it."""
-    return to_pixels(concept.views[0], size, data.center_crop, flip=False, short_side=data.short_side)
+    """A concept's first picture (3, size, size) in [-1, 1], as training sees it; the crop of `data` is settled."""
+    assert data.crop is not None, "see as_published"
+    return to_pixels(concept.views[0], size, data.crop, flip=False)
 
 
 def _last_loss(trainer: pl.Trainer) -> float | None:
@@ -277,6 +287,7 @@ def load_artifacts(session: Session, group: list[int]) -> Method:
         if not path.is_file():
             raise UserError(f"{path} does not exist: train first (stages=[fit,sample]), or give artifact=<file>.")
         if isinstance(method, ReadsPicture):  # ours brings its picture along; other tools' files may need the data's
-            method.set_reference(number, first_pixels(session.data, session.data.concepts[index], session.stack.size))
+            data = as_published(session.data, method)
+            method.set_reference(number, first_pixels(data, data.concepts[index], session.stack.size))
         artifact.load_into(method, number, path)
     return method

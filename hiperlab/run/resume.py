@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hiperlab import files
+from hiperlab.data.concept import Concept
 from hiperlab.data.images import digests
 from hiperlab.errors import UserError, near
 from hiperlab.report.checkpoint import newest_valid, resume_path, step_of
@@ -110,11 +112,22 @@ def _record_folder(checkpoint: Path) -> Path:
 
 
 def _pictures(session: Session) -> dict[str, dict[str, str]]:
-    """Content of every picture by concept and name, in the order in which they are trained on."""
+    """Content of every picture, with its caption and mask, by concept and name, in the order of training."""
     return {
-        concept.name: dict(zip(concept.sources, digests(concept.views), strict=True))
-        for concept in session.data.concepts
+        concept.name: dict(zip(concept.sources, _contents(concept), strict=True)) for concept in session.data.concepts
     }
+
+
+def _contents(concept: Concept) -> list[str]:
+    """A digest of each picture and of what lies beside it; of the picture alone where nothing does."""
+    none = (None,) * len(concept.views)
+    found = []
+    for picture, caption, mask in zip(
+        digests(concept.views), concept.captions or none, concept.masks or none, strict=True
+    ):
+        beside = f"{caption or ''}\n{files.sha256(mask) if mask else ''}".strip()
+        found.append(hashlib.sha256(f"{picture}\n{beside}".encode()).hexdigest()[:16] if beside else picture)
+    return found
 
 
 def checkpoint_folder(session: Session, group: list[int]) -> Path:

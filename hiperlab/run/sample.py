@@ -251,5 +251,5 @@ def _edit_strip(folder: Path, concept: Concept, records: list[dict[str, Any]], s
 
 def crop(picture: Image.Image, size: int) -> Image.Image:
     """A picture as edit methods see it."""
-    pixels = to_pixels(picture, size, center_crop=False, flip=False, short_side=True)
+    pixels = to_pixels(picture, size, "middle", flip=False)
     return to_pil((pixels[None] + 1) / 2)[0]

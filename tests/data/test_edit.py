@@ -28,15 +28,15 @@ def test_texts_come_back_exactly() -> None:
 
 def test_concepts_become_edits_of_their_first_view() -> None:
     concept = Concept("pig", "<pig>", "elephant", (PICTURE, PICTURE), ("a", "b"), ("a photo of {}",), ("{} on a boat",))
-    made = as_edits(DataSet((concept, dog()), center_crop=False, flip=0.5))
-    assert made.flip == 0 and made.short_side and made.concepts[1] == dog()
+    made = as_edits(DataSet((concept, dog()), "squeeze", flip=0.5))
+    assert made.flip == 0 and made.crop == "middle" and made.concepts[1] == dog()
     assert len(made.concepts[0].views) == 1 and made.concepts[0].templates == ("a photo of an {}",)
     assert made.concepts[0].edit == Edit("a photo of an elephant", ("elephant on a boat",))
 
 
 def test_one_concept_per_target_keeps_truths_and_numbers() -> None:
     truths = tuple(Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (1, 2, 3))
-    parts = one_per_target(DataSet((dog(truths=truths),), False, 0.0)).concepts
+    parts = one_per_target(DataSet((dog(truths=truths),), "squeeze", 0.0)).concepts
     assert [(p.name, p.placeholder, p.prompts) for p in parts] == [
         ("rex-0", "<rex-0>", ("a sitting {}",)),
         ("rex-1", "<rex-1>", ("a cat",)),
@@ -57,5 +57,5 @@ def test_mistakes() -> None:
 def test_the_short_side_is_resized_and_the_middle_kept() -> None:
     wide = Image.new("RGB", (300, 100), (0, 0, 0))
     wide.paste((255, 255, 255), (100, 0, 200, 100))
-    assert float(to_pixels(wide, 64, False, False, short_side=True)[:, :, 2:-2].min()) > 0.99
-    assert to_pixels(wide.rotate(90, expand=True), 64, True, False, short_side=True).shape == (3, 64, 64)
+    assert float(to_pixels(wide, 64, "middle", False)[:, :, 2:-2].min()) > 0.99
+    assert to_pixels(wide.rotate(90, expand=True), 64, "middle", False).shape == (3, 64, 64)

@@ -53,7 +53,7 @@ def test_own_picture(picture: Path) -> None:
     data = own(picture)
     (concept,) = data.concepts
     assert (concept.name, concept.placeholder, concept.word) == ("My-dog", "<my-dog>", "dog")
-    assert concept.views[0].size == (90, 60) and data.short_side and data.flip == 0.5
+    assert concept.views[0].size == (90, 60) and data.crop == "middle" and data.flip == 0.5
     assert concept.templates == ("a standing {}",) and concept.prompts == ("a sitting {}", "a {} in the snow")
     assert concept.edit and concept.edit.source == "a standing dog" and concept.edit.mask is None
     assert concept.edit.targets == ("a sitting dog", "a dog in the snow")

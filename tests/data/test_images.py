@@ -4,7 +4,7 @@ import logging
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from PIL import Image, ImageCms
 
 from hiperlab.data import images
 from hiperlab.data.images import (
+    Crop,
     ImageProblem,
+    cut,
     digests,
     in_range,
     picture_files,
@@ -233,20 +235,20 @@ def test_wrong_settings(tmp_path: Path, settings: tuple, said: str) -> None:
 
 
 def test_pixels_range_shape_and_flip() -> None:
-    pixels = to_pixels(picture(64, 32), 16, center_crop=False, flip=False)
+    pixels = to_pixels(picture(64, 32), 16, "squeeze", flip=False)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert pixels.min() >= -1 and pixels.max() <= 1
     torch.testing.assert_close(pixels[:, -1, -1], torch.tensor(RED) / 127.5 - 1)
-    assert torch.equal(to_pixels(picture(64, 32), 16, False, True), pixels.flip(-1))
-    extremes = to_pixels(Image.fromarray(np.array([[[0, 127, 255]] * 16] * 16, dtype=np.uint8)), 16, False, False)
+    assert torch.equal(to_pixels(picture(64, 32), 16, "squeeze", True), pixels.flip(-1))
+    extremes = to_pixels(Image.fromarray(np.array([[[0, 127, 255]] * 16] * 16, dtype=np.uint8)), 16, "squeeze", False)
     torch.testing.assert_close(extremes[:, 0, 0], torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
 
 
 def test_crop_takes_the_middle_and_no_crop_squeezes() -> None:
     wide = Image.new("RGB", (48, 16), (0, 0, 0))
     wide.paste((255, 255, 255), (16, 0, 32, 16))
-    assert to_pixels(wide, 16, True, False).min() == 1
-    squeezed = to_pixels(wide, 48, False, False)
+    assert to_pixels(wide, 16, "square", False).min() == 1
+    squeezed = to_pixels(wide, 48, "squeeze", False)
     assert squeezed[:, :, 20:28].min() == 1 and squeezed[:, :, :12].max() == -1
 
 
@@ -278,9 +280,9 @@ def test_photographs_are_read_when_they_are_looked_at(tmp_path: Path) -> None:
 def test_levels_are_the_pixels(tmp_path: Path) -> None:
     """A quarter of the memory, the same numbers to the last bit."""
     image = Image.effect_noise((50, 37), 80).convert("RGB")
-    for settings in ({"center_crop": True, "short_side": False}, {"center_crop": False, "short_side": True}):
-        levels = to_levels(image, 32, **settings)
+    for crop in get_args(Crop):
+        levels = cut(to_levels(image, 32, crop), 32)
         assert levels.dtype == torch.uint8
         expected = (levels.numpy() / 127.5 - 1.0).astype(np.float32)
         assert np.array_equal(in_range(levels).numpy(), expected)
-        assert np.array_equal(to_pixels(image, 32, flip=False, **settings).numpy(), expected)
+        assert np.array_equal(to_pixels(image, 32, crop, flip=False).numpy(), expected)

@@ -77,7 +77,7 @@ def test_folder_of_own_photographs(tmp_path: Path) -> None:
     assert (concept.name, concept.placeholder, concept.word) == ("My-cat", "<my-cat>", "object")
     assert [v.size for v in concept.views] == [(40, 30), (41, 30)] and concept.sources == ("0.jpg", "1.jpg")
     assert concept.prompts == load_prompts("neti") and len(concept.templates) == 27 and concept.note == ""
-    assert (data.center_crop, data.flip) == (False, 0.5)
+    assert (data.crop, data.flip) == (None, None)
     named = load("folder", f"dir={tmp_path / 'My cat'}", "name=tom", "placeholder=<tom>", "word=cat", "max_views=1")
     assert (named.concepts[0].name, named.concepts[0].placeholder, named.concepts[0].word) == ("tom", "<tom>", "cat")
     assert len(named.concepts[0].views) == 1

@@ -1,6 +1,7 @@
 """Batches are a pure function of (seed, micro step, rank, world size), however they are fetched."""
 
 import random
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from hiperlab.data import module
 from hiperlab.data.batch import Batch
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import to_levels, to_pixels
+from hiperlab.data.images import in_range, to_levels, to_pixels
 from hiperlab.data.module import ConceptData, MicroBatches, view_order
 from hiperlab.data.world import load_named
 from hiperlab.errors import UserError
@@ -24,7 +26,7 @@ SIZE = 16
 def cats(*names: str, flip: float = 0.5) -> DataSet:
     return load_named(
         list(names), 64, placeholder=None, word=None, property="object", prompts=None, class_noun="none",
-        captions="auto", max_views=None, center_crop=False, flip=flip,
+        captions="auto", masks="auto", max_views=None, center_crop=False, flip=flip,
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
 def rows_of(batch: Batch, keep: torch.Tensor) -> Batch:
     """The rows where `keep` is true."""
     prompts = [p for p, k in zip(batch.prompts, keep.tolist()) if k]
-    return Batch(batch.pixels[keep], prompts, *(x[keep] for x in batch[2:]))
+    return Batch(batch.pixels[keep], prompts, *(x if x is None else x[keep] for x in batch[2:]))
 
 
 def test_what_a_batch_holds(four: DataSet) -> None:
@@ -72,7 +74,7 @@ def test_what_a_batch_holds(four: DataSet) -> None:
     for i, prompt in enumerate(batch.prompts):
         concept = four.concepts[batch.concept[i]]
         assert prompt in {t.replace("{}", concept.placeholder) for t in concept.templates}
-        expected = to_pixels(concept.views[batch.view[i]], SIZE, False, bool(batch.flip[i]))
+        expected = to_pixels(concept.views[batch.view[i]], SIZE, "squeeze", bool(batch.flip[i]))
         assert torch.equal(batch.pixels[i], expected)
 
 
@@ -163,6 +165,23 @@ def test_pixels_are_worked_out_once_and_only_while_they_fit(one: DataSet, monkey
     assert all(equal(a, small[m]) for m, a in enumerate(before)) and len(small.cache.kept) == 2
     before[0].pixels.zero_()  # a batch is the receiver's own: writing into it must not reach the cache
     assert not torch.equal(stream[0].pixels, before[0].pixels)
+
+
+def test_a_random_crop_is_a_pure_function_of_the_sample_number(one: DataSet) -> None:
+    """Every place along the long side occurs, pixels are those of that place, and micro batches do not matter."""
+    ramp = Image.fromarray(np.tile(np.arange(4 * SIZE, dtype=np.uint8), (2 * SIZE, 1))).convert("RGB")  # 64 x 32
+    concept = replace(one.concepts[0], views=(ramp,), sources=("ramp",))
+    wide = replace(one, concepts=(concept,), crop="random", flip=0.0)
+    batch = MicroBatches(wide, 0, SIZE, 96, 0, 1)[0]
+    assert batch.offset is not None and set(batch.offset.tolist()) == set(range(SIZE + 1))
+    whole = to_levels(ramp, SIZE, "random")
+    assert whole.shape == (3, SIZE, 2 * SIZE)
+    for row in range(0, 96, 7):
+        start = int(batch.offset[row])
+        assert torch.equal(batch.pixels[row], in_range(whole[:, :, start : start + SIZE]))
+    small = MicroBatches(wide, 0, SIZE, 2, 0, 1)
+    assert torch.equal(torch.cat([small[m].pixels for m in range(48)]), batch.pixels)
+    assert MicroBatches(replace(wide, crop="middle"), 0, SIZE, 2, 0, 1)[0].offset is None
 
 
 class Recorder(pl.LightningModule):

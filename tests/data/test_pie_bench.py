@@ -94,7 +94,7 @@ def test_words_that_a_text_lacks_advise_nothing(folder: Path) -> None:
 )
 def test_kinds(folder: Path, kinds: Any, names: list[str]) -> None:
     data = load(folder, kinds=kinds)
-    assert [concept.name for concept in data.concepts] == names and data.short_side
+    assert [concept.name for concept in data.concepts] == names and data.crop == "middle"
 
 
 def test_items_by_number_and_by_name(folder: Path) -> None:

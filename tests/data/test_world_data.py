@@ -19,6 +19,7 @@ SETTINGS = {
     "prompts": None,
     "class_noun": "none",
     "captions": "auto",
+    "masks": "auto",
     "max_views": None,
     "resolution": 64,
     "center_crop": False,

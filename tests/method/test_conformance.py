@@ -192,6 +192,20 @@ def test_micro_batches_do_not_matter(trainee, stack) -> None:
     torch.testing.assert_close(whole, halves, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
+def test_masks_weigh_the_loss(trainee, stack) -> None:
+    """A loss that counts nowhere is nothing and moves nothing; one that counts everywhere is the loss without masks."""
+    if method_class(trainee).training_step is not Method.training_step:
+        pytest.skip("edits one picture, which has no mask for the loss")
+    rows = batch(list(CATS), [0, 1])
+    losses = {}
+    for weight in (None, 1.0, 0.0):
+        method = build(trainee, stack, CATS)
+        mask = None if weight is None else torch.full((2, 1, 128, 128), weight)
+        method.training_step(rows._replace(mask=mask), 0)
+        losses[weight] = float(method._losses[-1][method._loss_names.index("loss")])
+    assert losses[1.0] == pytest.approx(losses[None], rel=1e-5) and losses[0.0] == 0
+
+
 def test_global_random_state_does_not_matter(trainee, stack) -> None:
     results = []
     for seed in (1, 2):

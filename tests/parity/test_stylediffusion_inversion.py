@@ -74,7 +74,7 @@ def networks(state: dict[str, Tensor], steps: int = 1) -> MappingNetworks:
 def test_picture_to_features(mapping) -> None:
     g = mapping
     image = Image.fromarray(g["image"].numpy())
-    pixels = to_pixels(image, 512, center_crop=True, flip=False)[None]
+    pixels = to_pixels(image, 512, "square", flip=False)[None]
     wanted = g["image512_sub8"].permute(2, 0, 1).float() / 127.5 - 1
     close("sd picture 512", pixels[0, :, ::8, ::8], wanted, 1e-6)
     small = preprocess(pixels, 224, align_corners=False)

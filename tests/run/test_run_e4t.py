@@ -42,7 +42,9 @@ def test_a_domain_then_one_picture(tmp_path) -> None:
     moved = (tuned["head.final_linear.weight"] - start["head.final_linear.weight"]).abs().max()
     assert 0 < moved < 1e-4, "one step from the domain"
     (cats,) = load_named("cats", **SETTINGS).concepts
-    assert torch.equal(tuned["picture"], to_pixels(cats.views[0], 64, False, flip=False)), "the first view, unmirrored"
+    assert torch.equal(tuned["picture"], to_pixels(cats.views[0], 64, "squeeze", flip=False)), (
+        "the first view, unmirrored"
+    )
     assert len(list((one / "samples" / "cats").glob("*.png"))) == 1
 
     # A pre-trained checkpoint of the reimplementation brings no picture: the data's first one is encoded.

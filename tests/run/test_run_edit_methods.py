@@ -121,7 +121,7 @@ def test_resumed_is_bit_identical(name, step, hiper, imagic, tmp_path) -> None:
 def dog() -> DataSet:
     picture = Image.new("RGB", (64, 64))
     edit = Edit("a standing dog", ("a sitting dog", "a cat on a sofa", "a dog"))
-    return DataSet((edit_concept("rex", "<rex>", "dog", picture, "rex.png", edit),), False, 0.0)
+    return DataSet((edit_concept("rex", "<rex>", "dog", picture, "rex.png", edit),), "squeeze", 0.0)
 
 
 def test_texts_without_the_noun_are_named(caplog) -> None:
@@ -134,7 +134,7 @@ def test_the_noun_is_not_said_twice() -> None:
     """With data.class_noun=prompts a concept's prompts are "a {} dog on a sofa"."""
     picture = Image.new("RGB", (64, 64))
     concept = Concept("rex", "<rex>", "dog", (picture,), ("a",), ("a photo of {}",), ("a {} dog on a sofa", "a {}"))
-    (made,) = as_edits(DataSet((concept,), False, 0.0)).concepts
+    (made,) = as_edits(DataSet((concept,), "squeeze", 0.0)).concepts
     assert made.edit and made.edit.targets == ("a dog on a sofa", "a dog")
     assert made.prompts == ("a {} on a sofa", "a {}")
 
