@@ -7,6 +7,7 @@ Axes: V vectors, D text width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from hiperlab.formats import pickles
 from hiperlab.formats.disguises import disguise
 
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+NUMBERED = re.compile(r"(.+?)>?(?:_(\d+))?>?")  # a word and which of its vectors
 
 
 def read(path: Path) -> Tensor:
     """The learnt vectors (V, D), float32, of any embedding file that is around.
 
-    Accepts a dict with one key and a tensor [D] or [V, D] (diffusers, `emb_params`), `string_to_param` with any single
-    key (CompVis, A1111), and a bare tensor.
+    Accepts a dict with one key and a tensor [D] or [V, D] (diffusers, `emb_params`), one with a word's vectors under
+    numbered keys (`<cat>`, `<cat>_1`, ..., as diffusers names the tokens of several vectors), `string_to_param` with
+    any single key (CompVis, A1111), and a bare tensor.
 
     Raises:
         UserError: there is no file, it is broken or unsafe, or it holds something else.
@@ -70,8 +73,20 @@ def _parameters(content: Any) -> Any:
 def _single(content: Any) -> Tensor | None:
     if isinstance(content, Tensor):
         return content
-    found = [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, Mapping) else []
-    return found[0] if len(found) == 1 else None
+    if not isinstance(content, Mapping):
+        return None
+    found = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return next(iter(found.values())) if len(found) == 1 else _numbered(found)
+
+
+def _numbered(found: Mapping[str, Tensor]) -> Tensor | None:
+    """The vectors of one word under `<cat>`, `<cat>_1`, ... (or `<cat_1>`) in their order, (V, D)."""
+    parts = [NUMBERED.fullmatch(key) for key in found]
+    rows = {int(part[2] or 0): value.reshape(-1) for part, value in zip(parts, found.values(), strict=True) if part}
+    complete = sorted(rows) == list(range(len(found)))
+    if not complete or len({part[1] for part in parts if part}) != 1 or len({len(row) for row in rows.values()}) != 1:
+        return None
+    return torch.stack([rows[number] for number in range(len(rows))])
 
 
 def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str) -> list[Path]:

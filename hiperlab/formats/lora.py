@@ -1,4 +1,4 @@
-"""LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written.
+"""LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written; cloneofsimo's are read.
 
 Key names are left to the converters of diffusers and PEFT. Done here is what these lose: alpha (diffusers #6087), and
 the text encoder's old key names.
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hiperlab.errors import UserError
-from hiperlab.formats import embedding, pickles
+from hiperlab.formats import embedding, lora_diffusion, pickles
 from hiperlab.hub import first_line
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,12 @@ HEADER = "lora_adapter_metadata"
 BLOCKS = SimpleNamespace(
     layers_per_block=2
 )  # of every SD U-Net; diffusers needs it for the original checkpoint's names
+BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|clip_l)")  # the web UIs', OneTrainer's
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_")
 OTHER_KINDS = {  # parts of keys that belong to something else than LoRA on SD 1.x or 2.x
     "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
     "lora_mid": "LoCon with a Tucker core", "lora_te2_": "a LoRA for SDXL", "text_encoder_2.": "a LoRA for SDXL",
+    ".clip_g": "a LoRA for SDXL",
 }  # fmt: skip
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> (A, B); convolutions keep their four axes
@@ -53,11 +55,12 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> (A, B); convolutions keep 
 class Adapter(NamedTuple):
     """What a LoRA file holds, by the modules' names in the U-Net and in the text model, without "text_model.".
 
-    The scale is folded into B: W' = W + B A.
+    The scale is folded into B: W' = W + B A. `words` are learnt embeddings (V, D) that came in the same file.
     """
 
     unet: Pairs
     text: Pairs
+    words: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
 def read(path: Path) -> Adapter:
@@ -73,6 +76,13 @@ def read(path: Path) -> Adapter:
         content, configs = embedding.tensors(path), _header(path)
     else:
         content, configs = pickles.load(path), {}
+    words: dict[str, Tensor] = {}
+    if lora_diffusion.is_theirs(content):
+        content, words = lora_diffusion.named(path.name, content)
+        for end in (".text_encoder.pt", ".ti.pt"):  # what its trainer keeps in files of their own
+            if path.suffix == ".pt" and (beside := path.with_suffix(end)).is_file() and beside != path:
+                more, others = lora_diffusion.named(beside.name, pickles.load(beside))
+                content, words = content | more, words | others
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path.name} is no LoRA file: expected named tensors, found {type(content).__name__}.")
     for part, kind in OTHER_KINDS.items():
@@ -84,22 +94,20 @@ def read(path: Path) -> Adapter:
         raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
     alphas: dict[str, float] = {}
     tensors = {key: value.detach().float() for key, value in content.items()}
-    if words := sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}):
-        raise UserError(
-            f"{path.name} carries the embedding of {', '.join(words)} (bundle_emb) beside its LoRA, and method=lora "
-            "draws without one. Save the LoRA without it, or use the embedding's own file with method=ti."
-        )
+    words |= {match[1]: tensors.pop(key) for key in list(tensors) if (match := BUNDLED.fullmatch(key))}
+    words = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in words.items()}
     if any(key.startswith("base_model.model.") for key in tensors):
         configs = _beside(path)
     if all(key.startswith(KOHYA) for key in tensors):
         tensors, alphas = _from_kohya(path, tensors)
     tensors = {_full(key): value for key, value in tensors.items()}
+    alphas |= {key: float(tensors.pop(key)) for key in list(tensors) if key.endswith(".alpha")}
     parts = {part: _named(tensors, part) for part in ("unet", "text_encoder")}
     _check_patterns(path, parts, configs)
     found = [_pairs(path, values, _named(alphas, part), configs.get(part, {})) for part, values in parts.items()]
     if not any(up.any() for pairs in found for _, up in pairs.values()):
         log.warning("%s changes nothing: all its B matrices are zero, as before the first step of training.", path.name)
-    return Adapter(*found)
+    return Adapter(found[0], found[1], words)
 
 
 def _beside(path: Path) -> dict[str, dict[str, Any]]:
@@ -158,7 +166,8 @@ def _from_kohya(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def _full(key: str) -> str:
-    """A key of PEFT's own files, which name no part, with its part in front."""
+    """A key with its part in front, which PEFT's own files do not name, and the matrices' names of PEFT."""
+    key = key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
     if key.startswith(("unet.", "text_encoder.")):
         return key
     bare = key.removeprefix("base_model.model.")

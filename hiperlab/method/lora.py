@@ -8,7 +8,8 @@ Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent chann
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ from hiperlab.base.prior_preservation import Prior
 from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text import check_identifier
+from hiperlab.model.text import check_identifier, with_weights
 from hiperlab.model.text_cache import TextCache
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class LoRA(RareTokenMethod):
         self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
         self.plain_text = TextCache(model)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # keys "unet/<module>", dots as slashes
+        self.words_brought = nn.ParameterDict()  # (1, V, D) each, of another tool's file; never trained
         for part, module, ends in (
             ("unet", model.unet, targets),
             ("text", model.text_module, text_targets if text_encoder else ()),
@@ -151,7 +153,37 @@ class LoRA(RareTokenMethod):
 
     def _encode(self, texts: Sequence[str], strength: float) -> Tensor:
         offsets = self.offsets("text", strength)
+        if self.words_brought:
+            return self._with_words_brought(texts, offsets)
         return self.model.encode_text(texts, offsets) if offsets.changes else self.plain_text(texts)
+
+    def _with_words_brought(self, texts: Sequence[str], offsets: Offsets) -> Tensor:
+        """Text states (B, N, D) with the learnt vectors of the words that came with the file."""
+        vectors = {_word(key): value[0] for key, value in self.words_brought.items()}
+        starts = accumulate(map(len, vectors.values()), initial=0)
+        slots = {word: list(range(first, first + len(rows))) for (word, rows), first in zip(vectors.items(), starts)}
+        tokens = self.model.tokenize(texts, slots)
+        _, _, slot = tokens.occurrences()
+        placed = torch.cat(list(vectors.values()))[slot][None]
+        return with_weights(
+            self.model.text,
+            offsets.weights(self.model.text_module),
+            lambda: self.model.normalise_text(self.model.hidden_states(tokens, placed))[0],
+        )
+
+    def composition_part(self, step: Step) -> Part:
+        """The texts with the rare token in the placeholder's place.
+
+        Raises:
+            UserError: words came with the file, which would be read as letters.
+        """
+        if self.words_brought:
+            words = ", ".join(map(_word, self.words_brought))
+            raise UserError(
+                f"{self.concepts[0].name}'s LoRA brings the words {words}, which are not drawn together with other "
+                "concepts: draw it by itself with artifact=."
+            )
+        return super().composition_part(step)
 
     def _strength(self, variant: str) -> float:
         return float(variant.removeprefix("strength=")) if variant else self.strength
@@ -187,7 +219,32 @@ class LoRA(RareTokenMethod):
             for name, (down, up) in pairs.items():
                 self._add_pair(part, name, *resized(down, up, rank))
         self.alpha.fill_(rank)  # the file's scale is in B already
+        self._take_words(path, adapter.words)
         log.info("%s: rank %d, %d U-Net and %d text layers", path.name, rank, len(adapter.unet), len(adapter.text))
+
+    def _take_words(self, path: Path, words: Mapping[str, Tensor]) -> None:
+        """Learnt words of the file; a text that names one is drawn with its vectors.
+
+        Raises:
+            UserError: they are of another width.
+        """
+        width = self.model.width
+        for word, vectors in words.items():
+            if vectors.shape[1] != width:
+                raise UserError(
+                    f"{path.name} brings the word {word} of width {vectors.shape[1]}, {self.model.name} has {width}. "
+                    "Load the base model it was made for."
+                )
+        self.words_brought = nn.ParameterDict(
+            {_key(word): nn.Parameter(vectors[None], requires_grad=False) for word, vectors in words.items()}
+        ).to(self.model.device)
+        if words:
+            named = ", ".join(words)
+            log.info("%s brings the learnt words %s: texts that name them are drawn with them.", path.name, named)
+            if not any(word in self.identifier for word in words):
+                log.warning(
+                    "no placeholder stands for %s: method.identifier='%s' puts it there.", named, "".join(words)
+                )
 
     def _check(self, path: Path, part: str, pairs: files.Pairs) -> None:
         """Refuse matrices for another architecture.
@@ -207,6 +264,15 @@ class LoRA(RareTokenMethod):
                     f"{path.name} changes {name} as {[up.shape[0], *down.shape[1:]]}, in {self.model.name} it is "
                     f"{list(weight.shape)}. Load the base model it was made for."
                 )
+
+
+def _key(word: str) -> str:
+    """A word as a parameter's name, which may hold no dot and not everything else."""
+    return word.encode().hex()
+
+
+def _word(key: str) -> str:
+    return bytes.fromhex(key).decode()
 
 
 def _start(seed: int, name: str, shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:

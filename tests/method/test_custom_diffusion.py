@@ -121,7 +121,7 @@ def test_moments_of_placed_pictures(stack) -> None:
     moments = method.moments(rows)
     for row in range(len(moments)):
         assert torch.equal(moments[row], stack.encode_moments(rows.pixels[row : row + 1])[0])
-    assert all(view < 0 for _, view, _ in method._moments)
+    assert all(view < 0 for _, view, *_ in method._moments)
 
 
 # ---- the word and the weights ----------------------------------------------------------------------------------------

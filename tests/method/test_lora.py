@@ -10,17 +10,21 @@ from fractions import Fraction
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from peft import PeftModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 
 from hiperlab.base import artifact
 from hiperlab.base.method import Step
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
+from hiperlab.formats import lora_diffusion
 from hiperlab.method.lora import LoRA, modules_named, resized
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.text import with_weights
 from tests.composed import SUBJECTS, batch, build, train
 
 CAT = SUBJECTS[0]
@@ -319,14 +323,132 @@ def test_our_files_with_some_of_the_text_layers_are_read_again(stack, tmp_path, 
             assert {name.rsplit(".", 1)[-1] for name in read.text} == set(targets), path.name
 
 
-def test_a_bundled_embedding_and_an_empty_lora_are_said(tmp_path, caplog) -> None:
+def test_an_empty_lora_is_said(tmp_path, caplog) -> None:
     pair = {"unet.a.lora_A.weight": torch.ones(1, 2), "unet.a.lora_B.weight": torch.zeros(2, 1)}
     save_file(pair, tmp_path / "empty.safetensors")
     files.read(tmp_path / "empty.safetensors")
     assert "changes nothing" in caplog.text
-    save_file({**pair, "bundle_emb.mycat.string_to_param.*": torch.ones(1, 4)}, tmp_path / "bundle.safetensors")
-    with pytest.raises(UserError, match="carries the embedding of mycat"):
-        files.read(tmp_path / "bundle.safetensors")
+
+
+@pytest.mark.parametrize("key", ["bundle_emb.my.cat.string_to_param.*", "bundle_emb.my.cat.clip_l"])
+def test_an_embedding_in_the_same_file_is_drawn_with_it(stack, inputs, tmp_path, caplog, key) -> None:
+    """As diffusers draws with the LoRA and the embedding loaded from files of their own."""
+    source = fitted(stack, text_encoder=True)
+    source.export(0, tmp_path, steps=1)
+    vectors = torch.randn(2, stack.width, generator=torch.Generator().manual_seed(5))
+    kohya = tmp_path / "my-cat.safetensors"
+    save_file({**load_file(kohya), key: vectors}, tmp_path / "bundle.safetensors")
+    method = build("lora", stack, [CAT], identifier="my.cat")
+    method.load_foreign(0, tmp_path / "bundle.safetensors")
+    pipe = pipeline(stack)
+    pipe.load_lora_weights(tmp_path, weight_name=kohya.name)
+    pipe.load_textual_inversion({"my.cat": vectors}, token="my.cat")
+    expected = theirs(pipe, inputs, pipe.maybe_convert_prompt("a photo of a my.cat cat", pipe.tokenizer))
+    torch.testing.assert_close(ours(method.eval(), inputs), expected, atol=1e-4, rtol=1e-4)
+    other = build("lora", stack, [CAT])
+    other.load_foreign(0, tmp_path / "bundle.safetensors")
+    assert "method.identifier='my.cat' puts it there" in caplog.text
+    torch.testing.assert_close(ours(other.eval(), inputs), ours(source, inputs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"brings the words my\.cat"):
+        method.composition_part(Step(["a <my-cat>"], ZERO, ZERO))
+    save_file({**load_file(kohya), key: vectors[:, :8].contiguous()}, tmp_path / "narrow.safetensors")
+    with pytest.raises(UserError, match=r"word my\.cat of width 8"):
+        method.load_foreign(0, tmp_path / "narrow.safetensors")
+
+
+@pytest.mark.parametrize("feed_forward", ["second", "third", "none"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_cloneofsimos_files(stack, inputs, tmp_path, kind, feed_forward) -> None:
+    """Pairs without names, in the order in which diffusers of 2022 and of 2023 held the layers."""
+    unet, text = stack.unet, stack.text_module
+    blocks = [name for name, part in unet.named_modules() if type(part).__name__ == "BasicTransformerBlock"]
+    assert [f"{name}.transformer_blocks.0" for name in lora_diffusion.BLOCKS] == blocks, "the order of the U-Net itself"
+    order = {"second": ["attn1", "ff", "attn2"], "third": ["attn1", "attn2", "ff"], "none": ["attn1", "attn2"]}
+    names = []
+    for block in blocks:
+        for part in order[feed_forward]:
+            inner = ["net.0.proj"] if part == "ff" else ["to_q", "to_k", "to_v", "to_out.0"]
+            names += [f"{block}.{part}.{name}" for name in inner]
+    heads = [
+        f"encoder.layers.{number}.self_attn.{name}"
+        for number in range(len(text.encoder.layers))
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj")
+    ]
+    generator = torch.Generator().manual_seed(2)
+    changed: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for part, module, layers in (("unet", unet, names), ("text_encoder", text, heads)):
+        for name in layers:
+            weight = module.get_parameter(f"{name}.weight")
+            up = 0.2 * torch.randn(weight.shape[0], 2, generator=generator)
+            down = 0.2 * torch.randn(2, weight.shape[1], generator=generator)
+            pairs.setdefault(part, []).append((up, down))
+            changed.setdefault(part, {})[f"{name}.weight"] = weight + up @ down
+    word = torch.randn(stack.width, generator=generator)
+    if kind == "pt":
+        path = tmp_path / "lora.pt"
+        torch.save([value for pair in pairs["unet"] for value in pair], path)
+        torch.save([value for pair in pairs["text_encoder"] for value in pair], tmp_path / "lora.text_encoder.pt")
+        torch.save({"<s1>": word}, tmp_path / "lora.ti.pt")
+        assert set(files.read(tmp_path / "lora.text_encoder.pt").text) == set(heads)
+    else:
+        path = tmp_path / "lora.safetensors"
+        states = {
+            f"{part}:{number}:{name}": value.contiguous()
+            for part, rows in pairs.items()
+            for number, pair in enumerate(rows)
+            for name, value in zip(("up", "down"), pair, strict=True)
+        }
+        save_file({**states, "<s1>": word}, path, metadata={"<s1>": "<embed>"})
+    method = build("lora", stack, [CAT], identifier="<s1>")
+    method.load_foreign(0, path)
+    tokens = stack.tokenize(["a photo of a <s1> cat"], {"<s1>": [0]})
+    placed = word[None, None]
+    states = with_weights(
+        stack.text,
+        changed["text_encoder"],
+        lambda: stack.normalise_text(stack.hidden_states(tokens, placed))[0],
+    )
+    with torch.no_grad():
+        expected = functional_call(
+            unet, changed["unet"], inputs, {"encoder_hidden_states": Conditioning(states[None]), "return_dict": False}
+        )[0]
+    torch.testing.assert_close(ours(method.eval(), inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_damaged_file_of_cloneofsimo_is_refused(tmp_path) -> None:
+    torch.save([torch.ones(4, 1), torch.ones(1, 4)] * 7, tmp_path / "seven.pt")
+    with pytest.raises(UserError, match="7 pairs of matrices for unet"):
+        files.read(tmp_path / "seven.pt")
+    torch.save([torch.ones(4, 1)], tmp_path / "half.pt")
+    with pytest.raises(UserError, match="lacks its other half"):
+        files.read(tmp_path / "half.pt")
+
+
+def test_dotted_names_with_alpha(tmp_path) -> None:
+    """Diffusers' names with kohya's matrices and strengths, as some converters write them."""
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"unet.{layer}.{key}": value for key, value in pair.items()}, tmp_path / "dotted.safetensors")
+    ((down, up),) = files.read(tmp_path / "dotted.safetensors").unet.values()
+    torch.testing.assert_close(up @ down, torch.full((4, 4), 1.0))  # 2 B A times alpha / r = 1 / 2
+
+
+def test_mixed_ranks_saved_anew_by_diffusers_keep_their_strength(stack, inputs, tmp_path) -> None:
+    pipe = pipeline(stack)
+    config = LoraConfig(
+        r=4, lora_alpha=2, target_modules=["to_q", "to_v"], rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 6},
+        init_lora_weights=False,
+    )  # fmt: skip
+    pipe.unet.add_adapter(config)
+    states = get_peft_model_state_dict(pipe.unet)
+    metadata = pipe.unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=convert_state_dict_to_diffusers(states), unet_lora_adapter_metadata=metadata
+    )
+    method = build("lora", stack, [CAT])
+    method.load_foreign(0, tmp_path / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(ours(method.eval(), inputs), theirs(pipe, inputs), atol=1e-4, rtol=1e-4)
 
 
 def test_names_of_the_original_checkpoint(tmp_path) -> None:

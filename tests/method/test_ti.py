@@ -71,6 +71,14 @@ def test_their_files_load(stack, tmp_path) -> None:
     method = build("ti", stack, CATS, num_vectors=2)
     method.load_foreign(0, tmp_path / "compvis.pt")
     assert torch.equal(method.artifact(0)["vectors"], vectors)
+    for keys in (("<cat>_1", "<cat>", "<cat>_2"), ("cat_1", "cat", "cat_2"), ("<cat_1>", "<cat>", "<cat_2>")):
+        rows = torch.randn(3, 32)
+        save_file(dict(zip(keys, rows[[1, 0, 2]].contiguous().unbind())), tmp_path / "numbered.safetensors")
+        assert torch.equal(embedding.read(tmp_path / "numbered.safetensors"), rows), keys
+    for keys in (("<cat>", "<dog>_1"), ("<cat>_1", "<cat>_2"), ("<cat>", "<cat>_2")):
+        torch.save(dict(zip(keys, rows)), tmp_path / "others.bin")
+        with pytest.raises(UserError, match=f"expected one tensor .* found {keys[0]}, {keys[1]}"):
+            embedding.read(tmp_path / "others.bin")
     with pytest.raises(UserError, match="num_vectors=1"):
         method.load_foreign(0, tmp_path / "old_one_row.bin")
 
