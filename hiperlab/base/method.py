@@ -285,7 +285,20 @@ class Method(pl.LightningModule, ABC):
         checkpoint["state_dict"] = {name: value for name, value in states.items() if not name.startswith("model.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the stack's own tensors back so that loading stays strict: a missing trained tensor still raises."""
+        """Put the stack's own tensors back so that loading stays strict.
+
+        Raises:
+            UserError: a trained tensor is missing, superfluous or of another shape.
+        """
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+        theirs = checkpoint["state_dict"]
+        wrong = sorted(own.keys() ^ theirs.keys())
+        wrong += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
+        if wrong:
+            raise UserError(
+                f"the checkpoint is not of this {type(self).__name__}: {', '.join(wrong[:3])} differ. Resume with the "
+                "method, its settings and the base model that it was written with."
+            )
         states = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         checkpoint["state_dict"] = {**states, **checkpoint["state_dict"]}
 

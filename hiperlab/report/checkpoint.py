@@ -24,6 +24,7 @@ from hiperlab import files
 from hiperlab.errors import StoppedError, UserError
 
 log = logging.getLogger(__name__)
+NEEDED = ("state_dict", "optimizer_states", "global_step", "loops", "pytorch-lightning_version")
 _NAME = re.compile(r"step-(\d{6,})\.ckpt")
 
 
@@ -58,16 +59,23 @@ class AtomicCheckpointIO(CheckpointIO):
         """Check every byte, then load tensors and plain values only, whatever `weights_only` says.
 
         Raises:
-            UserError: missing, broken, or holding something other than tensors and plain values.
+            UserError: missing, broken, holding something other than tensors and plain values, or not Lightning's.
         """
         reason = files.broken(path)
         if reason is not None:
             raise UserError(f"checkpoint {path} cannot be used: {reason}. Use an earlier one, or resume=auto.")
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             detail = str(error).splitlines()[0]
             raise UserError(f"checkpoint {path} holds more than tensors and plain values: {detail}") from error
+        lacking = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+        if lacking:
+            raise UserError(
+                f"checkpoint {path} lacks {', '.join(lacking)}: another program wrote it, and training cannot go on "
+                "from it. A learnt concept is drawn with artifact=<file> stages=[sample]."
+            )
+        return content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint, its checksum first: half a deletion leaves a file that counts as broken."""

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hiperlab import files
 from hiperlab.run.main import main
 
 KILLS = int(os.environ.get("HIPERLAB_KILLS", "3"))
@@ -192,6 +194,30 @@ def test_a_checkpoint_from_elsewhere_is_compared_with_its_own_record(tmp_path, p
         assert "under other settings" in said and change.split("=")[0] in said
     assert train(tmp_path / "b", photos, 2, f"resume='{checkpoint}'") == 0
     assert (tmp_path / "b" / "checkpoints" / "step-000002.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("another method", "is not of this TextualInversion: alpha, down.unet/"),
+        ("another program", "lacks optimizer_states, loops, pytorch-lightning_version: another program wrote it"),
+    ],
+)
+def test_a_checkpoint_without_a_record_that_cannot_be_gone_on_from(tmp_path, photos, capsys, change, said) -> None:
+    """One line, no traceback."""
+    checkpoint = tmp_path / "elsewhere" / "step-000001.ckpt"
+    if change == "another method":
+        assert train(tmp_path / "a", photos, 1, "method=lora") == 0
+        shutil.copytree(tmp_path / "a" / "checkpoints", checkpoint.parent)
+        (checkpoint.parent / "config.yaml").unlink()
+    else:
+        checkpoint.parent.mkdir()
+        torch.save({"state_dict": {}, "global_step": 1}, checkpoint)
+        files.write_sidecar(checkpoint)
+    capsys.readouterr()
+    assert train(tmp_path / "b", photos, 2, "method=ti", f"resume='{checkpoint}'") == 2
+    err = capsys.readouterr().err
+    assert said in err.strip().splitlines()[-1] and "Traceback" not in err
 
 
 def test_other_pictures_are_refused_by_name_or_accepted(tmp_path, photos, capsys) -> None:
