@@ -1,4 +1,4 @@
-"""Load a Stable Diffusion from a diffusers-layout folder or the hub. Safetensors only; nothing is ever unpickled."""
+"""Load a Stable Diffusion from a folder, the hub or one file. Safetensors only; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,34 +6,70 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, CLIPTextModel
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.hub import hub_problem
+from hiperlab.hub import first_line, hub_problem
 from hiperlab.model.stack import FrozenStack
 
 
 def pretrained(
-    name: str, path: str, size: int, revision: str | None = None, variant: str | None = None, note: str = ""
+    name: str,
+    path: str,
+    size: int,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    note: str = "",
 ) -> FrozenStack:
     """Load tokenizer, text encoder, VAE, U-Net and schedule of one Stable Diffusion in float32.
 
     Args:
         name: how artifacts and results call the base, e.g. "sd14".
-        path: a folder in diffusers' layout ("hiperlab:weights/mini" is the shipped one), or a hub id such as
-            "CompVis/stable-diffusion-v1-4".
+        path: a folder in diffusers' layout ("hiperlab:weights/mini" is the shipped one), a hub id such as
+            "CompVis/stable-diffusion-v1-4", or a single file of the original layout (.safetensors).
         size: picture side in pixels (512; 768 for SD 2.1).
         revision: branch or commit on the hub.
         variant: "fp16" to load the half-precision files.
+        config: of a single file: the folder or hub id whose tokenizer, schedule and shapes it has; None lets diffusers
+            guess from its weights.
         note: one line shown with every result.
 
     Raises:
         UserError: nothing is there, the hub cannot be reached, the weights are not safetensors, or the model is not
             of Stable Diffusion 1.x / 2.x's kind.
     """
+    file = files.expand(path)
+    if config and not file.is_file():
+        raise UserError(f"model.config={config} is of a single file, and model.path={path} is none: leave it out.")
+    parts = _single_file(file, config) if file.is_file() else _layout(path, revision, variant)
+    text, vae, unet = parts["text"].float(), parts["vae"].float(), parts["unet"].float()
+    tokenizer: Any = parts["tokenizer"]
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)  # 1e30 if unsaid
+    width = text.config.hidden_size
+    if unet.config.in_channels != 4 or unet.config.cross_attention_dim != width:
+        raise UserError(
+            f"model.path={path!r} is no text-to-image Stable Diffusion 1.x or 2.x: its U-Net takes "
+            f"{unet.config.in_channels} channels and text of width {unet.config.cross_attention_dim} (text encoder: "
+            f"{width}). Choose such a model, e.g. model=sd15."
+        )
+    return FrozenStack(
+        name=name,
+        tokenizer=tokenizer,
+        text=text,
+        vae=vae,
+        unet=unet,
+        scheduler_config=parts["scheduler"],
+        size=size,
+        note=note,
+    )
+
+
+def _layout(path: str, revision: str | None, variant: str | None) -> dict[str, Any]:
+    """The parts of a folder or of a repository on the hub."""
     folder = files.expand(path)
     options: dict[str, Any] = {}
     if folder.exists() or path.startswith((".", "/", "~", files.SHIPPED)):
@@ -57,29 +93,44 @@ def pretrained(
             raise UserError(_explain(path, subfolder, error)) from error
 
     weights: dict[str, Any] = {"use_safetensors": True} | ({"variant": variant} if variant else {})
-    scheduler = part(_scheduler_config, "scheduler")
-    tokenizer = part(AutoTokenizer.from_pretrained, "tokenizer")
-    text: Any = part(CLIPTextModel.from_pretrained, "text_encoder", **weights).float()
-    vae = part(AutoencoderKL.from_pretrained, "vae", **weights).float()
-    unet = part(UNet2DConditionModel.from_pretrained, "unet", **weights).float()
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)  # 1e30 if unsaid
-    width = text.config.hidden_size
-    if unet.config.in_channels != 4 or unet.config.cross_attention_dim != width:
+    return {
+        "scheduler": part(_scheduler_config, "scheduler"),
+        "tokenizer": part(AutoTokenizer.from_pretrained, "tokenizer"),
+        "text": part(CLIPTextModel.from_pretrained, "text_encoder", **weights),
+        "vae": part(AutoencoderKL.from_pretrained, "vae", **weights),
+        "unet": part(UNet2DConditionModel.from_pretrained, "unet", **weights),
+    }
+
+
+def _single_file(file: Path, config: str | None) -> dict[str, Any]:
+    """The parts of a checkpoint in the original layout, as diffusers converts it."""
+    if file.suffix.lower() != ".safetensors":
         raise UserError(
-            f"model.path={path!r} is no text-to-image Stable Diffusion 1.x or 2.x: its U-Net takes "
-            f"{unet.config.in_channels} channels and text of width {unet.config.cross_attention_dim} (text encoder: "
-            f"{width}). Choose such a model, e.g. model=sd15."
+            f"model.path={file} is a pickle, which may run code. Save its tensors as .safetensors, or convert it once "
+            "with diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(<folder>)."
         )
-    return FrozenStack(
-        name=name,
-        tokenizer=tokenizer,
-        text=text,
-        vae=vae,
-        unet=unet,
-        scheduler_config=scheduler,
-        size=size,
-        note=note,
-    )
+    known = files.expand(config) if config else None
+    problem = None if known and known.is_dir() else hub_problem()
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file),
+            config=str(known) if known and known.is_dir() else config,
+            local_files_only=problem is not None or bool(known and known.is_dir()),
+            safety_checker=None,
+        )
+    except Exception as error:  # its reader raises whatever the first odd tensor leads to
+        raise UserError(
+            f"model.path={file} cannot be loaded as a single file ({first_line(error)}). "
+            + (f"Its configuration may be missing ({problem}). " if problem else "")
+            + "Name a folder or hub id of the same kind with model.config=…, e.g. one of SD 1.5."
+        ) from error
+    return {
+        "scheduler": dict(pipeline.scheduler.config),
+        "tokenizer": pipeline.tokenizer,
+        "text": pipeline.text_encoder,
+        "vae": pipeline.vae,
+        "unet": pipeline.unet,
+    }
 
 
 def _scheduler_config(path: str, subfolder: str, **options: Any) -> dict[str, Any]:
@@ -87,11 +138,6 @@ def _scheduler_config(path: str, subfolder: str, **options: Any) -> dict[str, An
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(
-            f"model.path={folder} is a single file. Convert it once with diffusers' "
-            "StableDiffusionPipeline.from_single_file(…).save_pretrained(<folder>), and name that folder."
-        )
     if not folder.is_dir():
         raise UserError(f"model.path={folder} does not exist. Give a folder in diffusers' layout or a hub id.")
     parts = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
@@ -99,7 +145,7 @@ def _check_folder(folder: Path) -> None:
     if missing:
         raise UserError(
             f"model.path={folder} lacks {', '.join(missing)}/: it must be in diffusers' layout ({', '.join(parts)}). "
-            "Convert a single-file checkpoint with diffusers' from_single_file and save_pretrained first."
+            "A single-file checkpoint is named itself: model.path=<file>.safetensors."
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import save_file
 
 from hiperlab.errors import UserError
 from hiperlab.model.load import pretrained
@@ -126,7 +128,86 @@ def test_a_tokenizer_that_names_no_length_has_the_text_encoders(folder, tmp_path
     assert pretrained("copy", str(copy), size=128).tokenizer.model_max_length == 77
 
 
-def test_a_single_file_is_called_one(tmp_path) -> None:
-    (tmp_path / "v1-5.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"is a single file\. Convert it once"):
-        pretrained("sd15", str(tmp_path / "v1-5.safetensors"), size=512)
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+
+
+def unet_name(name: str) -> str:
+    """A weight's name in the original layout of Stable Diffusion 1."""
+    if block := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)", name):
+        way, number, kind, layer = block[1], int(block[2]), block[3], int(block[4])
+        place = f"input_blocks.{3 * number + layer + 1}" if way == "down" else f"output_blocks.{3 * number + layer}"
+        name = name.replace(block[0], f"{place}.{0 if kind == 'resnets' else 1}")
+    elif block := re.match(r"(down|up)_blocks\.(\d)\.(?:down|up)samplers\.0\.conv", name):
+        number = int(block[2])
+        place = f"input_blocks.{3 * number + 3}.0.op"
+        if block[1] == "up":
+            place = f"output_blocks.{3 * number + 2}.{1 if number == 0 else 2}.conv"  # the first has no attention
+        name = name.replace(block[0], place)
+    for ours, theirs in UNET_ENDS.items():
+        if name.startswith(f"{ours}."):
+            name = name.replace(ours, theirs, 1)
+    if "transformer_blocks" not in name:
+        for ours, theirs in RESNET.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+    return f"model.diffusion_model.{name}"
+
+
+def vae_name(name: str) -> str:
+    name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets", lambda match: f"up.{3 - int(match[1])}.block", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"up.{3 - int(match[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    for ours, theirs in (
+        ("mid_block.attentions.0", "mid.attn_1"), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"),
+        ("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return f"first_stage_model.{name}"
+
+
+def test_a_single_file_of_the_original_layout(folder, stack, tmp_path) -> None:
+    """Converted by diffusers, every weight is what the folder holds."""
+    states = {unet_name(name): value for name, value in stack.unet.state_dict().items()}
+    for name, value in stack.vae.state_dict().items():
+        turned = "attentions" in name and value.dim() == 2  # linear layers here, 1x1 convolutions there
+        states[vae_name(name)] = value[:, :, None, None] if turned else value
+    for name, value in stack.text_module.state_dict().items():
+        states[f"cond_stage_model.transformer.text_model.{name}"] = value
+    path = tmp_path / "v1-like.safetensors"
+    save_file({name: value.contiguous() for name, value in states.items()}, path)
+    kind = shutil.copytree(folder, tmp_path / "kind", ignore=shutil.ignore_patterns("*.safetensors"))
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }  # fmt: skip
+    (kind / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    loaded = pretrained("single", str(path), size=128, config=str(kind))
+    ours = stack.state_dict()
+    assert loaded.state_dict().keys() == ours.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    assert loaded.prediction_type == stack.prediction_type and loaded.tokenizer.model_max_length == 77
+    with pytest.raises(UserError, match="is of a single file"):
+        pretrained("x", str(folder), size=128, config=str(folder))
+
+
+def test_single_files_that_cannot_be_loaded(folder, tmp_path) -> None:
+    (tmp_path / "v1-5.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match="is a pickle, which may run code"):
+        pretrained("sd15", str(tmp_path / "v1-5.ckpt"), size=512)
+    (tmp_path / "torn.safetensors").write_bytes(b"x")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("torn", "other"):
+        with pytest.raises(UserError, match=r"cannot be loaded as a single file \(.+\)") as caught:
+            pretrained("sd15", str(tmp_path / f"{name}.safetensors"), size=512, config=str(folder))
+        assert "\n" not in str(caught.value)
