@@ -243,7 +243,7 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: 
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder,
         unet_lora_layers=convert_state_dict_to_diffusers(unet) if unet else None,  # type: ignore[arg-type]
-        text_encoder_lora_layers=convert_state_dict_to_diffusers(text) if text else None,  # type: ignore[arg-type]
+        text_encoder_lora_layers=_diffusers_text(text) if text else None,  # type: ignore[arg-type]
         unet_lora_adapter_metadata=settings["unet"] and settings["unet"].to_dict(),
         text_encoder_lora_adapter_metadata=settings["text"] and settings["text"].to_dict(),
         weight_name=DIFFUSERS,
@@ -257,6 +257,15 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: 
             save_file(states, place / PEFT, metadata={"format": "pt"})
             written.append(place / PEFT)
     return written
+
+
+def _diffusers_text(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Diffusers' names of the text model's matrices; its converter leaves fc1 and fc2, and then cannot read them."""
+    names = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
+    return {
+        next((key.replace(old, new) for old, new in names.items() if old in key), key): value
+        for key, value in convert_state_dict_to_diffusers(states).items()
+    }
 
 
 def _peft(pairs: Pairs, prefix: str) -> dict[str, Tensor]:
