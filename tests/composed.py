@@ -54,6 +54,17 @@ def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Met
     return method
 
 
+def kept(name: str, stack: Any, subject: Subject, seed: int = 1, size: float = 0.05, **changes: Any) -> Method:
+    """A method whose numbers are not what it starts from, as after a training."""
+    method = build(name, stack, [subject], **changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+    return method
+
+
 def picture(subject: Subject, view: int, size: int) -> torch.Tensor:
     """A concept's picture (3, size, size): it depends on the class noun only, wherever the concept stands."""
     number = WORDS.index(subject.word) if subject.word in WORDS else len(WORDS)

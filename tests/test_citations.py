@@ -83,5 +83,6 @@ def test_methods_page_has_every_method() -> None:
     """A row with its command, and one with its defaults."""
     text = (ROOT / "METHODS.md").read_text(encoding="utf-8")
     names = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-    assert sorted(re.findall(r"^\| `method=(\w+) ", text, re.M)) == names
-    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.M)) == names
+    for what, pattern in (("command", r"^\| `method=(\w+) "), ("defaults", r"^\| `(\w+)` \|")):
+        found = sorted(re.findall(pattern, text, re.M))
+        assert found == names, f"METHODS.md, the table with each method's {what}: {sorted({*found} ^ {*names})}"

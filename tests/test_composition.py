@@ -8,12 +8,12 @@ from hydra.utils import get_class
 
 from hiperlab.base.capability import Composable
 from hiperlab.base.composition import Composition
-from hiperlab.base.method import Method, Subject
+from hiperlab.base.method import Subject
 from hiperlab.errors import UserError
 from hiperlab.model.offsets import Added, LowRank, Offsets
 from hiperlab.model.tiny import tiny
 from hiperlab.model.weight_changes import Materialised, Multiplied, Sum, sum_changes
-from tests.composed import METHODS, SUBJECTS, build, config
+from tests.composed import METHODS, SUBJECTS, build, config, kept
 
 CAT, DOG = SUBJECTS[:2]
 BOTH = "a <my-cat> next to a <my-dog>"
@@ -25,17 +25,6 @@ PAIRS = [("ti", "lora"), ("ti", "dreambooth"), ("neti", "custom_diffusion"), ("h
 def stack():
     """The twin at 64 px: nothing here depends on the size."""
     return tiny(seed=0, size=64)
-
-
-def kept(name: str, stack, subject: Subject, seed: int = 1, size: float = 0.05, **changes) -> Method:
-    """A method whose numbers are not what it starts from, as after a training."""
-    method = build(name, stack, [subject], **changes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in method.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=generator)
-    return method
 
 
 def draw(painter, text: str) -> torch.Tensor:
@@ -51,13 +40,8 @@ def differ(one: torch.Tensor, two: torch.Tensor) -> None:
 
 
 def test_these_can_be_joined() -> None:
+    # Each alone among no others: tests/method/test_conformance.py.
     assert {"ti", "xti", "neti", "hiper", "lora", "dreambooth", "custom_diffusion", "e4t"} <= set(JOINABLE)
-
-
-@pytest.mark.parametrize("name", JOINABLE)
-def test_alone_it_draws_what_the_method_draws(stack, name) -> None:
-    method = kept(name, stack, CAT)
-    close(draw(Composition([method]), "a <my-cat> on a sofa"), draw(method, "a <my-cat> on a sofa"))
 
 
 @pytest.mark.parametrize(("words", "weights"), PAIRS)

@@ -8,6 +8,7 @@ Axes: R rows of the batch as it came (with class rows behind them R' = 2 R), C l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,12 +30,13 @@ class RareTokenMethod(Method, Composable, Exportable):
         concepts: one; rows of one U-Net call share its weights.
         optimizer: parameters -> optimizer.
         seed: of initialisation and draws.
-        token: the rare token; empty for the class noun alone.
+        identifier: the rare token; empty for the class noun alone.
         template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
         prior: class pictures that hold the class; weight 0 for none.
     """
 
     stacks_concepts = False
+    fixed_settings: ClassVar[tuple[str, ...]] = ("identifier",)
     training_settings = ("optimizer", "template", "prior")
 
     def __init__(
@@ -43,13 +45,13 @@ class RareTokenMethod(Method, Composable, Exportable):
         concepts: Sequence[Subject],
         optimizer: Callable[..., Optimizer],
         seed: int,
-        token: str,
+        identifier: str,
         template: str | None,
         prior: Prior,
     ) -> None:
         super().__init__(model, concepts, optimizer, seed)
-        self.template, self.prior = template, prior
-        self.words = " ".join(filter(None, [token, concepts[0].word]))
+        self.identifier, self.template, self.prior = identifier, template, prior
+        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
 
     def texts(self, step: Step) -> list[str]:
         """The step's R prompts with the rare token and the class noun in the placeholder's place."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -107,6 +107,7 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
     Raises:
         UserError: unusable pictures or texts, an unknown choice, a list of another length than the concepts'.
     """
+    check_shared(settings, ConceptSettings)
     noun, names = settings["class_noun"], [each.name for each in concepts]
     if noun not in CLASS_NOUN:
         raise UserError(f"data.class_noun={noun!r} is unknown.{near(str(noun), CLASS_NOUN)}")
@@ -138,6 +139,23 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
             )
         )
     return DataSet(tuple(made), CROPS[settings["center_crop"]], settings["flip"])
+
+
+def check_shared(settings: Mapping[str, Any], kind: Any) -> None:
+    """Refuse a data set whose yaml lacks a shared setting, or has one that nobody reads.
+
+    Args:
+        settings: as the loader was given them.
+        kind: `ConceptSettings` or the like.
+
+    Raises:
+        UserError: naming the settings.
+    """
+    names = kind.__required_keys__
+    if missing := sorted(names - settings.keys()):
+        raise UserError(f"the data set's yaml lacks {', '.join(missing)}: every one has {', '.join(sorted(names))}.")
+    if extra := sorted(settings.keys() - names):
+        raise UserError(f"data.{extra[0]} is no setting of this data set.{near(extra[0], names)}")
 
 
 def _captions(name: str, views: Sequence[Image.Image], word: str) -> tuple[str, ...]:

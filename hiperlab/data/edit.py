@@ -14,7 +14,7 @@ from typing import TypedDict, Unpack
 from PIL import Image
 
 from hiperlab.data.concept import SLOT, Concept, Edit, fill, slotted
-from hiperlab.data.dataset import DataSet, default_placeholder, per_concept
+from hiperlab.data.dataset import DataSet, check_shared, default_placeholder, per_concept
 from hiperlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def edit_set(edits: Sequence[tuple[str, Callable[[str], Concept]]], **settings: 
     Raises:
         UserError: two have one name; a list of placeholders of another length.
     """
+    check_shared(settings, EditDataSettings)
     given = per_concept(settings["placeholder"], [name for name, _ in edits], "placeholder")
     made = [make(one or default_placeholder(name)) for (name, make), one in zip(edits, given, strict=True)]
     return DataSet(tuple(made), "middle", settings["flip"])

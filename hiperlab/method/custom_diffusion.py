@@ -59,6 +59,8 @@ class CustomDiffusion(RareTokenMethod):
         prior: class pictures that hold the class.
     """
 
+    fixed_settings = ()  # its rare token is the placeholder, which the artifact keeps
+
     def __init__(
         self,
         model: FrozenStack,

@@ -46,7 +46,6 @@ class DreamBooth(RareTokenMethod):
         prior: class pictures that hold the class.
     """
 
-    fixed_settings = ("identifier",)
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
 
@@ -65,7 +64,6 @@ class DreamBooth(RareTokenMethod):
     ) -> None:
         identifier = check_identifier(model.tokenizer, identifier)
         super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
-        self.identifier = identifier
         self.export_weights = export_weights
         self.plain_text = TextCache(model)
         self.unet_offsets = zeros(model.unet, parameter_names(model.unet, weights))

@@ -76,7 +76,6 @@ class LoRA(RareTokenMethod):
         prior: class pictures that hold the class; weight 0 for none.
     """
 
-    fixed_settings = ("identifier",)
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
     sampling_settings = ("strength",)
@@ -99,7 +98,6 @@ class LoRA(RareTokenMethod):
     ) -> None:
         identifier = check_identifier(model.tokenizer, identifier)
         super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
-        self.identifier = identifier
         if rank < 1 or alpha <= 0:
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not strength:

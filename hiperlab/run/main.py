@@ -89,7 +89,8 @@ def _run(hydra: Any, request: Any, cfg: Any) -> int:
     """One run: check, choose the folder, hand over to the stages (what Hydra.run does, without composing again)."""
     cfg.hydra.mode = RunMode.RUN
     check_config(cfg, request, hydra, request.overrides)
-    if said := line(cfg, str(cfg.hydra.runtime.choices.get("model"))):
+    said = line(cfg, str(cfg.hydra.runtime.choices.get("model")))
+    if said and not cfg.artifacts:  # kept concepts bring the settings they were learnt with
         print(f"hiperlab: {said}", flush=True)
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
     os.environ[HANDED] = str(folder)

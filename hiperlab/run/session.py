@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -29,6 +31,7 @@ from hiperlab.data.concept import SLOT
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
+from hiperlab.hub import first_line
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.rows import table_row
 from hiperlab.model.stack import FrozenStack
@@ -205,6 +208,35 @@ class Session:
         stages = {**self.results.get("stages", {}), name: found}
         self.update(stages=stages, seconds={key: value["seconds"] for key, value in stages.items()})
         log.info("stage %s took %.1f s", name, found["seconds"])
+
+
+def check_method(settings: Mapping[str, Any]) -> None:
+    """A method's class must exist, be whole, and take exactly the settings of its yaml.
+
+    Raises:
+        UserError: one of these is not so.
+    """
+    target = str(settings["_target_"])
+    module, _, name = target.rpartition(".")
+    try:
+        method = getattr(importlib.import_module(module), name)
+    except Exception as error:  # importing a module of the user's may raise anything
+        raise UserError(f"method._target_={target} cannot be loaded: {first_line(error)}.") from error
+    if lacking := sorted(getattr(method, "__abstractmethods__", ())):
+        raise UserError(f"{target} does not write {', '.join(lacking)}, which its bases ask of it.")
+    given, wanted = {key for key in settings if not key.startswith("_")}, set()
+    for key, parameter in inspect.signature(method).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # the shared ones of a base, as one typed value
+            (shared,) = get_args(get_type_hints(method.__init__)[key])
+            wanted |= set(get_type_hints(shared))
+        else:
+            wanted.add(key)
+    wanted -= {"model", "concepts", "seed"}  # the run's own
+    missing = sorted(wanted - given)
+    if missing or given - wanted:
+        said = [f"the yaml lacks {', '.join(missing)}"] * bool(missing)
+        said += [f"the class takes no {', '.join(sorted(given - wanted))}"] * bool(given - wanted)
+        raise UserError(f"method: {' and '.join(said)}: {target} and its yaml must name the same settings.")
 
 
 def _warn_of_plain_prompts(data: DataSet) -> None:

@@ -17,7 +17,7 @@ from hiperlab.report.signals import StopSignals
 from hiperlab.run import fit, sample, sample_composed, score
 from hiperlab.run.resume import check_resume
 from hiperlab.run.sample_composed import check_artifacts_together
-from hiperlab.run.session import Session, configure_logging, open_session, write_settings
+from hiperlab.run.session import Session, check_method, configure_logging, open_session, write_settings
 
 log = logging.getLogger(__name__)
 WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\[[^\[\]]+\]")  # as the web UIs write them
@@ -116,6 +116,7 @@ def _check(session: Session) -> None:
     Raises:
         UserError: bad pictures or settings, missing files, or a folder that cannot be trained in.
     """
+    check_method(session.method_settings())
     check_artifacts(session)
     data, protocol = session.data, session.protocol
     check_texts(session)

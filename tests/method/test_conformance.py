@@ -12,14 +12,15 @@ import torch
 from hydra.utils import get_class
 
 from hiperlab.base import artifact
-from hiperlab.base.capability import EditsPicture, Exportable
+from hiperlab.base.capability import Composable, EditsPicture, Exportable
+from hiperlab.base.composition import Composition
 from hiperlab.base.editing_method import EditingMethod
 from hiperlab.base.method import Method, Step
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
-from tests.composed import METHODS, ROOT, SUBJECTS, batch, build, config, quick, train, trains
+from tests.composed import METHODS, ROOT, SUBJECTS, batch, build, config, kept, quick, train, trains
 
 CATS = SUBJECTS[:1]
 
@@ -336,6 +337,16 @@ def test_exports_load_back(name, key, value, stack, tmp_path, caplog) -> None:
             # LoRA's alpha is folded into its matrices; E4T's picture is a file of 8 bits.
             near = 1e-2 if "picture" in kept else 1e-5
             torch.testing.assert_close(prediction(fresh), expected, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(method_class(name), Composable)])
+def test_drawn_together_with_others_it_is_itself(name) -> None:
+    """`composition_part` and `changed_weights` give all that `condition` gives: alone they are the method."""
+    method = kept(name, tiny(seed=0, size=64), CATS[0])
+    text, settings = f"a {CATS[0].placeholder} on a sofa", {"steps": 2, "guidance": 7.5}
+    composed, alone = Composition([method]).sample([text], [1], **settings), method.sample([text], [1], **settings)
+    apart = float((composed - alone).abs().max())
+    assert apart < 2e-4, f"{apart}: is something missing in {name}'s composition_part or changed_weights?"
 
 
 def test_placeholder_that_is_a_word_is_refused(name, stack) -> None:
