@@ -104,19 +104,19 @@ class Composition:
         layers = max(part.vectors.shape[0] for part in parts if part.vectors is not None)
         vectors = model.alpha_bar.new_zeros(layers, len(rows), model.width)
         owned = [torch.nonzero((slot >= low) & (slot < high))[:, 0] for low, high in pairwise(first)]
-        for part, at, low in zip(parts, owned, first, strict=False):
+        for part, mine, low in zip(parts, owned, first, strict=False):
             if part.vectors is not None:
                 every = part.vectors.expand(layers, len(prompts), -1, -1)
-                vectors = vectors.index_copy(1, at, every[:, rows[at], slot[at] - low].to(vectors))
+                vectors = vectors.index_copy(1, mine, every[:, rows[mine], slot[mine] - low].to(vectors))
         hidden = model.hidden_states(tokens, vectors)
         keys = final_norm(model.text, hidden)
         values = keys
         layer = torch.arange(layers, device=rows.device)[:, None]
-        for part, at in zip(parts, owned, strict=True):
+        for part, mine in zip(parts, owned, strict=True):
             if part.in_values is not None:
-                changed = part.in_values(hidden[:, rows[at], positions[at]], rows[at])
-                place = (layer, rows[at][None], positions[at][None])
-                values = values.index_put(place, final_norm(model.text, changed))
+                changed = part.in_values(hidden[:, rows[mine], positions[mine]], rows[mine])
+                index = (layer, rows[mine][None], positions[mine][None])
+                values = values.index_put(index, final_norm(model.text, changed))
         return keys, None if values is keys else values
 
     def encode_negative(self, text: str) -> Tensor:

@@ -304,8 +304,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         targets = [text for text in texts if text != self.source]
         room = max(1, batch_size - 1)
         found: dict[str, Tensor] = {}
-        for at in range(0, max(1, len(targets)), room):
-            rows = [self.source, *targets[at : at + room]]
+        for start in range(0, max(1, len(targets)), room):
+            rows = [self.source, *targets[start : start + room]]
             pictures, _ = self._edit(rows, seed, guidance, negative)
             found = {**dict(zip(rows, pictures, strict=True)), **found}
         return found

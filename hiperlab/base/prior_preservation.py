@@ -150,14 +150,14 @@ class Prior:
     def _drawn(self, model: FrozenStack, word: str) -> list[Path | Image.Image]:
         caption = fill(self.prompt, word)
         found: dict[int, Path | Image.Image] = {}
-        place = self.folder / f"{_file_name(word)}-{self._content(model, caption)}" if self.folder else None
-        if place:
-            found = {n: path for n in range(self.count) if (path := place / f"{n:05d}.png").is_file()}
+        folder = self.folder / f"{_file_name(word)}-{self._content(model, caption)}" if self.folder else None
+        if folder:
+            found = {n: path for n in range(self.count) if (path := folder / f"{n:05d}.png").is_file()}
         missing = [number for number in range(self.count) if number not in found]
         if missing:
             log.info(
                 "%d of %d class pictures %r are drawn%s",
-                len(missing), self.count, caption, f", kept in {place}" if place else "",
+                len(missing), self.count, caption, f", kept in {folder}" if folder else "",
             )  # fmt: skip
         clock = Clock(SECONDS_BETWEEN_LINES)
         for start in range(0, len(missing), self.batch_size):
@@ -166,8 +166,8 @@ class Prior:
             seeds = missing[start : start + self.batch_size]
             for number, picture in zip(seeds, self._draw(model, caption, seeds), strict=True):
                 found[number] = picture
-                if place:
-                    found[number] = path = place / f"{number:05d}.png"
+                if folder:
+                    found[number] = path = folder / f"{number:05d}.png"
                     with files.atomic_open(path) as file:
                         picture.save(file, format="PNG")
         return [found[number] for number in range(self.count)]

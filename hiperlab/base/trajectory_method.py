@@ -25,7 +25,7 @@ from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import predict_noise, previous
 
 log = logging.getLogger(__name__)
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 class PathSettings(EditingSettings):
@@ -113,11 +113,11 @@ class TrajectoryMethod(EditingMethod):
         if int(self.path_step) == 0 and int(self.num_updates) == 0:
             self.latents.copy_(self.noise)
 
-    def remembered(self, name: Hashable, make: Callable[[], Found]) -> Found:
+    def remembered(self, name: Hashable, make: Callable[[], Value]) -> Value:
         """What `make` gives, worked out once per sampling step: the latents stay the same during its updates."""
         if name not in self._memory:
             self._memory[name] = make()
-        found: Found = self._memory[name]
+        found: Value = self._memory[name]
         return found
 
     def on_fit_start(self) -> None:

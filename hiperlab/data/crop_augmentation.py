@@ -56,29 +56,29 @@ def drawn(seed: int, sample: int, size: int) -> Placement:
     return Placement(scale, below("top", room), below("left", room), choice[below("words", 2)])
 
 
-def placed(pixels: Tensor, at: Placement) -> Tensor:
+def placed(pixels: Tensor, placement: Placement) -> Tensor:
     """A picture or mask (C, S, S) in [-1, 1] put there: on zeros (grey) if smaller, cropped if larger; same shape."""
-    size = pixels.shape[-1]
-    if at.scale == size:
+    size, (side, top, left, _) = pixels.shape[-1], placement
+    if side == size:
         return pixels
-    resized = F.interpolate(pixels[None], (at.scale, at.scale), mode="bilinear", antialias=True)[0].clamp(-1, 1)
-    if at.scale > size:
-        return resized[:, at.top : at.top + size, at.left : at.left + size]
+    resized = F.interpolate(pixels[None], (side, side), mode="bilinear", antialias=True)[0].clamp(-1, 1)
+    if side > size:
+        return resized[:, top : top + size, left : left + size]
     canvas = torch.zeros_like(pixels)
-    canvas[:, at.top : at.top + at.scale, at.left : at.left + at.scale] = resized
+    canvas[:, top : top + side, left : left + side] = resized
     return canvas
 
 
-def latent_mask(at: Placement, size: int, cells: int) -> Tensor:
+def latent_mask(placement: Placement, size: int, cells: int) -> Tensor:
     """Which latent cells show the picture: (1, cells, cells) of 0 and 1, one cell inside its border.
 
     Where so small a picture leaves no cell, the one under its middle counts.
     """
-    if at.scale > size:
+    if placement.scale > size:
         return torch.ones(1, cells, cells)
     factor = size // cells
     mask = torch.zeros(1, cells, cells)
-    rows, columns = (_inside(start, at.scale, factor) for start in (at.top, at.left))
+    rows, columns = (_inside(start, placement.scale, factor) for start in (placement.top, placement.left))
     mask[:, rows, columns] = 1
     return mask
 

@@ -82,11 +82,13 @@ def _concept(name: str, row: Row, picture: Path, mask: Path | None, where: str, 
 
 def _picture(folder: Path, written: str, where: str) -> Path:
     """Where a row's picture lies: its path from the folder, else its name in it."""
-    places = (folder / written, folder / Path(written).name)
-    for place in places:
-        if place.is_file():
-            return place
-    raise UserError(f"{where}: neither {places[0]} nor {places[1]} is there: name the pictures' folder, data.dir=…")
+    candidates = (folder / written, folder / Path(written).name)
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"{where}: neither {candidates[0]} nor {candidates[1]} is there: name the pictures' folder, data.dir=…"
+    )
 
 
 def _edit_settings(row: Row, where: str) -> EditSettings:

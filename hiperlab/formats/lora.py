@@ -251,11 +251,11 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: 
     written = [folder / DIFFUSERS, _write_kohya(folder / f"{name}.safetensors", unet, text, scale)]
     for part, pairs, prefix in (("unet", adapter.unet, ""), ("text", adapter.text, text_prefix)):
         if pairs:
-            place = folder / ("peft" if part == "unet" else "peft_text_encoder")
-            settings[part].save_pretrained(str(place))
+            subfolder = folder / ("peft" if part == "unet" else "peft_text_encoder")
+            settings[part].save_pretrained(str(subfolder))
             states = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
-            save_file(states, place / PEFT, metadata={"format": "pt"})
-            written.append(place / PEFT)
+            save_file(states, subfolder / PEFT, metadata={"format": "pt"})
+            written.append(subfolder / PEFT)
     return written
 
 

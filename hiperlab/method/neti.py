@@ -193,10 +193,10 @@ class NeTI(Method, Composable, Exportable):
         out = self.target_norm.new_zeros(num_layers, count, self.mapper.outputs)
         with torch.autocast(t.device.type, enabled=False):
             for index in concept.unique().tolist():
-                at = torch.nonzero(concept == index)[:, 0]
-                cut = None if keep is None else keep[:, at].flatten()
-                raw = self.mapper(times[:, at].flatten(), layers[:, at].flatten(), index, cut)
-                out = out.index_copy(1, at, raw.unflatten(0, (num_layers, -1)))
+                rows = torch.nonzero(concept == index)[:, 0]
+                cut = None if keep is None else keep[:, rows].flatten()
+                raw = self.mapper(times[:, rows].flatten(), layers[:, rows].flatten(), index, cut)
+                out = out.index_copy(1, rows, raw.unflatten(0, (num_layers, -1)))
             return rescale(out, self.target_norm[concept], self.rescale_mode)
 
     # ---- the authors' files ------------------------------------------------------------------------------------------

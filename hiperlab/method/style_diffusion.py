@@ -154,9 +154,9 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
                 f"method.attention_pixels={self.map_pixels()}: no cross-attention map has so many positions. Choose "
                 "the square of a side that the U-Net has, or method.attention_loss=none."
             )
-        at = min(self.steps - step, self.steps - 1)
+        remaining = min(self.steps - step, self.steps - 1)
         wanted = self.inversion.maps
-        return torch.stack([self.distance(maps, wanted[layer][at]) for layer, maps in record.maps.items()]).sum()
+        return torch.stack([self.distance(maps, wanted[layer][remaining]) for layer, maps in record.maps.items()]).sum()
 
     @torch.no_grad()
     def guided(self, step: int, latents: Tensor) -> Tensor:

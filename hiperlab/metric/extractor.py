@@ -122,10 +122,10 @@ def exact() -> Iterator[None]:
     Per backend, because torch's global getter raises as soon as anybody has used the per-backend switches.
     """
     backends: Any = torch.backends  # its submodules' switches are made at run time, type checkers miss them
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
+    precisions = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in precisions]
+    for each in precisions:
+        each.fp32_precision = "ieee"
     try:
         with (
             torch.no_grad(),  # not inference mode: its tensors cannot be kept in a metric's state
@@ -134,5 +134,5 @@ def exact() -> Iterator[None]:
         ):
             yield
     finally:
-        for place, value in zip(places, before):
-            place.fp32_precision = value
+        for each, value in zip(precisions, before):
+            each.fp32_precision = value

@@ -72,13 +72,13 @@ def local_file(path: str, what: str, key: str) -> Path:
         MissingWeightsError: no such file, or a folder without a checkpoint.
         UserError: a folder with several checkpoints of the preferred kind.
     """
-    place = files.expand(path)
-    if place.is_file():
-        return place
-    if not place.is_dir():
+    given = files.expand(path)
+    if given.is_file():
+        return given
+    if not given.is_dir():
         raise MissingWeightsError(f"{key}={path} does not exist: give the checkpoint file of {what}, or its folder.")
     for suffix in CHECKPOINTS:
-        found = sorted(file for file in place.iterdir() if file.suffix == suffix)
+        found = sorted(file for file in given.iterdir() if file.suffix == suffix)
         if len(found) > 1:
             listed = ", ".join(file.name for file in found)
             raise UserError(f"{key}={path} holds several checkpoints ({listed}): name the file of {what}.")

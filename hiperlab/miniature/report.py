@@ -265,31 +265,33 @@ def work(
     Raises:
         UserError: there is no export, or drawing is not possible here.
     """
-    place = Path(folder).expanduser() if folder else shop.weights("export")
-    if not (place / "model_index.json").is_file():
-        raise UserError(f"report.folder={place} is no exported miniature: run stages=[export], or name one.")
+    model_folder = Path(folder).expanduser() if folder else shop.weights("export")
+    if not (model_folder / "model_index.json").is_file():
+        raise UserError(f"report.folder={model_folder} is no exported miniature: run stages=[export], or name one.")
     if importlib.util.find_spec("skia") is None:
         raise UserError("the report draws held-out pictures and needs skia-python, which is not installed here.")
-    size = int(json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]) * 8
+    size = int(json.loads((model_folder / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]) * 8
     values: dict[str, float | None] = {}
     notes: dict[str, str] = {}
     pixels, labels = drawn("held", 1, pictures, size)
     pairs = drawn("pairs", 2, 2 * subjects, size)[0]
     texts = questions(samples)
-    pipe = load_pipeline(place, shop.device)
+    pipe = load_pipeline(model_folder, shop.device)
     images = {name: sample(pipe, part, steps, guidance, batch) for name, part in texts.items()}
-    _note(values, notes, ("reader_accuracy",), lambda: {"reader_accuracy": measure_reader(place, pixels, labels)})
-    _note(values, notes, ("identity_retrieval",), lambda: {"identity_retrieval": measure_identity(place, pairs)})
-    _note(values, notes, CODED, lambda: measure_coding(place, pixels, pairs))
-    _note(values, notes, SAMPLED, lambda: measure_samples(place, images, texts))
+    _note(
+        values, notes, ("reader_accuracy",), lambda: {"reader_accuracy": measure_reader(model_folder, pixels, labels)}
+    )
+    _note(values, notes, ("identity_retrieval",), lambda: {"identity_retrieval": measure_identity(model_folder, pairs)})
+    _note(values, notes, CODED, lambda: measure_coding(model_folder, pixels, pairs))
+    _note(values, notes, SAMPLED, lambda: measure_samples(model_folder, images, texts))
     notes["plain_kind"] = notes.get("plain_kind", f"all prompts: {steps} steps, guidance {guidance}")
-    seconds = measure_speed(place, speed_steps, speed_repeats)
+    seconds = measure_speed(model_folder, speed_steps, speed_repeats)
     values["seconds_per_picture"] = seconds
     asked = {"coded_psnr": pictures, "reader_accuracy": pictures, "coded_retrieval": min(subjects, 200)}
     asked |= {"identity_retrieval": subjects, "seconds_per_picture": speed_steps}
     asked |= {key: len(texts[key.split("_")[0] if key.split("_")[0] in texts else "styled"]) for key in SAMPLED}
     found = bars.rows(values, notes, asked)
-    _write(shop, place, found, images, f"{size} px, {environment()['device']}, seed {SEED}.")
+    _write(shop, model_folder, found, images, f"{size} px, {environment()['device']}, seed {SEED}.")
     return {"status": "finished", "check": {row["key"]: row["value"] for row in found}}
 
 
@@ -304,10 +306,12 @@ def _note(
         notes[keys[0]] = " ".join(str(error).split())[:200]
 
 
-def _write(shop: Workshop, place: Path, found: list[dict[str, Any]], images: Mapping[str, Tensor], head: str) -> None:
+def _write(
+    shop: Workshop, model_folder: Path, found: list[dict[str, Any]], images: Mapping[str, Tensor], head: str
+) -> None:
     table = bars.markdown(found, head)
-    files.atomic_write(place / "report.md", table)
-    files.write_json(place / "report.json", found)
+    files.atomic_write(model_folder / "report.md", table)
+    files.write_json(model_folder / "report.json", found)
     for name, part in images.items():
         sheet = grid(part, len(KINDS))
         files.atomic_write(shop.folder("report") / f"{name}.png", functools.partial(sheet.save, format="PNG"))

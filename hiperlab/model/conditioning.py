@@ -41,9 +41,9 @@ class Conditioning:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The (B, N, D) states that layer `index` reads for its keys and for its values."""
-        at = index if self.layers > 1 else 0
-        keys = self.keys[at]
-        return keys, keys if self.values is None else self.values[at]
+        own = index if self.layers > 1 else 0
+        keys = self.keys[own]
+        return keys, keys if self.values is None else self.values[own]
 
     def rows(self, index: Tensor | Sequence[int]) -> Conditioning:
         """The conditioning (L, R, N, D) of R chosen batch rows, numbers in [0, B); repeats are allowed."""

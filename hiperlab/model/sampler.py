@@ -281,7 +281,7 @@ class _ConditionCache:
     def prepare(self, keys: list[Hashable]) -> None:
         """Set the batch's keys and forget all others."""
         self.keys = keys
-        self.kept = {at: states for at, states in self.kept.items() if at[0] in set(keys)}
+        self.kept = {pair: states for pair, states in self.kept.items() if pair[0] in set(keys)}
 
     def __call__(self, t: Tensor) -> Conditioning:
         """Conditioning of the batch's rows at timestep t; missing keys are worked out together."""
@@ -289,5 +289,5 @@ class _ConditionCache:
         missing = [key for key in dict.fromkeys(self.keys) if (key, when) not in self.kept]
         if missing:
             fresh = self.condition([self.first[key] for key in missing], t)
-            self.kept.update({(key, when): fresh.rows([place]) for place, key in enumerate(missing)})
+            self.kept.update({(key, when): fresh.rows([row]) for row, key in enumerate(missing)})
         return concatenate([self.kept[key, when] for key in self.keys])

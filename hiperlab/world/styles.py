@@ -171,8 +171,8 @@ def cartoon(picture: np.ndarray, alpha: np.ndarray, chance: Chance) -> np.ndarra
     """Flat bright colours; the pen has already outlined the subject, the place gets thin lines."""
     flat = np.round(blurred(picture, 0.006) * 5) / 5
     ink = 1 - 0.7 * np.clip(edges(flat, 0.008) * 2.4 - 0.45, 0, 1)[..., None]
-    place = saturated(flat * 0.8 + 0.2, 1.35) * ink
-    return place + (saturated(picture, 1.2) - place) * alpha[..., None]
+    backdrop = saturated(flat * 0.8 + 0.2, 1.35) * ink
+    return backdrop + (saturated(picture, 1.2) - backdrop) * alpha[..., None]
 
 
 def neon(picture: np.ndarray, alpha: np.ndarray, chance: Chance) -> np.ndarray:

@@ -40,8 +40,8 @@ class NsLpips(EditScore):
             return torch.full((len(pictures),), torch.nan)
         source = self.fed(_unit([reference.source]) * kept)
         parts = [
-            encoder.perceptual_raw(self.fed(_unit(pictures[at : at + BATCH]) * kept), source)
-            for at in range(0, len(pictures), BATCH)
+            encoder.perceptual_raw(self.fed(_unit(pictures[start : start + BATCH]) * kept), source)
+            for start in range(0, len(pictures), BATCH)
         ]
         return torch.cat(parts)
 

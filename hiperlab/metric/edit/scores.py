@@ -64,7 +64,7 @@ class DirectionScore(EditScore):
         """Cosines (B,)."""
         words = encoder.texts([reference.source_text, *texts])
         every = [reference.source, *pictures]
-        seen = torch.cat([encoder.images(every[at : at + BATCH]) for at in range(0, len(every), BATCH)])
+        seen = torch.cat([encoder.images(every[start : start + BATCH]) for start in range(0, len(every), BATCH)])
         return direction(seen[1:], seen[0], words[1:], words[0])
 
 
@@ -80,8 +80,8 @@ class StructureScore(EditScore):
         """Distances (B,)."""
         source = encoder.patches([reference.source])
         parts = [
-            structure_distance(encoder.patches(pictures[at : at + BATCH]), source)
-            for at in range(0, len(pictures), BATCH)
+            structure_distance(encoder.patches(pictures[start : start + BATCH]), source)
+            for start in range(0, len(pictures), BATCH)
         ]
         return torch.cat(parts)
 
@@ -135,7 +135,7 @@ class EditedTextScore(EditScore):
         if kept is None:
             return _nothing(len(pictures))
         cut = [_cut(picture, kept, reference.source) for picture in pictures]
-        seen = torch.cat([encoder.images(cut[at : at + BATCH]) for at in range(0, len(cut), BATCH)])
+        seen = torch.cat([encoder.images(cut[start : start + BATCH]) for start in range(0, len(cut), BATCH)])
         return text_similarity(seen, encoder.texts(texts), self.scale).cpu()
 
 
@@ -224,8 +224,8 @@ def _perceptual(encoder: Encoder, pictures: Sequence[Image.Image], source: Image
     for picture in pictures:
         _check_size(picture, source)
     parts = [
-        encoder.perceptual(pictures[at : at + BATCH], [source] * len(pictures[at : at + BATCH]))
-        for at in range(0, len(pictures), BATCH)
+        encoder.perceptual(pictures[start : start + BATCH], [source] * len(pictures[start : start + BATCH]))
+        for start in range(0, len(pictures), BATCH)
     ]
     return torch.cat(parts)
 

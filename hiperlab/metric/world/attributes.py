@@ -43,10 +43,10 @@ def read_attributes(judge: Judge, pixels: Tensor) -> list[dict[str, str]]:
     return [{name: labels[name][column[i]] for name, column in chosen.items()} for i in range(len(pixels))]
 
 
-def matches(seen: Tensor, said: Tensor, place: slice) -> Tensor:
+def matches(seen: Tensor, said: Tensor, columns: slice) -> Tensor:
     """1 where what is seen is what is said, 0 where not, NaN where nothing is said: (B, D), (B, D) one-hot -> (B,)."""
-    said = said[:, place]
-    hit = (seen[:, place] * said).sum(1)
+    said = said[:, columns]
+    hit = (seen[:, columns] * said).sum(1)
     return torch.where(said.sum(1) > 0, hit, torch.full_like(hit, torch.nan))
 
 
