@@ -8,6 +8,7 @@ Weights are named as in the U-Net, "<attention>.attn2.to_k.weight"; diffusers' f
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding, pickles
 
+MOST_OF_A_WORD = 1_000_000  # bytes of a word's file
+log = logging.getLogger(__name__)
 DELTA, WEIGHTS = "delta.bin", "pytorch_custom_diffusion_weights.bin"
 
 
@@ -49,10 +52,9 @@ def read(path: Path) -> Concept:
     if "state_dict" in content:
         raise UserError(f"{path.name} is a CompVis checkpoint, which is not read. Give the concept's {DELTA}.")
     if _is_weights(content):
-        beside = [_load(file) for file in sorted(path.parent.glob("<*>.*")) if file.suffix in (".bin", ".safetensors")]
-        words = {word: vector for each in beside for word, vector in each.items()}
+        words = _words_beside(path)
         if not words:
-            raise UserError(f"{path.name} needs the word it was trained with: put its <…>.bin beside it.")
+            raise UserError(f"{path.name} needs the word it was trained with: put that <word>.bin beside it.")
         return _checked(path, Concept(_whole(content), {}, words))
     weights = path.parent / WEIGHTS
     if not weights.is_file():
@@ -60,6 +62,26 @@ def read(path: Path) -> Concept:
     if not weights.is_file():
         raise UserError(f"{path.name} holds a word only: put the {WEIGHTS} of its training beside it.")
     return _checked(path, Concept(_whole(_load(weights)), {}, dict(content)))
+
+
+def _words_beside(path: Path) -> dict[str, Any]:
+    """Learnt words in files beside the weights, each called by its word, with or without brackets."""
+    words: dict[str, Any] = {}
+    for file in sorted(path.parent.iterdir()):
+        if file == path or file.suffix not in (".bin", ".safetensors") or file.stat().st_size > MOST_OF_A_WORD:
+            continue
+        content = _load(file) if file.stem.startswith("<") else _other(file)
+        words |= {word: vector for word, vector in content.items() if word == file.stem or file.stem.startswith("<")}
+    return words
+
+
+def _other(file: Path) -> dict[str, Any]:
+    """What a file without brackets in its name holds; nothing where it is of another kind."""
+    try:
+        return _load(file)
+    except UserError as problem:
+        log.info("%s lies beside the weights and is no word of theirs: %s", file.name, problem)
+        return {}
 
 
 def _load(path: Path) -> dict[str, Any]:

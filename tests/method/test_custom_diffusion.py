@@ -235,6 +235,20 @@ def test_words_of_a_joint_file(stack, tmp_path) -> None:
     assert torch.equal(other.word[0].detach(), vector + 1)
 
 
+def test_a_word_without_brackets_is_found_among_other_files(stack, tmp_path) -> None:
+    """diffusers names the file by the token, whatever it looks like."""
+    delta, weights, word = fitted(stack).export(0, tmp_path, steps=1)
+    delta.unlink()
+    (vector,) = torch.load(word, weights_only=True).values()
+    word.unlink()
+    torch.save({"newcat": vector}, tmp_path / "newcat.bin")
+    torch.save({"exp_avg": torch.zeros(3)}, tmp_path / "optimizer.bin")
+    (tmp_path / "torn.bin").write_bytes(b"PK torn")
+    method = build("custom_diffusion", stack, [CAT])
+    method.load_foreign(0, weights)
+    assert torch.equal(method.word[0].detach(), vector)
+
+
 def test_other_files_are_named(stack, tmp_path) -> None:
     method = build("custom_diffusion", stack, [CAT])
     delta, weights, word = fitted(stack, weights="cross").export(0, tmp_path, steps=1)
