@@ -236,7 +236,7 @@ def test_words_of_a_joint_file(stack, tmp_path) -> None:
 
 
 def test_a_word_without_brackets_is_found_among_other_files(stack, tmp_path) -> None:
-    """diffusers names the file by the token, whatever it looks like."""
+    """Diffusers names the file by the token, whatever it looks like."""
     delta, weights, word = fitted(stack).export(0, tmp_path, steps=1)
     delta.unlink()
     (vector,) = torch.load(word, weights_only=True).values()
