@@ -1,19 +1,55 @@
 """Which `_target_` a config may name. A config may come from anywhere; what it imports may not.
 
-Prefixes alone are not enough: `torch.os.system` begins with `torch.` and Hydra finds it by walking attributes.
+Each key has a kind, and each kind a short list: a method may name a method, its optimizer an optimizer. Something of
+hiperlab must be defined in the module that it names: what a module imports for itself is not for configs.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import hiperlab
 from hiperlab.errors import UserError
 
-ALLOWED = ("hiperlab", "torch", "diffusers", "transformers", "pytorch_lightning", "torchmetrics")
-_CLASS = re.compile(r"[A-Z]\w*(\.from_(pretrained|config))?$")  # a class, or the way libraries load one
+
+class Kind(NamedTuple):
+    """What some keys may name.
+
+    Attributes:
+        keys: pattern of the config keys.
+        what: for messages.
+        targets: pattern of the dotted names.
+    """
+
+    keys: re.Pattern[str]
+    what: str
+    targets: re.Pattern[str]
+
+
+def _kind(keys: str, what: str, targets: str) -> Kind:
+    return Kind(re.compile(keys), what, re.compile(targets))
+
+
+KINDS = (  # the first that fits a key counts
+    _kind(r"method", "a class of hiperlab.method", r"hiperlab\.method\.\w+\.[A-Z]\w*"),
+    _kind(
+        r"method\.(.+\.)?optimizer", "an optimizer of torch.optim or hiperlab.optim",
+        r"torch\.optim\.[A-Z]\w*|hiperlab\.optim\.\w+\.[A-Z]\w*",
+    ),
+    _kind(r"method\..+", "a class of hiperlab.base, edit or layer", r"hiperlab\.(base|edit|layer)\.\w+\.[A-Z]\w*"),
+    _kind(r"data", "a loader, hiperlab.data.….load…", r"hiperlab\.data\.\w+\.load\w*"),
+    _kind(r"model", "hiperlab.model.load.pretrained", r"hiperlab\.model\.(load\.pretrained|tiny\.tiny)"),
+    _kind(r"sampler", "hiperlab.model.sampler.Sampler", r"hiperlab\.model\.sampler\.Sampler"),
+    _kind(r"metric(\..+)?", "a class of hiperlab.metric", r"hiperlab\.metric(\.\w+)+\.[A-Z]\w*"),
+    _kind(
+        r"trainer\..+", "a strategy or plugin of pytorch_lightning",
+        r"pytorch_lightning\.(strategies|plugins)(\.\w+)*\.[A-Z]\w*",
+    ),
+)  # fmt: skip
+ROOM = Path(hiperlab.__file__).parent
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -22,7 +58,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
             if key == "_target_":
-                yield here, str(value)
+                yield path, str(value)
             else:
                 yield from targets(value, here)
     elif isinstance(node, list):
@@ -30,37 +66,48 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from targets(value, f"{path}[{index}]")
 
 
-def is_allowed(target: str, extra: Sequence[str] = ()) -> bool:
-    """Whether a dotted name may be instantiated.
+def is_allowed(key: str, target: str, extra: Sequence[str] = ()) -> bool:
+    """Whether the node at `key` may instantiate a dotted name.
 
     Args:
-        target: the `_target_` of a config node.
+        key: e.g. "method.optimizer".
+        target: its `_target_`.
         extra: modules the user allowed on the command line (`allowed_targets=[mine]`); whole below their name.
     """
     if any(target.startswith(f"{name}.") for name in extra):
         return True
-    root, *rest = target.split(".")
-    if root not in ALLOWED or not rest:
-        return False
-    if any(part in sys.stdlib_module_names or not part.isidentifier() or part.startswith("_") for part in rest):
-        return False
-    return root == "hiperlab" or bool(_CLASS.match(_tail(rest)))
+    kind = _kind_of(key)
+    return kind is not None and bool(kind.targets.fullmatch(target)) and _is_defined(target)
 
 
-def _tail(parts: Sequence[str]) -> str:
-    """`Class` or `Class.from_pretrained`, the part that names the callable."""
-    return ".".join(parts[-2:]) if parts[-1].startswith("from_") else parts[-1]
+def _kind_of(key: str) -> Kind | None:
+    return next((kind for kind in KINDS if kind.keys.fullmatch(key)), None)
 
 
-def check_targets(config: Any, extra: Sequence[str]) -> None:
-    """Refuse the first target outside the allowed list, before anything is imported.
+def _is_defined(target: str) -> bool:
+    """Whether something of hiperlab is defined in its module; looked up in the text, before anything is imported."""
+    root, *rooms, name = target.split(".")
+    if root != ROOM.name:
+        return True
+    file = ROOM.joinpath(*rooms).with_suffix(".py")
+    return not file.is_file() or re.search(rf"^(class|def) {name}\b", file.read_text("utf-8"), re.M) is not None
+
+
+def check_targets(config: Any, extra: Sequence[str], root: str = "") -> None:
+    """Refuse the first target that its key may not name, before anything is imported.
+
+    Args:
+        config: a resolved config, or a part of one.
+        extra: see `is_allowed`.
+        root: key of the part, e.g. "method".
 
     Raises:
         UserError: names the key, the target, what is allowed and how to allow more.
     """
-    for key, target in targets(config):
-        if not is_allowed(target, extra):
+    for key, target in targets(config, root):
+        if not is_allowed(key, target, extra):
+            kind = _kind_of(key)
             raise UserError(
-                f"{key}={target} is not allowed: expected something of hiperlab or a class of "
-                f"{', '.join(ALLOWED[1:])}. If you trust it, add allowed_targets=[{target.split('.')[0]}]."
+                f"{key}._target_={target} is not allowed: expected {kind.what if kind else 'no _target_ here'}. "
+                f"If you trust it, add allowed_targets=[{target.split('.')[0]}]."
             )

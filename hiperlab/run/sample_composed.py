@@ -60,7 +60,8 @@ def compose(session: Session) -> Composition:
 
 def _method(session: Session, path: Path, kept: artifact.Artifact) -> Method:
     session.stack.base.check(kept.base, str(path))
-    check_targets(kept.settings, session.cfg.allowed_targets)  # the file may come from anywhere
+    settings = {key: value for key, value in kept.settings.items() if key not in ("optimizer", "cache")}
+    check_targets(settings, session.cfg.allowed_targets, "method")  # the file may come from anywhere
     target = str(kept.settings.get("_target_"))
     try:
         known = issubclass(get_class(target), Method)
@@ -68,7 +69,9 @@ def _method(session: Session, path: Path, kept: artifact.Artifact) -> Method:
         known = False
     if not known:
         raise UserError(f"{path} was learnt by {target}, which is no method here.")
-    factory = instantiate(kept.settings, _partial_=True)
+    # Drawing needs no optimizer; where something is kept on disk is not the file's to say.
+    own = {"optimizer": None, "cache": None}
+    factory = instantiate(settings, _partial_=True, **{key: own[key] for key in own if key in kept.settings})
     method: Method = factory(model=session.stack, concepts=[kept.subject], seed=session.cfg.seed)
     artifact.load_into(method, 0, path)
     return method.to(session.device)

@@ -100,6 +100,21 @@ def test_files_that_cannot_be_used(kept, tmp_path, capsys) -> None:
     assert "sample.texts goes with artifacts=" in capsys.readouterr().err
 
 
+def test_a_file_writes_nothing_and_chooses_no_folder(kept, tmp_path, capsys) -> None:
+    """Its optimizer is not even looked at, other values must be of a method's kind, and its cache is not used."""
+    with safe_open(kept[0], "pt") as file:
+        metadata = file.metadata()
+    victim, bad = tmp_path / "victim", tmp_path / "bad.safetensors"
+    evil = {"_target_": "hiperlab.files.atomic_write", "path": str(victim), "content": "owned"}
+    command = [*SMALL, *AGAIN, BOTH, TEXTS, given(bad, kept[1]), f"run_dir='{tmp_path / 'run'}'"]
+    for key, code in (("optimizer", 0), ("prior", 2), ("num_vectors", 2)):
+        settings = {**json.loads(metadata["settings"]), key: evil}
+        save_file(load_file(kept[0]), bad, {**metadata, "settings": json.dumps(settings)})
+        assert main(command) == code, key
+        assert not victim.exists(), key
+    assert f"method.{key}._target_=hiperlab.files.atomic_write is not allowed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["os.system", "hiperlab.model.tiny.tiny"])
 def test_a_file_starts_nothing_but_a_method(kept, tmp_path, capsys, target) -> None:
     with safe_open(kept[0], "pt") as file:
