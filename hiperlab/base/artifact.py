@@ -5,7 +5,9 @@ The file's metadata: format number, the method's class and settings, base model,
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +22,17 @@ from hiperlab import files
 from hiperlab.base.capability import Exportable
 from hiperlab.base.method import Method, Subject
 from hiperlab.errors import UserError
+from hiperlab.hub import first_line
 from hiperlab.model.stack import Base
 
+log = logging.getLogger(__name__)
 MOVED = {  # what settings in artifacts of 2026 name -> where it is now
     "hiperlab.prior.Prior": "hiperlab.base.prior_preservation.Prior",
     "hiperlab.editing.PromptToPrompt": "hiperlab.edit.prompt_to_prompt.PromptToPrompt",
 }
-FORMAT = "hiperlab/2"
-EARLIER = "hiperlab/1"  # of November 2026, the same but for these names of tensors; in checkpoints, too
+FORMAT = "hiperlab/3"
+CHECKSUM = "sha256"
+EARLIER = ("hiperlab/1", "hiperlab/2")  # of November 2026: other names of tensors, in checkpoints too; no checksum
 RENAMED = {"place": "path_step", "made": "num_updates"}
 
 
@@ -80,14 +85,26 @@ def write(
         tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
         if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
             raise UserError(f"{bad[0]} does not fit into float16: set fit.half_artifacts=false.")
-    files.atomic_write(path, save(tensors, metadata))
+    files.atomic_write(path, save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)}))
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over all tensors, of any shape, and all metadata but itself."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {CHECKSUM}):
+        digest.update(f"{key}={metadata[key]}\n".encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read(path: Path) -> Artifact:
-    """Read and check a concept file.
+    """Read and check a concept file; one of an earlier version carries no checksum, which is said.
 
     Raises:
-        UserError: it is missing, torn, of another format, or holds numbers that are not finite.
+        UserError: it is missing, torn, damaged, of another format, or holds numbers that are not finite.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -97,9 +114,14 @@ def read(path: Path) -> Artifact:
         raise UserError(
             f"artifact {path} cannot be read ({error}). Give a .safetensors file of a hiperlab run."
         ) from error
-    if metadata.get("format") == EARLIER:
+    if CHECKSUM in metadata or metadata.get("format") == FORMAT:
+        if metadata.get(CHECKSUM) != _checksum(tensors, metadata):
+            raise UserError(f"artifact {path} is damaged: its content is not what its checksum says. Fetch it again.")
+    elif metadata.get("format") in EARLIER:
+        log.info("%s carries no checksum: an earlier version wrote it.", path)
+    if metadata.get("format") == EARLIER[0]:
         tensors = {RENAMED.get(name, name): value for name, value in tensors.items()}
-    elif metadata.get("format") != FORMAT:
+    elif metadata.get("format") not in (FORMAT, *EARLIER):
         raise UserError(
             f"{path} is no hiperlab artifact (format {metadata.get('format')!r}, expected {FORMAT!r}). Files of other "
             "tools load too, under their own names: learned_embeds.safetensors, *.bin, *.pt."
@@ -107,15 +129,20 @@ def read(path: Path) -> Artifact:
     bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"artifact {path} holds NaN or infinite numbers in {', '.join(bad)}: its training had failed.")
-    base, subject = json.loads(metadata["base"]), json.loads(metadata["subject"])
-    base["fingerprint"] = tuple(base["fingerprint"])
-    return Artifact(
-        tensors,
-        with_todays_names(json.loads(metadata["settings"])),
-        Base(**base),
-        Subject(**{**subject, "targets": tuple(subject.get("targets", ()))}),
-        int(metadata["steps"]),
-    )
+    try:
+        base, subject, settings = (json.loads(metadata[key]) for key in ("base", "subject", "settings"))
+        if not isinstance(settings, dict):
+            raise TypeError("settings are no mapping")
+        base["fingerprint"] = tuple(base["fingerprint"])
+        return Artifact(
+            tensors,
+            with_todays_names(settings),
+            Base(**base),
+            Subject(**{**subject, "targets": tuple(subject.get("targets", ()))}),
+            int(metadata["steps"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(f"artifact {path}: its metadata are damaged ({first_line(error)}).") from error
 
 
 def with_todays_names(settings: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from hiperlab import draws
 from hiperlab.data.batch import Batch
-from hiperlab.data.concept import EditSettings
+from hiperlab.data.concept import EditSettings, check_name
 from hiperlab.data.images import Crop
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept, weighted
@@ -41,6 +41,9 @@ class Subject:
         source: what its picture shows, in plain words ("a standing dog"); None where nobody said.
         targets: the plain texts it will be edited to; empty where there are none.
         edit_settings: how the data's authors drew its edits; None where nobody said. Artifacts do not keep it.
+
+    Raises:
+        UserError: the name cannot be a file name.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Subject:
     source: str | None = None
     targets: tuple[str, ...] = ()
     edit_settings: EditSettings | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     def with_class_noun(self, prompt: str) -> str:
         """The prompt with the class noun in the placeholder's place: the text as a person would write it."""

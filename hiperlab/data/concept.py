@@ -13,6 +13,7 @@ from hiperlab.errors import UserError
 
 SLOT = "{}"  # where a template or prompt takes the placeholder
 
+MOST_OF_A_NAME = 120  # characters: endings are put behind it, and file systems hold 255 bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -24,6 +25,19 @@ def fill(text: str, word: str) -> str:
 def slotted(text: str, word: str) -> str:
     """The text with the first whole-word occurrence of `word` as the slot; unchanged where the word is not in it."""
     return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", SLOT, text, count=1)
+
+
+def check_name(name: object) -> None:
+    """Refuse a concept's name that is no plain file name; names come from files, too.
+
+    Raises:
+        UserError: it is no text, or has other characters than letters, digits, "_", "-" and ".", or begins with one.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MOST_OF_A_NAME:
+        raise UserError(
+            f"concept name {str(name)[:80]!r} cannot be a file name: use letters, digits, '_', '.' and '-', "
+            f"the first one a letter or digit, {MOST_OF_A_NAME} at most."
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +118,7 @@ class Concept:
     masks: tuple[Path | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise UserError(
-                f"concept name {self.name!r} cannot be a file name: use letters, digits, '_', '.' and '-', "
-                "the first one a letter or digit."
-            )
+        check_name(self.name)
         if self.name.lower() == "all":
             raise UserError("a concept cannot be called 'all': tables use that name for their totals.")
         if not self.placeholder or re.search(r"[\s{}]", self.placeholder):
