@@ -76,7 +76,7 @@ def compose(hydra: Hydra, request: Request, overrides: Sequence[str], mode: RunM
     """
     try:
         cfg = hydra.compose_config(request.config_name, list(overrides), run_mode=mode, with_log_configuration=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # a ValueError for a group that is null
         raise _explain(error, hydra, request, overrides) from None
     apply_tuned(cfg, overrides)
     return cfg
@@ -197,6 +197,8 @@ def _explain(error: Exception, hydra: Hydra, request: Request, overrides: Sequen
     group_lines = []
     for override in parsed:
         key, line = override.key_or_group, override.input_line or ""
+        if key in groups and not (override.is_delete() or override.is_sweep_override()) and override.value() is None:
+            return UserError(f"{key}=null: leave it out for the default.")
         if key in groups:
             options = loader.get_group_options(key)
             wrong = [name for name in _members(override) if name.removesuffix(".yaml") not in options]

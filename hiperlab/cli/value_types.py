@@ -5,8 +5,9 @@ The kinds are those of the yaml defaults: nothing has to be declared twice, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
@@ -14,11 +15,58 @@ from omegaconf import DictConfig, OmegaConf
 from hiperlab.cli.overrides import parse
 from hiperlab.errors import UserError
 
-LEAST = {  # the door's own numbers with a smallest value
-    "fit.steps": 0, "fit.batch_size": 1, "fit.micro_batch_size": 1, "fit.checkpoint_every": 0,
-    "fit.sample_every": 0, "fit.sample_prompts": 0, "sample.prompts": 1, "sample.batch_size": 1, "sampler.steps": 1,
-    "model.size": 8,
-}  # fmt: skip
+
+class Range(NamedTuple):
+    """Which values a setting may have; the one place that says so for what every run has.
+
+    Attributes:
+        what: for messages, "a number above 0".
+        holds: whether a value is one.
+        null: whether null is one.
+    """
+
+    what: str
+    holds: Callable[[Any], bool]
+    null: bool = False
+
+
+def _whole(least: int, null: bool = False, most: int = 2**63 - 1) -> Range:
+    return Range(f"a whole number, {least} or more", lambda v: _fits(v, "a whole number") and least <= v <= most, null)
+
+
+def _number(what: str, holds: Callable[[float], bool], null: bool = False) -> Range:
+    return Range(what, lambda value: _fits(value, "a number") and holds(value), null)
+
+
+def _are_betas(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_fits(v, "a number") and 0 <= v < 1 for v in value)
+
+
+RANGES = {  # a method's own numbers are checked by its constructor
+    "seed": _whole(0),
+    "fit.steps": _whole(0),
+    "fit.batch_size": _whole(1),
+    "fit.micro_batch_size": _whole(1, null=True),
+    "fit.gradient_clip": _number("a number above 0, or null for none", lambda value: value > 0, null=True),
+    "fit.checkpoint_every": _whole(0),
+    "fit.sample_every": _whole(0),
+    "fit.sample_prompts": _whole(0),
+    "sample.prompts": _whole(1, null=True),
+    "sample.batch_size": _whole(1),
+    "sample.seeds": Range(
+        "a list of one whole number or more, each 0 or more",
+        lambda value: isinstance(value, list) and bool(value) and all(_whole(0).holds(each) for each in value),
+    ),
+    "sample.negative": Range('a text, "" for none', lambda value: isinstance(value, str)),
+    "sampler.steps": _whole(1),
+    "sampler.guidance": _number("a number, 0 or more", lambda value: value >= 0),
+    "model.size": _whole(8),
+    "trainer.num_nodes": _whole(1),
+    "method.optimizer.lr": _number("a number above 0", lambda value: value > 0),
+    "method.optimizer.weight_decay": _number("a number, 0 or more", lambda value: value >= 0),
+    "method.optimizer.eps": _number("a number above 0", lambda value: value > 0),
+    "method.optimizer.betas": Range("two numbers from 0 to below 1", _are_betas),
+}
 # Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several.
 FREE = ("trainer.", "data.identity_seed")
 
@@ -39,7 +87,18 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
     Raises:
         UserError: naming the key, the value and an example.
     """
+    for group in map(str, base):
+        chosen = isinstance(base.get(group), DictConfig) and group != "hydra"
+        if chosen and not isinstance(cfg.get(group), DictConfig):
+            raise UserError(f"{group} is always chosen: leave that out for the default.")
     defaults = dict(_leaves(OmegaConf.to_container(base, resolve=False)))
+    resolved = dict(_leaves(OmegaConf.to_container(cfg, resolve=True)))
+    for key, value in resolved.items():
+        if (odd := _not_finite(value)) is not None:
+            raise UserError(f"{key}={odd}: expected a finite number.")
+        wanted = RANGES.get(key)
+        if wanted and not (wanted.null if value is None else wanted.holds(value)):
+            raise UserError(f"{key}={_shown(value)}: expected {wanted.what}.")
     for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
         default = defaults.get(key)
         if (
@@ -51,10 +110,24 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
         ):
             continue
         kind = _kind(default)
+        if kind == "a text" and not _fits(value, kind):
+            raise UserError(f"{key}={value}: expected a text. If it is one, quote it twice: '{key}=\"{value}\"'.")
         if kind and not _fits(value, kind):
             raise UserError(f"{key}={value}: expected {kind}, e.g. {key}={str(default).replace(' ', '')}.")
-        if key in LEAST and (not _fits(value, "a whole number") or value < LEAST[key]):
-            raise UserError(f"{key}={value}: expected a whole number, {LEAST[key]} or more.")
+
+
+def _not_finite(value: Any) -> float | None:
+    """A number in a value, or in a list of it, that is NaN or infinite."""
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, list) and (inner := _not_finite(each)) is not None:
+            return inner
+        if isinstance(each, float) and not math.isfinite(each):
+            return each
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).replace(" ", "") if isinstance(value, list) else str(value)
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -69,13 +142,15 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _kind(default: Any) -> str:
-    """What a default asks for; "" for texts and nulls, which take anything."""
+    """What a default asks for; "" for null, which takes anything."""
     if isinstance(default, bool):
         return "true or false"
     if isinstance(default, int):
         return "a whole number"
     if isinstance(default, float):
         return "a number"
+    if isinstance(default, str):
+        return "a text"
     return "a list" if isinstance(default, list) and default else ""
 
 
@@ -84,6 +159,8 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, bool)
     if kind == "a list":
         return isinstance(value, list)
+    if kind == "a text":
+        return isinstance(value, str | list)  # a list where there are several concepts
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, int) or kind == "a number"

@@ -100,6 +100,8 @@ class LoRA(RareTokenMethod):
         super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
         if rank < 1 or alpha <= 0:
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
+        if not targets and not (text_encoder and text_targets):
+            raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
         if not strength:
             raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).

@@ -269,6 +269,8 @@ class NeTI(Method, Composable, Exportable):
 
 def _variants(truncation: int | Sequence[int | None] | None) -> tuple[str, ...]:
     values = [truncation] if truncation is None or isinstance(truncation, int) else list(truncation)
+    if not values:
+        raise UserError("method.truncation=[] draws nothing. Give one value or several, e.g. [null,32], or null.")
     for value in values:
         if value is not None and not 0 <= value <= HIDDEN:
             raise UserError(f"method.truncation={value} is out of range. Choose 0 to {HIDDEN}, or null for no cut.")

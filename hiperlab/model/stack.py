@@ -244,9 +244,20 @@ class FrozenStack(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W) in about [-1, 1], float32, not clamped."""
+        """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W) in about [-1, 1], float32, not clamped.
+
+        Raises:
+            UserError: a picture is not finite, so that none is kept and scored as a black one.
+        """
         dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode((latents / self.vae.config["scaling_factor"]).to(dtype)).sample.float()
+        pictures = self.vae.decode((latents / self.vae.config["scaling_factor"]).to(dtype)).sample.float()
+        if not torch.isfinite(pictures).all():
+            where = "while drawing" if not torch.isfinite(latents).all() else "in the autoencoder"
+            raise UserError(
+                f"a picture became NaN or infinite {where}: use precision=fp32 or bf16, a smaller sampler.guidance, or "
+                "a smaller strength of what was learnt."
+            )
+        return pictures
 
     # ---- denoising -----------------------------------------------------------------------------------------------
 

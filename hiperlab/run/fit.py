@@ -23,6 +23,7 @@ from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
 from hiperlab.data.module import ConceptData
 from hiperlab.errors import UserError
+from hiperlab.hub import first_line
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.environment import command, peak_memory
 from hiperlab.report.exports import CadencedExports
@@ -37,6 +38,22 @@ from hiperlab.run.resume import checkpoint_folder, log_folder, remember, startin
 from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
+
+
+def check_trainer(session: Session) -> None:
+    """Set up Lightning's Trainer once, before the model loads: it refuses devices that are not there.
+
+    Raises:
+        UserError: what it says.
+    """
+    cfg = session.cfg.trainer
+    if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU here. Use trainer=cpu, or mend the driver.")
+    try:
+        settings = instantiate(cfg, _convert_="all")
+        pl.Trainer(**settings, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except Exception as error:  # Lightning raises its own, TypeError and ValueError, and strategies raise theirs
+        raise UserError(f"trainer cannot be set up: {first_line(error)}.") from error
 
 
 def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, int]:

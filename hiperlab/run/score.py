@@ -58,20 +58,25 @@ def edits(concepts: Sequence[Concept], size: int) -> dict[str, EditReference]:
     return found
 
 
-def objective(session: Session) -> float | None:
-    """What an optimiser maximises: the final loss negated, or a score's mean over all concepts.
+def check_objective(session: Session) -> None:
+    """Before anything is trained for it.
 
     Raises:
         UserError: `objective` names a score that the protocol lacks.
     """
+    wanted, choices = session.cfg.objective, ["loss", *session.protocol.members]
+    if wanted is not None and wanted not in choices:
+        raise UserError(f"objective={wanted} is no score.{near(str(wanted), choices)}")
+
+
+def objective(session: Session) -> float | None:
+    """What an optimiser maximises: the final loss negated, or a score's mean over all concepts."""
     wanted = session.cfg.objective
     if wanted is None:
         return None
     if wanted == "loss":
         loss = session.results.get("stages", {}).get("fit", {}).get("loss")
         return None if loss is None else -float(loss)
-    if wanted not in session.protocol.members:
-        raise UserError(f"objective={wanted} is no score.{near(wanted, ['loss', *session.protocol.members])}")
     table = session.results.get("scores", [])
     means = {row["variant"]: row["mean"] for row in table if row["metric"] == wanted and row["kind"] == ALL}
     return means.get("", next(iter(means.values()), None))  # the plain pictures count, if any were drawn

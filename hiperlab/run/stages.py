@@ -120,10 +120,12 @@ def _check(session: Session) -> None:
     check_artifacts(session)
     data, protocol = session.data, session.protocol
     check_texts(session)
+    score.check_objective(session)
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "sample" in session.cfg.stages:
         log.debug("%s", session.sampler.scheduler)  # built here: one that cannot draw is refused before a night's fit
     if "fit" in session.cfg.stages:
+        fit.check_trainer(session)
         check_resume(session)
     if "score" in session.cfg.stages:
         for message in protocol.fetch():
