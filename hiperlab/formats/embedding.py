@@ -22,6 +22,7 @@ from hiperlab.formats import pickles
 from hiperlab.formats.disguises import disguise
 
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+MOST_BYTES = 64 * 1024**2  # of an embedding: 77 vectors of width 2048 are 0.6 MB
 NUMBERED = re.compile(r"(.+?)>?(?:_(\d+))?>?")  # a word and which of its vectors
 
 
@@ -38,7 +39,7 @@ def read(path: Path) -> Tensor:
     if path.suffix.lower() == ".safetensors":
         content: Any = tensors(path)
     else:
-        content = pickles.load(path, stand_ins=[PARAMETER_DICT])
+        content = pickles.load(path, stand_ins=[PARAMETER_DICT], most=MOST_BYTES)
     tensor = _single(_parameters(content))
     if tensor is None or tensor.dim() not in (1, 2) or not tensor.is_floating_point():
         found = ", ".join(map(str, content))[:80] if isinstance(content, Mapping) else type(content).__name__

@@ -14,7 +14,7 @@ import torch
 from hiperlab.errors import UserError
 from hiperlab.formats.disguises import disguise
 
-MOST_BYTES = 2 * 1024**3  # no concept file is larger; a 1.9 MB zip was seen to unpack to 6.3 GB
+MOST_BYTES = 2 * 1024**3  # no concept file is larger
 
 
 class Stub:
@@ -24,32 +24,72 @@ class Stub:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
+def check_archive(path: Path) -> None:
+    """Refuse what would take more memory than the file's own size; looked up in its directory, nothing is unpacked.
+
+    Raises:
+        UserError: a compressed archive, which torch never writes: 2 MB of it may hold 2 GB.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # torch's own reader says what is broken
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(
+            f"{path.name} is a compressed archive ({unpacked / 1e9:.1f} GB), as torch writes none."
+        )
+
+
+def _check_views(path: Path, content: Any) -> None:
+    """Refuse a tensor that shows one number many times: a copy of it may be larger than any memory.
+
+    Raises:
+        UserError: naming the file.
+    """
+    waiting = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            if each.numel() * each.element_size() > each.untyped_storage().nbytes():
+                raise UserError(f"{path.name} holds {tuple(each.shape)} out of fewer numbers: not loaded.")
+        elif isinstance(each, Stub):
+            waiting += each.__dict__.values()
+        elif isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+
+
 def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> Any:
     """Read a `.pt`, `.bin` or `.ckpt` file from outside onto the CPU.
 
     Args:
         path: the file.
         stand_ins: full names of classes to read as a `Stub`.
-        most: bytes it may unpack to; None for what a concept may (`MOST_BYTES`).
+        most: bytes it may have; None for what a concept may (`MOST_BYTES`).
 
     Raises:
-        UserError: there is no such file, it is too large once unpacked, broken, or holds objects that are not data.
+        UserError: there is no such file, it is too large, compressed, broken, or holds objects that are not data.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file. Give the path of a saved concept.")
     if what := disguise(path, safetensors=False):
         raise UserError(f"{path.name} {what}.")
+    check_archive(path)
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
     if size > (most or MOST_BYTES):
-        raise UserError(f"{path.name} unpacks to {size / 1e9:.1f} GB, concepts are far smaller: not loaded.")
+        raise UserError(f"{path.name} has {size / 1e9:.1f} GB, concepts are far smaller: not loaded.")
     # One class per name: torch looks the stand-ins up by class.
     allowed = [(type(name.rsplit(".", 1)[-1], (Stub,), {}), name) for name in stand_ins]
     try:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_views(path, content)
+        return content
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {named[1]}, which is no tensor and no plain value"

@@ -22,6 +22,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from hiperlab import files
 from hiperlab.errors import StoppedError, UserError
+from hiperlab.formats.pickles import check_archive
 
 log = logging.getLogger(__name__)
 NEEDED = ("state_dict", "optimizer_states", "global_step", "loops", "pytorch-lightning_version")
@@ -64,6 +65,7 @@ class AtomicCheckpointIO(CheckpointIO):
         reason = files.broken(path)
         if reason is not None:
             raise UserError(f"checkpoint {path} cannot be used: {reason}. Use an earlier one, or resume=auto.")
+        check_archive(Path(path))
         try:
             content = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:

@@ -105,13 +105,21 @@ def test_nothing_from_outside_runs(tmp_path) -> None:
         embedding.read(tmp_path / "two.bin")
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("hiperlab.formats.pickles.MOST_BYTES", 1_000_000)
+def test_more_than_the_file_s_own_size_is_not_unpacked(tmp_path) -> None:
+    """A compressed archive, one number shown many times, and a file larger than any embedding."""
     with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * 2_000_000)
     assert (tmp_path / "bomb.bin").stat().st_size < 10_000
-    with pytest.raises(UserError, match="unpacks to"):
+    with pytest.raises(UserError, match="is a compressed archive"):
         embedding.read(tmp_path / "bomb.bin")
+    torch.save({"<x>": torch.zeros(1, 1).expand(10**6, 10**6)}, tmp_path / "view.bin")
+    assert (tmp_path / "view.bin").stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"\(1000000, 1000000\) out of fewer numbers"):
+        embedding.read(tmp_path / "view.bin")
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(65 * 1024**2)
+    with pytest.raises(UserError, match=r"has 0\.1 GB, concepts are far smaller"):
+        embedding.read(tmp_path / "large.bin")
 
 
 def test_training_a_row_of_its_own_equals_training_the_embedding_matrix(stack) -> None:
