@@ -73,10 +73,29 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a file that `write_jsonl` wrote; none where there is no file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def read_jsonl(path: str | Path, needed: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a file that `write_jsonl` wrote; none where there is no file.
+
+    Args:
+        path: the file.
+        needed: columns that every line must have.
+
+    Raises:
+        UserError: a line is no JSON, no table of values, or lacks a column.
+    """
+    path, wanted = Path(path), set(needed)
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            row = json.loads(line)
+            if not isinstance(row, dict) or wanted - row.keys():
+                lacks = f"no {', '.join(sorted(wanted - row.keys()))}" if isinstance(row, dict) else "no columns"
+                raise ValueError(lacks)
+            rows.append(row)
+    except ValueError as error:
+        where = f"{path}, line {len(rows) + 1}"
+        raise UserError(f"{where}, is damaged ({error}). Delete the file: its stage writes it again.") from error
+    return rows
 
 
 def sha256(path: str | Path) -> str:

@@ -44,6 +44,8 @@ def _are_betas(value: Any) -> bool:
 
 RANGES = {  # a method's own numbers are checked by its constructor
     "seed": _whole(0),
+    "outputs_dir": Range("a folder's path", lambda value: isinstance(value, str) and bool(value)),
+    "run_dir": Range("a folder's path, or null", lambda value: isinstance(value, str) and bool(value), null=True),
     "fit.steps": _whole(0),
     "fit.batch_size": _whole(1),
     "fit.micro_batch_size": _whole(1, null=True),

@@ -39,9 +39,7 @@ def check_archive(path: Path) -> None:
         return  # torch's own reader says what is broken
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(
-            f"{path.name} is a compressed archive ({unpacked / 1e9:.1f} GB), as torch writes none."
-        )
+        raise UserError(f"{path.name} is a compressed archive ({unpacked / 1e9:.1f} GB), as torch writes none.")
 
 
 def _check_views(path: Path, content: Any) -> None:

@@ -25,6 +25,9 @@ class _Needed(TypedDict):
     path: str
 
 
+NEEDED = tuple(_Needed.__annotations__)  # columns of every record
+
+
 class SampleRecord(_Needed, total=False):
     """A picture to be scored, a line of samples/samples.jsonl.
 
@@ -129,7 +132,7 @@ def score_row(row: Mapping[str, Any]) -> Row:
 
 def read_scores(folder: Path) -> list[Row]:
     """The `ScoreRow`s of a run folder's scores.jsonl, whatever version wrote it; none where nothing was scored."""
-    return [score_row(row) for row in files.read_jsonl(folder / "scores.jsonl")]
+    return [score_row(row) for row in files.read_jsonl(folder / "scores.jsonl", ("concept", "metric", "value"))]
 
 
 def table_row(row: Mapping[str, Any]) -> Row:

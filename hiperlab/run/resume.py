@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hiperlab import files
 from hiperlab.data.concept import Concept
 from hiperlab.data.images import digests
 from hiperlab.errors import UserError, near
+from hiperlab.hub import first_line
 from hiperlab.report.checkpoint import newest_valid, resume_path, step_of
 from hiperlab.run.session import Session
 
@@ -50,7 +54,7 @@ def check_resume(session: Session) -> None:
 
 
 def _check_settings(session: Session, folder: Path) -> None:
-    before, now = _flat(OmegaConf.load(folder / RECORD)), _flat(session.cfg)
+    before, now = _flat(_record(folder / RECORD, OmegaConf.load)), _flat(session.cfg)
     sampling = get_class(session.cfg.method._target_).sampling_settings  # type: ignore[attr-defined]
     free = (*FREE, *(f"method.{name}" for name in sampling))
     asked = [key for key in sorted(before.keys() | now.keys()) if _under(key, IDENTITY) and not _under(key, free)]
@@ -69,12 +73,34 @@ def _check_settings(session: Session, folder: Path) -> None:
         )
 
 
+def _record(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What lies beside a checkpoint, a mapping.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = read(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise _damaged(path, first_line(error)) from error
+    if not isinstance(found, dict | DictConfig):
+        raise _damaged(path, f"expected a table, found {type(found).__name__}")
+    return found
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why}). Delete it to go on without comparing with it.")
+
+
 def _check_pictures(session: Session, folder: Path) -> None:
     """Compare the pictures by their content; names and places may change."""
     path = folder / PICTURES
     if not path.is_file():  # of a version that kept none
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), _pictures(session)
+    before = _record(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    now = _pictures(session)
+    if not all(isinstance(each, dict) for each in before.values()):
+        raise _damaged(path, "expected a table for each concept")
     said = []
     for concept in before.keys() & now.keys():
         old, new = before[concept], now[concept]

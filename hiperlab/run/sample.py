@@ -18,6 +18,7 @@ from hiperlab.base.method import Method
 from hiperlab.clock import Clock
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
+from hiperlab.metric.rows import NEEDED
 from hiperlab.metric.table import SOURCE
 from hiperlab.report.attention import attention_grid
 from hiperlab.report.grid import grid, save_png, to_pil
@@ -48,7 +49,7 @@ def sample(session: Session) -> None:
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The records of samples/samples.jsonl; empty when nothing was sampled."""
-    return files.read_jsonl(folder / "samples" / MANIFEST)
+    return files.read_jsonl(folder / "samples" / MANIFEST, NEEDED)
 
 
 def _sample_group(
@@ -178,8 +179,13 @@ def _is_there(folder: Path, record: dict[str, Any]) -> bool:
     path = folder / record["path"]
     if not path.is_file():
         return False
-    with Image.open(path) as picture:
-        return getattr(picture, "text", {}).get("key") == record["key"]
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return getattr(picture, "text", {}).get("key") == record["key"]
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers raise any of them
+        log.warning("%s cannot be read (%s): it is drawn again.", path, error)
+        return False
 
 
 def _write(folder: Path, record: dict[str, Any], picture: Image.Image) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -270,16 +271,27 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 def open_session(cfg: DictConfig) -> Session:
     """Read an earlier run's results, if any, and make the folder ready."""
     folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written in {folder} ({error.strerror}): choose another outputs_dir."
+        ) from error
     path = folder / "results.json"
     results = {}
     if path.is_file():
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}). Delete it; the checkpoints stay.") from None
-        if "scores" in results:
-            results["scores"] = [table_row(row) for row in results["scores"]]
+            if not isinstance(results, dict):
+                raise ValueError(f"expected a table, found {type(results).__name__}")
+            if "scores" in results:
+                results["scores"] = [table_row(row) for row in results["scores"]]
+            if "stages" in results:
+                results["stages"] = {name: dict(values) for name, values in results["stages"].items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}). Delete it; the checkpoints stay.") from None
     return Session(cfg, folder, results)
 
 
