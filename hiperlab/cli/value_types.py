@@ -56,7 +56,7 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "sample.prompts": _whole(1, null=True),
     "sample.batch_size": _whole(1),
     "sample.seeds": Range(
-        "a list of one whole number or more, each 0 or more",
+        "a list, e.g. sample.seeds=[0,1], of whole numbers, each 0 or more",
         lambda value: isinstance(value, list) and bool(value) and all(_whole(0).holds(each) for each in value),
     ),
     "sample.negative": Range('a text, "" for none', lambda value: isinstance(value, str)),

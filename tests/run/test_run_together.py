@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hiperlab.base import artifact
 from hiperlab.run.main import main
 
 SMALL = [
@@ -100,6 +102,14 @@ def test_files_that_cannot_be_used(kept, tmp_path, capsys) -> None:
     assert "sample.texts goes with artifacts=" in capsys.readouterr().err
 
 
+def rewritten(good: Path, bad: Path, settings: dict[str, Any]) -> None:
+    """An artifact with other settings and a checksum that fits."""
+    with safe_open(good, "pt") as file:
+        metadata = {**file.metadata(), "settings": json.dumps(settings)}
+    tensors = load_file(good)
+    save_file(tensors, bad, {**metadata, artifact.CHECKSUM: artifact._checksum(tensors, metadata)})
+
+
 def test_a_file_writes_nothing_and_chooses_no_folder(kept, tmp_path, capsys) -> None:
     """Its optimizer is not even looked at, other values must be of a method's kind, and its cache is not used."""
     with safe_open(kept[0], "pt") as file:
@@ -109,7 +119,7 @@ def test_a_file_writes_nothing_and_chooses_no_folder(kept, tmp_path, capsys) -> 
     command = [*SMALL, *AGAIN, BOTH, TEXTS, given(bad, kept[1]), f"run_dir='{tmp_path / 'run'}'"]
     for key, code in (("optimizer", 0), ("prior", 2), ("num_vectors", 2)):
         settings = {**json.loads(metadata["settings"]), key: evil}
-        save_file(load_file(kept[0]), bad, {**metadata, "settings": json.dumps(settings)})
+        rewritten(kept[0], bad, settings)
         assert main(command) == code, key
         assert not victim.exists(), key
     assert f"method.{key}._target_=hiperlab.files.atomic_write is not allowed" in capsys.readouterr().err
@@ -121,6 +131,6 @@ def test_a_file_starts_nothing_but_a_method(kept, tmp_path, capsys, target) -> N
         metadata = file.metadata()
     settings = {**json.loads(metadata["settings"]), "_target_": target}
     bad = tmp_path / "bad.safetensors"
-    save_file(load_file(kept[0]), bad, {**metadata, "settings": json.dumps(settings)})
+    rewritten(kept[0], bad, settings)
     assert main([*SMALL, *AGAIN, BOTH, TEXTS, given(bad, kept[1]), f"run_dir='{tmp_path / 'run'}'"]) == 2
     assert re.search(r"is not allowed|is no method here", capsys.readouterr().err)
