@@ -27,6 +27,7 @@ from hiperlab.model import noise as diffusion
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import Sampler, ddim, generate
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.state import misfits
 from hiperlab.model.text import check_placeholder
 
 
@@ -278,9 +279,7 @@ class Method(pl.LightningModule, ABC):
             UserError: a tensor is missing, superfluous or of another shape.
         """
         own = self.trainable_state()
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [name for name in own.keys() & tensors.keys() if own[name][index].shape != tensors[name].shape]
-        if wrong:
+        if wrong := misfits({name: value[index] for name, value in own.items()}, tensors):
             raise UserError(f"the artifact does not fit {type(self).__name__}: {', '.join(wrong[:5])} differ.")
         for name, value in own.items():
             value[index].copy_(tensors[name])
@@ -297,10 +296,7 @@ class Method(pl.LightningModule, ABC):
             UserError: a trained tensor is missing, superfluous or of another shape.
         """
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
-        theirs = checkpoint["state_dict"]
-        wrong = sorted(own.keys() ^ theirs.keys())
-        wrong += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
-        if wrong:
+        if wrong := misfits(own, checkpoint["state_dict"]):
             raise UserError(
                 f"the checkpoint is not of this {type(self).__name__}: {', '.join(wrong[:3])} differ. Resume with the "
                 "method, its settings and the base model that it was written with."

@@ -32,6 +32,7 @@ from hiperlab.model import vision_loader as towers
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Added, Change, Offsets, log_cost, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.state import misfits
 from hiperlab.model.text_cache import TextCache
 from hiperlab.model.unet_encoder import encoder_features, map_channels
 from hiperlab.model.vision_tower import Seen, SeenCache, VisionTower
@@ -215,9 +216,7 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
     def _fill(self, state: dict[str, Tensor], what: str) -> None:
         own = {name: value for name, value in self.state_dict().items() if name.startswith(DOMAIN)}
         state = {"class_word": own["class_word"], **state}
-        wrong = sorted(own.keys() ^ state.keys())
-        wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-        if wrong:
+        if wrong := misfits(own, state):
             raise UserError(f"{what} does not fit {self.model.name} and its picture tower: {wrong[0]} differs.")
         for name, value in own.items():
             value.copy_(state[name])

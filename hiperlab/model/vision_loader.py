@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from hiperlab import files
 from hiperlab.errors import UserError
 from hiperlab.hub import hub_problem
+from hiperlab.model.state import misfits
 from hiperlab.model.vision_tower import MEAN, STD, VisionTower
 
 OPEN_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # OpenCLIP's ViT-H-14, laion2b_s32b_b79k, as transformers reads it
@@ -103,9 +104,7 @@ def fill(tower: VisionTower, state: Mapping[str, Tensor]) -> None:
     prefix = "vision_model." if next(iter(own)).startswith("vision_model.") else ""
     found = {f"{prefix}{name.removeprefix('vision_model.')}": value for name, value in state.items()}
     found = {name: value for name, value in found.items() if not name.endswith("position_ids")}
-    wrong = sorted(own.keys() ^ found.keys())
-    wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
-    if wrong:
+    if wrong := misfits(own, found):
         raise UserError(
             f"the encoder's picture tower is another than method.tower names ({wrong[0]} differs): name the one it "
             "was trained with, or null to take it as it comes."
