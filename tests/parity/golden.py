@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,12 @@ def twin(size: int, source: str) -> FrozenStack:
     text[name][ids] = rows
     stack.text.load_state_dict(text)
     return stack
+
+
+def numbers(names: Iterable[str], pattern: str) -> list[int]:
+    """The different numbers, ascending, that names hold where the pattern has its one group."""
+    found = (re.fullmatch(pattern, name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def close(item: str, ours: Tensor, theirs: Tensor, limit: float, absolute: bool = False) -> None:

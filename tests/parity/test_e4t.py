@@ -48,8 +48,13 @@ def core(request) -> Path:
 
 
 @pytest.fixture(scope="module")
-def twin():
-    return golden.twin(128, "golden")
+def meta(root):
+    return golden.config(root / "meta.json")
+
+
+@pytest.fixture(scope="module")
+def twin(meta):
+    return golden.twin(int(meta["d"]["args"]["resolution"]), "golden")
 
 
 def offsets(root: Path) -> dict[str, WeightOffset]:
@@ -88,7 +93,7 @@ def test_one_offset(core, which) -> None:
 def test_unet_with_offsets_and_its_first_half(root, twin) -> None:
     g = golden.tensors(root / "b_unet.safetensors")
     made = offsets(root)
-    assert len(made) == 96
+    assert {f"{name}.weight" for name in made} <= dict(twin.unet.named_parameters()).keys()
     with torch.no_grad():
         changed = changes(made)
         weights = changed.weights(twin.unet)
@@ -103,7 +108,7 @@ def test_unet_with_offsets_and_its_first_half(root, twin) -> None:
         named = {f"unet.{name}": weight for name, weight in weights.items()}
         maps = functional_call(half, named, (g["sample"], g["timesteps"], states))
     wanted = golden.pick(g, "feature.")
-    assert len(maps) == len(wanted) == 13
+    assert len(maps) == len(wanted)
     for number, found in enumerate(maps):
         close("e4t features", found, wanted[f"{number:02d}"], 1.5e-5)
 
@@ -135,10 +140,11 @@ def test_the_reimplementations_encoder(core) -> None:
     close("e4t clip_pooled", seen.pooled, g["clip_pooled"], 5e-6)
     close("e4t clip_tokens", seen.tokens, g["clip_tokens"], 5e-6)
     pooled = g["unet_pooled"]
-    head = PatchHead(32, 16, 129, 608)
+    linears = len({name.split(".")[1] for name in state if name.startswith("first_linears.")})
+    head = PatchHead(g["embedding"].shape[-1], g["clip_tokens"].shape[-1], linears, pooled.shape[-1])
     own = {name: value for name, value in state.items() if not name.startswith(("clip_vision.", "first_linears."))}
     for part in ("weight", "bias"):
-        own[f"first_{part}"] = torch.stack([state[f"first_linears.{number}.{part}"] for number in range(129)])
+        own[f"first_{part}"] = torch.stack([state[f"first_linears.{number}.{part}"] for number in range(linears)])
     head.load_state_dict(own)
     close("e4t unet_embedded", head.unet_feature_embedder(pooled), g["unet_embedded"], 5e-6)
     close("e4t embedding", head(seen.pooled, seen.tokens, pooled), g["embedding"], 5e-6)
@@ -146,7 +152,7 @@ def test_the_reimplementations_encoder(core) -> None:
 
 def test_the_unets_maps_are_pooled(root) -> None:
     g, maps = (golden.tensors(root / f"{name}.safetensors") for name in ("c_encoder", "b_unet"))
-    pooled = pool([maps[f"feature.{number:02d}"] for number in range(13)])
+    pooled = pool([value for _, value in sorted(golden.pick(maps, "feature.").items())])
     close("e4t unet_pooled", pooled, g["unet_pooled"], 1e-6)
 
 
@@ -156,24 +162,17 @@ def test_the_papers_encoder(core) -> None:
     seen = tower(golden.pick(g, "state.clip_vision.vision_model."), settings["image_size"], settings["hidden_act"])(
         g["image"]
     )
-    assert seen.classes.shape == (2, settings["num_hidden_layers"] // 2, 16)
-    head = LayerHead(32, 16, 192)
+    rows, width = len(g["image"]), settings["hidden_size"]
+    assert seen.classes.shape == (rows, settings["num_hidden_layers"] // 2, width)
+    features = pool([value for _, value in sorted(golden.pick(g, "feature.").items())])
+    head = LayerHead(g["embedding"].shape[-1], width, features.shape[-1])
     own = {name: value for name, value in golden.pick(g, "state.").items() if not name.startswith("clip_vision.")}
     head.load_state_dict({name.replace("linear.", "vision_linear.", 1) if name.startswith("linear.") else name: value
                           for name, value in own.items()})  # fmt: skip
-    features = pool([g[f"feature.{number}"] for number in range(4)])
     close("e4t c2 embedding", head(seen.classes, features), g["embedding"], 5e-6)
 
 
 # ---- (d) to (g): whole steps, files, pictures ------------------------------------------------------------------------
-
-ZERO = torch.zeros(2, dtype=torch.long)
-FACE = Subject("face", "*s", "face")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +194,15 @@ def started(root, tmp_path_factory) -> Path:
     return folder
 
 
-def e4t(twin, domain: Path | None, eyes: Path, **changes: Any) -> E4T:
+@pytest.fixture(scope="module")
+def face(meta) -> Subject:
+    word = meta["d"]["args"]["domain_class_token"]
+    return Subject("subject", meta["d"]["placeholder_token"], word)
+
+
+def e4t(twin, face: Subject, domain: Path | None, eyes: Path, **changes: Any) -> E4T:
     """E4T as conf/method/e4t.yaml publishes it: set here are the start, the tower and what meta.json says."""
-    method = compose("e4t", twin, [FACE], domain=domain and str(domain), tower=str(eyes), **changes)
+    method = compose("e4t", twin, [face], domain=domain and str(domain), tower=str(eyes), **changes)
     assert isinstance(method, E4T)
     return method
 
@@ -227,9 +232,9 @@ def step(method: E4T, prompts, pixels, latents, noise, timesteps, monkeypatch) -
     monkeypatch.setattr(method, "clean_latents", lambda rows: latents)
     monkeypatch.setattr(draws, "normal", lambda *_: noise)
     monkeypatch.setattr(draws, "integers", lambda *_: timesteps)
-    two = torch.arange(2)
+    rows = torch.arange(len(prompts))
     method._losses.clear()
-    loss = method.training_step(Batch(pixels, prompts, ZERO, two, two, two.bool()), 0)
+    loss = method.training_step(Batch(pixels, prompts, 0 * rows, rows, rows, rows.bool()), 0)
     noted = dict(zip(method._loss_names, method._losses[-1].tolist(), strict=True))
     return loss, torch.tensor(noted["loss/reg"])
 
@@ -252,15 +257,16 @@ def theirs_by_ours(method: E4T) -> dict[str, tuple[str, int | None]]:
     return found
 
 
-def test_pretraining_step_and_the_file_it_writes(root, meta, twin, started, eyes, tmp_path, monkeypatch) -> None:
+def test_pretraining_step_and_the_file_it_writes(root, meta, twin, face, started, eyes, tmp_path, monkeypatch) -> None:
     """(d) through `training_step`, then AdamW to (g_pretrained)."""
     g, settings = golden.tensors(root / "d_pretrain_step.safetensors"), meta["d"]
+    adam, args = settings["optimizer"], settings["args"]
     method = e4t(
-        twin, started, eyes, phase="pretrain", reg_lambda=0.01, optimizer={"lr": settings["optimizer"]["lr"]},
-        export_files=True,
+        twin, face, started, eyes, phase="pretrain", reg_lambda=float(args["reg_lambda"]), optimizer=adam,
+        embed_scale=float(args["domain_embed_scale"]), export_files=True,
     )  # fmt: skip
     prompts = settings["prompts"]
-    tokens = twin.tokenize(prompts, {"*s": [0]})
+    tokens = twin.tokenize(prompts, {face.placeholder: [0]})
     place = tokens.slots >= 0
     assert torch.equal(tokens.ids[~place], g["input_ids"][~place])
     assert (g["input_ids"][place] == settings["placeholder_token_id"]).all()
@@ -312,19 +318,19 @@ def test_pretraining_step_and_the_file_it_writes(root, meta, twin, started, eyes
         assert written[key] == theirs[key], key
 
 
-def test_three_tuning_steps(root, meta, twin, eyes, monkeypatch) -> None:
+def test_tuning_steps(root, meta, twin, face, eyes, monkeypatch) -> None:
     """(e) from the pre-trained files, every U-Net weight trained, to (g_tuned)."""
     g, settings = golden.tensors(root / "e_tuning.safetensors"), meta["e"]
-    method = e4t(twin, root / "g_pretrained", eyes, optimizer={"lr": settings["optimizer"]["lr"]})
+    penalty_weight = float(settings["args"]["reg_lambda"])
+    method = e4t(twin, face, root / "g_pretrained", eyes, reg_lambda=penalty_weight, optimizer=settings["optimizer"])
     method.set_reference(0, g["pixel_values"][0])
-    assert method.reg_lambda == float(settings["args"]["reg_lambda"])
     ours, parameters = theirs_by_ours(method), dict(method.named_parameters())
     assert len(ours) == settings["n_trainable_tensors"]
     before = {name: value.clone() for name, value in twin.state_dict().items()}
     optimizer = method.configure_optimizers()
     seen = record(method, monkeypatch)
-    pixels = g["pixel_values"].expand(2, -1, -1, -1)
-    for number in range(3):
+    pixels = g["pixel_values"].expand(len(settings["prompts"][0]), -1, -1, -1)
+    for number in range(len(settings["prompts"])):
         now = golden.pick(g, f"step{number}.")
         loss, penalty = step(
             method, settings["prompts"][number], pixels, g["latents"], now["noise"], now["timesteps"], monkeypatch
@@ -370,19 +376,21 @@ def test_three_tuning_steps(root, meta, twin, eyes, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("which", ["pretrained_cfg", "pretrained_nocfg", "tuned_cfg"])
-def test_sampling(which, root, meta, twin, eyes, monkeypatch) -> None:
+def test_sampling(which, root, meta, twin, face, eyes, monkeypatch) -> None:
     """(f): the encoder looks at every step; the tuned U-Net is read as its difference from the frozen one."""
     g, how = golden.pick(golden.tensors(root / "f_sampling.safetensors"), f"{which}."), meta["f"][which]
     picture = golden.tensors(root / "f_sampling.safetensors")["image_uint8"].permute(2, 0, 1) / 127.5 - 1
     tuned = how["unet_file"] == "unet.pt"
-    method = e4t(twin, None, eyes, phase="tune" if tuned else "pretrain").eval()
+    method = e4t(twin, face, None, eyes, phase="tune" if tuned else "pretrain").eval()
     method.load_foreign(0, root / how["checkpoint"] / how["unet_file"])
     method.set_reference(0, picture)
     seen, embeddings, trajectory = record(method, monkeypatch), [], []
     rows = len(g["latents_in"])
 
     def condition(t, latents):
-        states = method.condition(Step([how["prompt"]] * rows, ZERO[:rows], t.expand(rows), latents))
+        states = method.condition(
+            Step([how["prompt"]] * rows, torch.zeros(rows, dtype=torch.long), t.expand(rows), latents)
+        )
         embeddings.append(seen["embedding"])
         return states
 

@@ -333,7 +333,7 @@ def test_t_special_cases(name, twin, cfg, subject, g) -> None:
         method = ExtendedTextualInversion(twin, [subject], ADAMW, seed=0)
     method.load_artifact(0, {"vectors": g[f"t/{name}/vectors"]})
     prompts = filled(cfg, cfg["step_prompts"])
-    step = Step(prompts, torch.zeros(2, dtype=torch.long), g["e/timesteps"])
+    step = Step(prompts, torch.zeros(len(prompts), dtype=torch.long), g["e/timesteps"])
     contexts = method.condition(step)
     golden.close(f"t {name} context", contexts.layer(6)[0], g[f"t/{name}/context_layer_06"], 2e-5)
     prediction = twin.predict(g["e/noisy_latents"], g["e/timesteps"], contexts)
@@ -379,12 +379,15 @@ def test_h_training_loop(neti, root, cfg, g, monkeypatch) -> None:
 
 
 def _text(tokenizer, row, cfg) -> str:
-    """The prompt whose tokens these are."""
+    """The prompt whose tokens these are, decoded run by run: words of several tokens stay whole."""
     end = row.tolist().index(tokenizer.eos_token_id)
-    words = []
+    parts: list[list[int]] = [[]]
     for token in row.tolist()[1:end]:
-        words.append(cfg["placeholder"] if token == cfg["placeholder_token_id"] else tokenizer.decode([token]))
-    return " ".join(word.strip() for word in words).replace(" - ", "-")
+        if token == cfg["placeholder_token_id"]:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return f" {cfg['placeholder']} ".join(tokenizer.decode(part).strip() for part in parts).strip()
 
 
 def test_authors_checkpoint_loads(neti, twin, cfg, subject, root, g) -> None:
@@ -396,7 +399,7 @@ def test_authors_checkpoint_loads(neti, twin, cfg, subject, root, g) -> None:
     assert torch.equal(fresh.artifact(0)["mapper.w"], plain["encoder/w"])
 
 
-def test_authors_checkpoint_of_full_width(root) -> None:
+def test_authors_checkpoint_of_full_width(root, cfg) -> None:
     """Width 768, written by the authors' saver: our mapper gives their outputs."""
     from hiperlab.layer.mapper import Mapper
 
@@ -405,7 +408,7 @@ def test_authors_checkpoint_of_full_width(root) -> None:
     model = checkpoint.cfg["model"]
     outputs = checkpoint.state["output_layer.0.weight"].shape[0]
     mapper = Mapper(
-        1, outputs, num_layers=16, num_timesteps=1000, seed=0, positional_encoding=True,
+        1, outputs, num_layers=cfg["unet_layers"], num_timesteps=1000, seed=0, positional_encoding=True,
         num_time_anchors=model["num_pe_time_anchors"], **model["pe_sigmas"],
     )  # fmt: skip
     mapper.load_state_dict({name: value[None] for name, value in {**checkpoint.state, "w": checkpoint.w}.items()})

@@ -1,6 +1,7 @@
 """StyleDiffusion's and null-text's inversions against the authors' numbers (golden/stylediffusion/README.md).
 
-Limits are ten times what a clean implementation measured (the README's table), unless said otherwise.
+Limits are ten times what a clean implementation measured (the README's table), unless said otherwise. Prompts and
+step counts are the files' metadata.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,8 @@ def ours(name: str) -> str:
 
 def networks(state: dict[str, Tensor], steps: int = 1) -> MappingNetworks:
     """T networks that all have the recorded numbers."""
-    made = MappingNetworks(steps, tokens=197, rows=value_rows("affine", 77), seed=0).to(state["conv_end.bias"].dtype)
+    tokens, rows = state["conv_start.weight"].shape[1], value_rows("affine", 77)
+    made = MappingNetworks(steps, tokens=tokens, rows=rows, seed=0).to(state["conv_end.bias"].dtype)
     own = made.state_dict()
     for name, value in state.items():
         if "running_" not in name and "num_batches" not in name:
@@ -100,12 +103,12 @@ def test_mapping_network(mapping) -> None:
 
 def test_keys_from_text_values_from_the_picture(root) -> None:
     g = golden.tensors(root / "unet_kv.safetensors")
-    twin = golden.twin(128, "golden")
+    twin = golden.twin(8 * g["x"].shape[-1], "golden")
     net = networks(golden.pick(golden.tensors(root / "mapping.safetensors"), "m."))
     with torch.no_grad():
         values = value_states(g["context_k"], net(g["features"], 0), "affine")
         close("sd unet_kv context_v", values, g["context_v"], 1e-6)
-        for t in (1, 401, 958):
+        for t in golden.numbers(g, r"noise_kv\.t(\d+)"):
             when = torch.tensor([t])
             mixed = Conditioning(g["context_k"][None], values[None])
             close("sd noise_kv", twin.predict(g["x"], when, mixed), g[f"noise_kv.t{t}"], 1.5e-5)
@@ -113,9 +116,17 @@ def test_keys_from_text_values_from_the_picture(root) -> None:
 
 # ---- along the path --------------------------------------------------------------------------------------------------
 
-STEPS, PIXELS = 6, 256
-SOURCE, TARGET = "a cat sitting next to a mirror", "a tiger sitting next to a mirror"
-SAME = {"steps": STEPS, "guidance": 7.5, "cache": None, "inject_source_latents": False}
+
+def metadata(name: str) -> dict[str, str]:
+    """What a file's header says: prompts and step counts."""
+    with safe_open(golden.folder("stylediffusion") / f"{name}.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def maps_pixels(root: Path) -> int:
+    """Image positions of the recorded attention targets."""
+    recorded = golden.tensors(root / "ddim.safetensors")
+    return next(value for name, value in recorded.items() if name.endswith(".headmean")).shape[0]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,8 @@ def eyes(root, tmp_path_factory) -> Path:
 @functools.cache
 def twin(kind: torch.dtype) -> FrozenStack:
     """The golden twin."""
-    stack = golden.twin(128, "golden")
+    start = golden.tensors(golden.folder("stylediffusion") / "common.safetensors")["latent0"]
+    stack = golden.twin(8 * start.shape[-1], "golden")
     return stack if kind == torch.float32 else copy.deepcopy(stack).to(kind)
 
 
@@ -152,28 +164,33 @@ def rounded(monkeypatch) -> None:
     monkeypatch.setattr(inversion, "move", move)
 
 
-def method(name: str, kind: torch.dtype, latents: Tensor, **settings: Any) -> Any:
-    """A method on the recorded picture latents (1, C, H, W), its path inverted by us."""
-    subject = Subject("cat", "<cat>", "cat", SOURCE)
-    made = compose(name, twin(kind), [subject], **SAME, **settings).to(kind)
+def method(name: str, recorded: str, kind: torch.dtype, latents: Tensor, **settings: Any) -> Any:
+    """A method on the recorded picture latents (1, C, H, W), its path inverted by us, set as a file's header says."""
+    header = metadata(recorded)
+    source, steps = header["prompt_src"], int(header["num_ddim_steps"])
+    same = {"steps": steps, "guidance": float(header["guidance_scale"]), "cache": None, "inject_source_latents": False}
+    made = compose(name, twin(kind), [Subject("it", "<it>", "cat", source)], **{**same, **settings}).to(kind)
     assert isinstance(made, TrajectoryMethod)
     if kind == torch.float64:  # the authors' own table, which differs in a bit (the README)
         table = golden.tensors(golden.folder("stylediffusion") / "common.safetensors")["alphas_cumprod"]
         made.model.alpha_bar = table
-    states = Conditioning(made.encode([SOURCE])[None])
+    states = Conditioning(made.encode([source])[None])
     pixels = made.map_pixels()
-    found = invert(made.model, latents.to(kind), states, STEPS, cross_maps(pixels) if pixels else None)
+    found = invert(made.model, latents.to(kind), states, steps, cross_maps(pixels) if pixels else None)
     made._inversion = found
     made.noise.copy_(found.latents[-1, 0])
     return made
 
 
-def style(root: Path, eyes: Path, kind: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """StyleDiffusion as the recorded run began."""
-    g = golden.tensors(root / "inner.safetensors")
-    settings = {"inner_steps": 6, "attention_pixels": PIXELS, "tower": str(eyes), **settings}
-    made = method("style_diffusion", kind, g["latent0"], **settings)
-    made.networks.load_state_dict(networks(golden.pick(g, "init."), STEPS).state_dict())
+def style(root: Path, eyes: Path, kind: torch.dtype = torch.float32, recorded: str = "inner", **settings: Any) -> Any:
+    """StyleDiffusion as the runs of `inner` began, with the step counts of the file `recorded`."""
+    g, header = golden.tensors(root / "inner.safetensors"), metadata(recorded)
+    settings = {
+        "inner_steps": int(header["num_inner_steps"]), "epsilon": float(header["early_stop_epsilon"]),
+        "attention_pixels": maps_pixels(root), "tower": str(eyes), **settings,
+    }  # fmt: skip
+    made = method("style_diffusion", recorded, kind, g["latent0"], **settings)
+    made.networks.load_state_dict(networks(golden.pick(g, "init."), made.steps).state_dict())
     made.tokens.copy_(g["features"][0])
     return made
 
@@ -181,7 +198,7 @@ def style(root: Path, eyes: Path, kind: torch.dtype = torch.float32, **settings:
 def run(made: Any, gradients: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
     """The whole fit, as Lightning would drive it; gradients are those of the update (i, j)."""
     optimizer = made.configure_optimizers()
-    found: dict[str, Any] = {"losses": [], "counts": [0] * STEPS, "latents": [], "gradients": {}}
+    found: dict[str, Any] = {"losses": [], "counts": [0] * made.steps, "latents": [], "gradients": {}}
     while not made.finished:
         loss = made.training_step(None, 0)
         found["losses"].append(dict(zip(made._loss_names, made._losses.pop().tolist(), strict=True)))
@@ -196,8 +213,8 @@ def run(made: Any, gradients: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         found["counts"][step] += 1
-    noise = made.guided(STEPS - 1, made.latents[None])
-    found["latents"].append(previous(made.model, made.latents[None], noise, made.timesteps[-1], STEPS)[0])
+    noise = made.guided(made.steps - 1, made.latents[None])
+    found["latents"].append(previous(made.model, made.latents[None], noise, made.timesteps[-1], made.steps)[0])
     return found
 
 
@@ -215,25 +232,29 @@ def test_update_counts(root) -> None:
     g = golden.tensors(root / "common.safetensors")
     settings = config("style_diffusion").method
     most, decay = settings.inner_steps, settings.inner_decay
-    for steps, name, total in ((30, "T30_n100", 1015), (50, "T50_n100", 1071)):
+    assert (most, decay) == (100, 0.1), "section 4.1: N e^(-0.1 i) updates, N = 100"
+    for steps in golden.numbers(g, rf"inner_steps\.T(\d+)_n{most}"):
         counts = [updates(most, decay, step) for step in range(steps)]
-        assert counts == g[f"inner_steps.{name}"].tolist() and sum(counts) == total
-    assert [updates(6, decay, step) for step in range(6)] == g["inner_steps.own"].tolist()
+        assert counts == g[f"inner_steps.T{steps}_n{most}"].tolist()
+    assert sum(updates(most, decay, step) for step in range(30)) == 1015
+    own = int(metadata("inner")["num_inner_steps"])
+    counts = g["inner_steps.own"].tolist()
+    assert [updates(own, decay, step) for step in range(len(counts))] == counts
 
 
 def test_inner_teacher_forced(root, eyes) -> None:
     """Every timestep from the authors' own state: losses, gradients, where the path goes."""
     g = golden.tensors(root / "inner.safetensors")
     made = style(root, eyes)
-    path = made.inversion
+    steps, path = made.steps, made.inversion
     close("sd inner pivot", path.latents[:, 0], g["latents"], 2e-5)
     made._inversion = Inversion(g["latents"][:, None], path.maps)
-    rates = torch.tensor([made._optimizer.keywords["lr"] * made.rate(step) for step in range(STEPS)])
+    rates = torch.tensor([made._optimizer.keywords["lr"] * made.rate(step) for step in range(steps)])
     close("sd inner lr", rates, g["lr"].float(), 1e-6)
     counts = g["inner_counts"].tolist()
-    assert [made.inner_steps(step) for step in range(STEPS)] == counts
+    assert [made.inner_steps(step) for step in range(steps)] == counts
     own = dict(made.networks.named_parameters())
-    for step in range(STEPS):
+    for step in range(steps):
         latents = g["latent_cur"][step - 1][None] if step else g["latents"][-1:]
         if step:
             before = networks(golden.pick(g, f"final.{step - 1}.")).state_dict()
@@ -249,14 +270,14 @@ def test_inner_teacher_forced(root, eyes) -> None:
             close(f"sd inner loss_{theirs}", terms[name].detach()[None], g[f"loss_{theirs}"][first : first + 1], 7e-6)
         torch.stack(list(terms.values())).sum().backward()
         found = {f"networks.{name}": value.grad[step] for name, value in own.items()}
-        if step in (0, 1, STEPS - 1):
+        if any(name.startswith(f"grad.i{step}.j0.") for name in g):
             close_gradients("sd inner grad", found, g, f"grad.i{step}.j0.", 5e-5)
         after = networks(golden.pick(g, f"final.{step}.")).state_dict()
         with torch.no_grad():
             for name, value in after.items():
                 own[name][step].copy_(value[0])
         noise = made.guided(step, latents)
-        moved = previous(made.model, latents, noise, made.timesteps[step], STEPS)
+        moved = previous(made.model, latents, noise, made.timesteps[step], steps)
         close("sd inner latent_cur", moved, g["latent_cur"][step : step + 1], 1.3e-4)
 
 
@@ -283,7 +304,7 @@ def test_inner_in_float64(root, eyes, rounded) -> None:
     for name, theirs in (("loss", "loss"), ("loss/latent", "loss_rec"), ("loss/attention", "loss_attn")):
         close(f"sd inner_f64 {theirs}", losses(found, name), g[theirs], 1e-7)
     close("sd inner_f64 latent_cur", torch.stack(found["latents"]), g["latent_cur"], 1e-7)
-    for name, value in golden.pick(g, f"final.{STEPS - 1}.").items():
+    for name, value in golden.pick(g, f"final.{made.steps - 1}.").items():
         if name not in IRRELEVANT:
             last = made.networks.state_dict()[ours(name)][-1]
             close("sd inner_f64 final", last, value.squeeze(-1), 1e-4)
@@ -292,20 +313,24 @@ def test_inner_in_float64(root, eyes, rounded) -> None:
 @pytest.mark.slow
 def test_each_term_alone(root, eyes) -> None:
     g = golden.tensors(root / "inner_noattn.safetensors")
-    made = style(root, eyes, inner_steps=2, attention_loss="none")
+    made = style(root, eyes, recorded="inner_noattn", attention_loss="none")
     found = run(made, [(0, 0)])
     assert found["counts"] == g["inner_counts"].tolist()
-    close("sd noattn losses, timestep 0", losses(found, "loss")[:2], g["loss_rec"][:2], 1e-4)
+    first = found["counts"][0]
+    close("sd noattn losses, timestep 0", losses(found, "loss")[:first], g["loss_rec"][:first], 1e-4)
     close("sd noattn losses, end to end", losses(found, "loss"), g["loss_rec"], 2.5e-2)
     close_gradients("sd noattn grad", found["gradients"][0, 0], g, "grad.i0.j0.", 5e-5)
     g = golden.pick(g, "attnonly.")
-    made = style(root, eyes, inner_steps=2, epsilon=-1.0)
+    made = style(root, eyes, recorded="inner_noattn", epsilon=-1.0)
     both = made.inner_losses
     made.inner_losses = lambda *given: {"attention": both(*given)["attention"]}
-    found = run(made, [(0, 0), (1, 0), (2, 1)])
+    named = (re.match(r"grad\.i(\d+)\.j(\d+)\.", name) for name in g)
+    recorded = sorted({(int(match[1]), int(match[2])) for match in named if match})
+    found = run(made, recorded)
     assert found["counts"] == g["inner_counts"].tolist()
     close("sd attnonly losses", losses(found, "loss"), g["loss_attn"], 1e-3)
-    for (step, update), limit in (((0, 0), 5e-5), ((1, 0), 4e-4), ((2, 1), 1e-3)):
+    for step, update in recorded:  # rounding grows along the run
+        limit = 5e-5 if (step, update) == (0, 0) else 4e-4 if (step, update) == (1, 0) else 1e-3
         theirs = f"grad.i{step}.j{update}."
         close_gradients(f"sd attnonly grad {step},{update}", found["gradients"][step, update], g, theirs, limit)
 
@@ -314,8 +339,10 @@ def test_each_term_alone(root, eyes) -> None:
 def test_early_stop(root, eyes) -> None:
     """The loss before an update is tested, and the update kept."""
     g = golden.tensors(root / "earlystop.safetensors")
-    found = run(style(root, eyes, epsilon=float(g["epsilon"])))
-    assert found["counts"] == g["inner_counts"].tolist() and found["counts"][0] < 6
+    made = style(root, eyes, recorded="earlystop", epsilon=float(g["epsilon"]))
+    found = run(made)
+    assert found["counts"] == g["inner_counts"].tolist()
+    assert sum(found["counts"]) < sum(made.inner_steps(step) for step in range(made.steps)), "it stopped early"
     first = found["counts"][0]
     close("sd earlystop losses, timestep 0", losses(found, "loss")[:first], g["loss"][:first], 1e-4)
     close("sd earlystop latents, end to end", torch.stack(found["latents"]), g["latent_cur"], 2.5e-1)
@@ -326,20 +353,20 @@ def test_early_stop(root, eyes) -> None:
 KINDS = {"null": None, "text": "text"}
 
 
-def null_text(g: dict[str, Tensor], which: str, kind: torch.dtype = torch.float32) -> Any:
+def null_text(g: dict[str, Tensor], which: str, recorded: str, kind: torch.dtype = torch.float32) -> Any:
     settings = {
         "optimise": KINDS[which.removesuffix("_stop")],
-        "inner_steps": 5,
+        "inner_steps": int(metadata(recorded)["num_inner_steps"]),
         "epsilon": float(g[f"{which}.epsilon"]),
     }
-    return method("null_text", kind, g["latent0"], **settings)
+    return method("null_text", recorded, kind, g["latent0"], **settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["null", "text", "null_stop", "text_stop"])
 def test_null_text(root, which) -> None:
     g = golden.tensors(root / "nulltext.safetensors")
-    made = null_text(g, which)
+    made = null_text(g, which, "nulltext")
     close("sd nulltext pivot", made.pivot, g["latents"], 2e-5)
     found = run(made, [(0, 0), (1, 0)])
     assert found["counts"] == g[f"{which}.counts"].tolist()
@@ -356,7 +383,7 @@ def test_null_text(root, which) -> None:
 @pytest.mark.parametrize("which", ["null", "text", "null_stop", "text_stop"])
 def test_null_text_in_float64(root, which, rounded) -> None:
     g = golden.tensors(root / "nulltext_f64.safetensors")
-    made = null_text(g, which, torch.float64)
+    made = null_text(g, which, "nulltext_f64", torch.float64)
     close("sd nulltext_f64 pivot", made.pivot, g["latents"], 1e-7)
     found = run(made, [(0, 0), (1, 0)])
     assert found["counts"] == g[f"{which}.counts"].tolist()
@@ -377,39 +404,36 @@ def drawn(made: Any, start: Tensor, texts: list[str]) -> Tensor:
     """Latents after every step (T, B, C, H, W) of the method's own conditions and attention edits."""
     seen: list[Tensor] = []
     conditional, unconditional = made.edit_conditions(texts, "")
-    edits = made.p2p.edits(made.model.tokenizer, texts[0], texts[1:], STEPS, start.shape[-1], guided=True)
+    edits = made.p2p.edits(made.model.tokenizer, texts[0], texts[1:], made.steps, start.shape[-1], guided=True)
     many = start.expand(len(texts), -1, -1, -1)
-    edit(made.model, many, STEPS, conditional, unconditional, 7.5, edits, watch=lambda _, z: seen.append(z))
+    watch = lambda _, z: seen.append(z)  # noqa: E731
+    edit(made.model, many, made.steps, conditional, unconditional, made.guidance, edits, watch=watch)
     return torch.stack(seen)
 
 
-def settings_of(root: Path, name: str, run_name: str) -> dict[str, Any]:
-    with safe_open(root / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()[run_name])
-
-
-def p2p(recorded: dict[str, Any], mode: str) -> PromptToPrompt:
+def p2p(recorded: dict[str, Any], mode: str, pixels: int) -> PromptToPrompt:
     """The recorded settings where the yaml has others."""
     factors = dict(zip(*recorded["equalizer"], strict=True)) if recorded["equalizer"] else {}
     tau = {f"tau_{name}": recorded[f"tau_{name}"] for name in "csu"}
     settings = OmegaConf.to_container(config("style_diffusion").method.p2p)
-    return instantiate({**settings, "mode": mode, "map_pixels": PIXELS, **tau, "equalizer": factors})  # type: ignore[dict-item]
+    return instantiate({**settings, "mode": mode, "map_pixels": pixels, **tau, "equalizer": factors})  # type: ignore[dict-item]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["recon", "p2plus", "novalue", "refine"])
 def test_style_diffusion_edits(root, eyes, name) -> None:
     g, fitted = (golden.tensors(root / f"{file}.safetensors") for file in ("edit", "inner"))
-    made, texts = style(root, eyes), [SOURCE]
+    header = metadata("edit")
+    made, texts = style(root, eyes), [header["prompt_src"]]
     if name != "recon":
-        recorded = settings_of(root, "edit", name)
+        recorded = json.loads(header[name])
         texts, made.tau_v = recorded["prompts"], recorded["tau_v"]
-        made.p2p = p2p(recorded, "replace" if recorded["replace"] else "refine")
-    for step in range(STEPS):
+        made.p2p = p2p(recorded, "replace" if recorded["replace"] else "refine", maps_pixels(root))
+    for step in range(made.steps):
         state = networks(golden.pick(fitted, f"final.{step}.")).state_dict()
         for key, value in made.networks.named_parameters():
             value[step].copy_(state[key][0])
-    made.path_step.fill_(STEPS - 1)
+    made.path_step.fill_(made.steps - 1)
     made.tokens.copy_(g["features"][0])
     close(f"sd edit {name}", drawn(made, g["x_T"], texts), g[f"{name}.latents"], 2.4e-4)
 
@@ -418,12 +442,12 @@ def test_style_diffusion_edits(root, eyes, name) -> None:
 @pytest.mark.parametrize("which", ["null", "text"])
 def test_null_text_edits(root, which) -> None:
     g = golden.tensors(root / "nulltext.safetensors")
-    recorded = settings_of(root, "nulltext", "edit")
+    recorded = json.loads(metadata("nulltext")["edit"])
     for name in ("p2p", "p2plus"):
         tau_u = recorded["tau_u"] if name == "p2plus" else 0.0
-        made = method("null_text", torch.float32, g["latent0"], optimise=KINDS[which])
-        made.p2p = p2p({**recorded, "tau_u": tau_u}, "replace")
+        made = method("null_text", "nulltext", torch.float32, g["latent0"], optimise=KINDS[which])
+        made.p2p = p2p({**recorded, "tau_u": tau_u}, "replace", maps_pixels(root))
         made.embeddings.copy_(g[f"{which}.embeddings"])
-        made.path_step.fill_(STEPS - 1)
+        made.path_step.fill_(made.steps - 1)
         found = drawn(made, g["latents"][-1:], recorded["prompts"])
         close(f"sd edit {which}.{name}", found, g[f"edit.{which}.{name}.latents"], 2.6e-4)
