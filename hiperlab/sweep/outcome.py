@@ -1,7 +1,7 @@
 """What a sweep is: named jobs in one folder, what became of each, and the table at the end.
 
-Layout: `<outputs_dir>/sweeps/<sweep>/<job>/` are run folders, `.jobs/<job>.json` says what became of each, and
-`sweep.json` is the table of the last command. Names come from the overrides alone: the same command finds its own work.
+Layout: `<outputs_dir>/sweeps/<sweep>/<job>/` are run folders, `.jobs/<command>/<job>.json` says what became of each (two
+commands may be at work in one folder), and `sweep.json` is the table of the last command. Names come from the overrides alone: the same command finds its own work.
 """
 
 from __future__ import annotations
@@ -119,17 +119,18 @@ def record(sweep_dir: Path, outcome: Outcome) -> None:
     known = {row.job: row for row in outcomes(sweep_dir, outcome.invocation)}
     if outcome.status == "skipped" and outcome.job in known:
         return  # an optimiser asked twice for the same point: the first answer tells more
-    files.write_json(sweep_dir / ".jobs" / f"{outcome.job}.json", asdict(outcome))
+    files.write_json(_notes(sweep_dir, outcome.invocation) / f"{outcome.job}.json", asdict(outcome))
 
 
 def outcomes(sweep_dir: Path, invocation: str) -> list[Outcome]:
     """What became of the jobs of one command, by name."""
-    found = []
-    for path in sorted((sweep_dir / ".jobs").glob("*.json")):
-        outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-        if outcome.invocation == invocation:
-            found.append(outcome)
-    return found
+    paths = sorted(_notes(sweep_dir, invocation).glob("*.json"))
+    return [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def _notes(sweep_dir: Path, invocation: str) -> Path:
+    """Where one command keeps what became of its jobs."""
+    return sweep_dir / ".jobs" / (invocation or "one")
 
 
 def labels(row: Outcome, fixed: Sequence[str]) -> dict[str, str]:

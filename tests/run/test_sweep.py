@@ -154,6 +154,18 @@ def test_a_job_that_hangs_is_ended_and_the_next_one_runs(here):
     assert rows["behave=hang"]["status"] == "failed" and "time limit" in rows["behave=hang"]["error"]
 
 
+def test_two_equal_sweeps_at_once_keep_their_own_rows(here):
+    """Each command's table and exit code tell what its own jobs did, whatever another does with the same ones."""
+    both = [start("-m", "behave=raise,user", "sweep=same") for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=90)
+        assert process.returncode == 1 and "2 failed" in out, out
+    failed = sweep.Outcome("job", ["seed=1"], "failed", 1.0, "job", error="full disk", invocation="one")
+    sweep.record(Path("s"), failed)
+    sweep.record(Path("s"), sweep.Outcome("job", ["seed=1"], "finished", 1.0, "job", invocation="another"))
+    assert sweep.outcomes(Path("s"), "one") == [failed]
+
+
 def test_jobs_share_gpus_fairly(here):
     """Two pretended GPUs, named as the cluster names them: each job sees one, no two at a time the same."""
     code, out, err = run("-m", "seed=1,2", "trainer=gpu", "sweep=g", CUDA_VISIBLE_DEVICES="4,GPU-x")
