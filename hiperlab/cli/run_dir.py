@@ -17,7 +17,9 @@ from hiperlab.cli.overrides import UNRECORDED, merge, parse, values, without
 from hiperlab.errors import UserError
 
 HANDED = "HIPERLAB_RUN_DIR"  # rank 0 decides the folder; the ranks that Lightning starts read it here
-FREE = (
+WRITTEN = ("outputs_dir", "method.cache", "method.prior.folder")  # folders that a run writes into beside its own
+FREE = (  # may differ when a run is resumed
+    *WRITTEN,
     "run_dir",
     "resume",
     "resume_data",
@@ -25,7 +27,7 @@ FREE = (
     "logger",
     "trainer",
     "allowed_targets",
-)  # may differ when a run is resumed
+)
 
 
 def recorded(folder: Path) -> list[str]:
@@ -46,11 +48,47 @@ def recorded(folder: Path) -> list[str]:
 
 
 def with_earlier(lines: Sequence[str]) -> list[str]:
-    """Put the overrides of the run folder named by `run_dir=` (if it holds a run) in front of the new ones."""
+    """Put the overrides of the run folder named by `run_dir=` (if it holds a run) in front of the new ones.
+
+    The folder may come from elsewhere: a folder to write into is taken over only where the run lies in it.
+    """
     run_dir = values(lines).get("run_dir")
     if run_dir is None or not (Path(str(run_dir)) / "overrides.yaml").is_file():
         return list(lines)
-    return merge(recorded(Path(str(run_dir))), lines)
+    folder = Path(str(run_dir))
+    earlier, given = recorded(folder), values(lines)
+    left = [line for line in earlier if _leads_away(folder, earlier, line)]
+    for line in left:
+        if line.partition("=")[0].lstrip("+") not in given:
+            print(f"hiperlab: {folder} asks for {line}, which is not where it lies: left out. Give it again to use it.")
+    return merge([line for line in earlier if line not in left], lines)
+
+
+def _leads_away(folder: Path, lines: Sequence[str], line: str) -> bool:
+    """Whether an override of a run folder would have files written where the folder has no say."""
+    (override,) = parse([line])
+    for key in WRITTEN:
+        if override.is_delete() or not f"{key}.".startswith(f"{override.key_or_group}."):
+            continue
+        value: Any = override.value()
+        for name in key.removeprefix(override.key_or_group).split(".")[1:]:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None and not _may_write(folder, lines, str(value), whole=key == "outputs_dir"):
+            return True
+    return False
+
+
+def _may_write(folder: Path, lines: Sequence[str], text: str, whole: bool) -> bool:
+    """Whether a recorded path is the outputs folder that the run lies in (`whole`), or inside it or the run folder."""
+    here = folder.resolve()
+    above = here.parents[1:3]  # <outputs_dir>/<names>/<run>, <outputs_dir>/sweeps/<sweep>/<job>
+    begin, _, rest = text.partition("/")
+    if not whole and begin in ("${outputs_dir}", "${run_dir}"):
+        return ".." not in Path(rest).parts and "${" not in rest
+    path = Path(text).expanduser().resolve()
+    outputs = Path(str(values(lines).get("outputs_dir", "outputs"))).expanduser().resolve()
+    roots = (here, outputs) if outputs in above else (here,)
+    return path in above if whole else any(path.is_relative_to(root) for root in roots)
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
 # But for these: they are of drawing, or say where something lies. Pictures are compared by their content.
-FREE = ("data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder")
+FREE = (
+    "data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder",
+    "method.cache",
+)  # fmt: skip
 RECORD, PICTURES = "config.yaml", "pictures.json"  # what a training was asked and trained on, beside its checkpoints
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hiperlab.cli.overrides import assign, merge, parse, values
+from hiperlab.cli.run_dir import with_earlier
 from hiperlab.cli.targets import is_allowed, targets
 from hiperlab.run import main as door
 from tests.run import bench
@@ -187,6 +188,38 @@ def test_a_foreign_record_cannot_steer(ask, here):
     record.write_text("- {a: 1}\n")
     code, _, err = ask("run_dir=theirs")
     assert code == 2 and "is not a list of overrides" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "stays"),
+    [
+        ("outputs_dir={here}", True),  # the run lies in <outputs_dir>/<names>/<run>
+        ("outputs_dir={here}/elsewhere", False),
+        ("outputs_dir=..", False),
+        ("outputs_dir=null", True),
+        ("+method.cache={here}/neti_cats_tiny/run/cache", True),
+        ("+method.cache={here}/inversions", True),  # inside the outputs folder beside it
+        ("++method.cache={here}/../x", False),
+        ("method.cache=${{outputs_dir}}/inversions", True),
+        ("method.cache=${{outputs_dir}}/../x", False),
+        ("method.cache='${{oc.env:HOME}}/x'", False),
+        ("method.prior.folder=/etc", False),
+        ("method.prior={{folder:/etc,weight:1}}", False),
+        ("+method={{prior:{{folder:/etc}}}}", False),
+        ("method.prior={{weight:1}}", True),
+        ("method.cache=null", True),
+    ],
+)
+def test_a_foreign_record_chooses_no_folder(line, stays, tmp_path, capsys):
+    """What a run folder from elsewhere asks to have written outside itself and its outputs folder is left out."""
+    folder, line = tmp_path / "neti_cats_tiny" / "run", line.format(here=tmp_path)
+    folder.mkdir(parents=True)
+    lines = ["method=neti", *([] if line.startswith("outputs_dir") else [f"outputs_dir={tmp_path}"]), line]
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(lines))
+    asked = with_earlier([f"run_dir={folder}", "stages=[sample]"])
+    assert (line in asked) == stays
+    assert ("left out" in capsys.readouterr().out) != stays
+    assert f"outputs_dir={tmp_path}/mine" in with_earlier([f"run_dir={folder}", f"outputs_dir={tmp_path}/mine"])
 
 
 def test_resume_auto_finds_the_same_unfinished_run(ask):
