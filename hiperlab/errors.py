@@ -23,6 +23,31 @@ class StoppedError(RuntimeError):
         self.code = code
 
 
+class DiskFullError(StoppedError):
+    """A file could not be written because its disk or quota is full; what was there before stays.
+
+    Args:
+        path: the file.
+        needed: bytes that it needs, or had got when the disk was full.
+        free: bytes that are free on its disk once the torn file is gone.
+    """
+
+    def __init__(self, path: object, needed: int, free: int) -> None:
+        super().__init__(
+            f"the disk is full: {path} needs more than {human_bytes(needed)}, {human_bytes(free)} are free. "
+            "Make room, then the same command with resume=auto goes on.", 1,
+        )  # fmt: skip
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as people read it: "1.2 GB", three digits at most."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
 def near(name: str, choices: Iterable[str], most: int = 3) -> str:
     """A phrase naming the choices closest to `name`, or all of them if few: " Did you mean ti? Choices: neti, ti."."""
     names = sorted(choices)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -15,7 +18,7 @@ from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from hiperlab.errors import UserError
+from hiperlab.errors import DiskFullError, UserError
 
 LOCK_NAME, OWNER_NAME, MARKER_NAME = ".lock", ".lock.json", ".lock.marker"
 SHIPPED = "hiperlab:"  # begins a path inside the installed package
@@ -29,38 +32,80 @@ def expand(path: str) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_open(path: str | Path, size: int = 0) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` only when the block has ended well; otherwise what was there stays.
 
     The temporary file lies in the same folder, because a rename is atomic only within one file system.
 
+    Args:
+        path: of the file; its folder is made.
+        size: bytes that it will have, where that is known; for the message of a full disk.
+
     Raises:
-        OSError: full disk, missing rights; the temporary file is gone by then.
+        DiskFullError: the disk or the quota is full.
+        OSError: missing rights, say. In either case the temporary file is gone.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    raw, temporary = None, ""
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        raw = _Watched(handle, "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a run folder is shared with colleagues
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        written = os.stat(temporary).st_size if os.path.exists(temporary) else 0
+        full = _is_full(error) or (raw is not None and raw.full)
+        if isinstance(error, OSError) and error.errno is None:  # numpy's writer says how much it wrote, not why
+            full = full or free_bytes(path.parent) < 2**16
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if full:
+            raise DiskFullError(path, max(size, written, raw.asked if raw else 0), free_bytes(path.parent)) from error
         raise
     _sync_folder(path.parent)
 
 
-def atomic_write(path: str | Path, content: bytes | str | Callable[[IO[bytes]], Any]) -> None:
-    """Write bytes, text (UTF-8), or whatever a function writes into the open binary file, whole or not at all."""
-    with atomic_open(path) as file:
+class _Watched(io.FileIO):
+    """A file that remembers that its disk was full: torch's writer reports only what it noticed of it."""
+
+    full = False
+    asked = 0  # bytes, the refused ones too
+
+    def write(self, data: Any, /) -> int:
+        """Write, or take note of why not."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.full = self.full or _is_full(error)
+            self.asked = self.tell() + memoryview(data).nbytes
+            raise
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Bytes that this user may still write where a folder is, or will be."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def atomic_write(path: str | Path, content: bytes | str | Callable[[IO[bytes]], Any], size: int = 0) -> None:
+    """Write bytes, text (UTF-8), or what a function writes into the open file, whole or not at all."""
+    content = content.encode() if isinstance(content, str) else content
+    with atomic_open(path, size if callable(content) else len(content)) as file:
         if callable(content):
             content(file)
         else:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
 
 
 def write_json(path: str | Path, value: Any) -> None:

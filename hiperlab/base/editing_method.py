@@ -29,7 +29,7 @@ from hiperlab.base.method import Method, Step, Subject
 from hiperlab.data.edit import described
 from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit
 from hiperlab.edit.token_alignment import word_tokens, words
-from hiperlab.errors import UserError
+from hiperlab.errors import DiskFullError, UserError
 from hiperlab.model.attention_control import Layer, cross_maps, layer_of
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import Inversion, invert, timesteps
@@ -208,7 +208,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             content = save({name: value.cpu().contiguous() for name, value in tensors.items()})
             try:
                 files.atomic_write(path, content)
-            except OSError as error:  # it only saves time
+            except (OSError, DiskFullError) as error:  # it only saves time
                 log.warning("the inversion could not be kept in %s (%s).", path, error)
         return found
 

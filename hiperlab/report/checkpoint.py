@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from hiperlab import files
-from hiperlab.errors import StoppedError, UserError
+from hiperlab.errors import DiskFullError, StoppedError, UserError
 from hiperlab.formats.pickles import check_archive
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint and then its checksum; what was there before stays until the new one is whole."""
         try:
-            files.atomic_write(path, lambda file: torch.save(checkpoint, file))
+            files.atomic_write(path, lambda file: torch.save(checkpoint, file), tensor_bytes(checkpoint))
             files.write_sidecar(path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        except (OSError, DiskFullError) as error:
             if self._deferred is None:
                 raise
             self._deferred.append(error)
@@ -84,6 +84,14 @@ class AtomicCheckpointIO(CheckpointIO):
         for part in (files.sidecar(path), Path(path)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(tensor_bytes(each) for each in inner)
 
 
 def path_of(folder: str | Path, step: int) -> Path:
@@ -200,7 +208,7 @@ class StepCheckpoints(Checkpoint):
         failure = trainer.strategy.broadcast(str(errors[0]) if errors else "", 0)
         if failure:
             kept = f"the last good checkpoint is {self.last_good}" if self.good else "there is no earlier checkpoint"
-            message = f"checkpoint {path} could not be written: {failure}; {kept}."
+            message = f"checkpoint {path.name} could not be written: {failure.rstrip('.')}; {kept}."
             if last:
                 raise StoppedError(message, 1)
             log.warning("%s Training goes on.", message)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from hiperlab import files
+
+log = logging.getLogger(__name__)
 
 
 class JsonlLogger(Logger):
@@ -33,7 +38,8 @@ class JsonlLogger(Logger):
         super().__init__()
         self.path = Path(run_dir) / "metrics.jsonl"
         self.csv = csv
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._warned = False
 
     @property
     def name(self) -> str:
@@ -52,13 +58,20 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line and hand it to the system, so that a killed process loses nothing."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         values = {name: _plain(value) for name, value in metrics.items() if name != "epoch"}  # one endless epoch
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _drop_torn_line(self.path)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+            if self._file.write(line.encode()) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:  # a full disk: training is worth more than its curve
+            self._close()  # the next line begins with what a torn one left
+            if not self._warned:
+                log.warning("%s cannot be written (%s): training goes on, the curve has a gap.", self.path, error)
+            self._warned = True
 
     @rank_zero_only
     def rewind(self, step: int) -> None:

@@ -34,6 +34,7 @@ from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.signals import StopCallback, StopSignals
+from hiperlab.run.disk_space import check_space
 from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
 from hiperlab.run.session import Session
 
@@ -137,6 +138,7 @@ def _train(
     folder = checkpoint_folder(session, group)
     method = session.build_method(group)
     per_concept = sum(p.numel() for p in method.parameters() if p.requires_grad) // len(group)
+    check_space(session, method)
     checkpoints = StepCheckpoints(folder, cfg.fit.checkpoint_every, keep_all=bool(cfg.fit.keep_checkpoints))
     stop = StopCallback(signals, checkpoints, resume_command)
     trainer = _trainer(session, method, group, checkpoints, stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 
 from hiperlab import files
 from hiperlab.cli.hydra_job import resume_command, task_overrides
-from hiperlab.errors import StoppedError, UserError
+from hiperlab.errors import DiskFullError, StoppedError, UserError
 from hiperlab.metric.rows import ALL
 from hiperlab.report.environment import command
 from hiperlab.report.signals import StopSignals
@@ -52,7 +53,8 @@ def main(cfg: DictConfig) -> float | None:
             _run(session)
         except BaseException as error:
             stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
-            session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
+            with contextlib.suppress(DiskFullError):  # then the error itself says so
+                session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
             if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
                 raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
             raise

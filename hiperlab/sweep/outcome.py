@@ -1,7 +1,8 @@
 """What a sweep is: named jobs in one folder, what became of each, and the table at the end.
 
-Layout: `<outputs_dir>/sweeps/<sweep>/<job>/` are run folders, `.jobs/<command>/<job>.json` says what became of each (two
-commands may be at work in one folder), and `sweep.json` is the table of the last command. Names come from the overrides alone: the same command finds its own work.
+Layout: `<outputs_dir>/sweeps/<sweep>/<job>/` are run folders, `.jobs/<command>/<job>.json` says what became of each
+(two commands may be at work in one folder), and `sweep.json` is the table of the last command. Names come from the
+overrides alone: the same command finds its own work.
 """
 
 from __future__ import annotations

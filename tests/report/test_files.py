@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from hiperlab import files
-from hiperlab.errors import UserError
+from hiperlab.errors import DiskFullError, UserError
 
 HOLD = """
 import sys, time
@@ -30,10 +32,36 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         file.write(b"ba")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match=rf"the disk is full: {path} needs more than \d bytes, .* are free"):
         files.atomic_write(path, half)
     assert path.read_bytes() == b"good"
     assert os.listdir(path.parent) == ["x.bin"]
+
+
+WRITERS = {
+    "bytes": bytes(2**19),
+    "text": "x" * 2**19,
+    "torch": lambda file: torch.save({"a": torch.zeros(2**17)}, file),  # says "unexpected pos" by itself
+    "numpy": lambda file: np.save(file, np.zeros(2**16)),  # says how much was written, not why
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_named(name, tmp_path):
+    """On a real file system of 300 kB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        with pytest.raises(DiskFullError, match=rf"{tmp_path / 'x'} needs more than \d{{3}} kB, 307 kB are free"):
+            files.atomic_write(tmp_path / "x", WRITERS[name])
+        assert os.listdir(tmp_path) == []
+        files.atomic_write(tmp_path / "x", b"small")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_free_bytes_of_a_folder_to_come(tmp_path):
+    assert files.free_bytes(tmp_path / "a" / "b") == pytest.approx(files.free_bytes(tmp_path), rel=0.01)
 
 
 def test_json_refuses_what_json_cannot_say(tmp_path):

@@ -19,6 +19,19 @@ from hiperlab.report.wandb_logger import GuardedWandb, flatten
 from tests.report.toy import Toy, build
 
 
+def test_a_full_disk_costs_the_curve_not_the_training(tmp_path, caplog):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full is Linux's")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    logger = JsonlLogger(tmp_path)
+    for step in range(3):
+        logger.log_metrics({"loss": 0.5}, step)
+    assert caplog.text.count("training goes on, the curve has a gap") == 1
+    (tmp_path / "metrics.jsonl").unlink()  # there is room again
+    logger.log_metrics({"loss": 0.25}, 3)
+    assert [row["step"] for row in read_metrics(logger.path)] == [3]
+
+
 def test_jsonl_survives_a_torn_line_and_rewinds(tmp_path):
     logger = JsonlLogger(tmp_path)
     for step in range(5):

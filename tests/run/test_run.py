@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from hiperlab import files
 from hiperlab.run.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,18 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "neti"
     assert run(folder, "method=neti", "logger=wandb", "fit.sample_every=2") == 0
     return folder
+
+
+def test_a_disk_too_small_is_named_before_training(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 10_000)
+    assert run(tmp_path / "run", "method=neti", "stages=[fit,sample]") == 2
+    told = capsys.readouterr().err
+    assert "needs about" in told and "(checkpoints 13.5 MB, artifacts 2.99 MB, pictures 49.2 kB)" in told
+    assert "10 kB are free there. Make room" in told and not list(tmp_path.rglob("*.ckpt"))
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 10**8)
+    assert run(tmp_path / "run", "method=neti", "stages=[fit,sample]") == 0
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 9 * 10**6)  # with what is there already, it is enough
+    assert run(tmp_path / "run", "method=neti", "stages=[fit]", "resume=auto", "fit.steps=4") == 0
 
 
 def test_folder_holds_everything(finished) -> None:
