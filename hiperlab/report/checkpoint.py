@@ -204,7 +204,7 @@ class StepCheckpoints(Checkpoint):
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, AtomicCheckpointIO), "give the Trainer plugins=[AtomicCheckpointIO()]"
         with writer.deferred() as errors:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # the whole state: it is to be resumed
         failure = trainer.strategy.broadcast(str(errors[0]) if errors else "", 0)
         if failure:
             kept = f"the last good checkpoint is {self.last_good}" if self.good else "there is no earlier checkpoint"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from hiperlab import __version__
 from hiperlab.run import main as door
+from tests.earlier import keep
 
 EARLIER = Path(__file__).parents[1] / "earlier"
 
@@ -25,6 +30,28 @@ def again(tmp_path, monkeypatch):
         return door.main([f"run_dir={folder}", *words]), folder
 
     return call
+
+
+VERSIONS = sorted(path.name for path in EARLIER.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name))
+
+
+def test_every_release_has_a_run_to_resume() -> None:
+    released = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (EARLIER.parents[1] / "CHANGELOG.md").read_text(), re.M)
+    assert {*released, __version__} <= {*VERSIONS}, "python -m tests.earlier.keep writes this version's"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_run_of_an_earlier_version_is_resumed(version, again) -> None:
+    """It stopped half way; gone on with by this version, it learns what the whole run learnt."""
+    code, folder = again(version, "resume=auto")
+    whole = load_file(EARLIER / version / "whole.safetensors")
+    assert code == 0 and (folder / "metrics.jsonl").read_text().count('"loss"') == keep.WHOLE
+    assert f"resuming from step-{keep.HALF:06d}" in (folder / "run.log").read_text()
+    found = load_file(folder / "artifacts" / "cats.safetensors")
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
+        assert value.abs().max() > 1e-3, "a tolerance that sees a difference"
 
 
 def pixels(path: Path) -> np.ndarray:
