@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra import __version__ as hydra_version
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -59,7 +60,8 @@ def open_hydra(request: Request) -> Hydra:
     for folder in (request.config_dir, request.extra_dir):
         if folder is not None and not folder.is_dir():
             raise UserError(f"There is no config folder {folder}. Give an existing one.")
-    version.setbase("1.3")
+    if tuple(int(part) for part in hydra_version.split(".")[:2]) < (1, 4):  # from then on there is one base
+        version.setbase("1.3")
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(request.config_dir.absolute()))
     if request.extra_dir is not None:

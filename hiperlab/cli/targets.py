@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import hydra.utils
 
 import hiperlab
 from hiperlab.errors import UserError
@@ -49,6 +52,12 @@ KINDS = (  # the first that fits a key counts
         r"pytorch_lightning\.(strategies|plugins)(\.\w+)*\.[A-Z]\w*",
     ),
 )  # fmt: skip
+# Where all of these lie: Hydra 1.4 imports from nowhere else while a run is at work.
+MODULES = (
+    "hiperlab.method.*", "hiperlab.optim.*", "hiperlab.base.*", "hiperlab.edit.*", "hiperlab.layer.*",
+    "hiperlab.data.*", "hiperlab.model.*", "hiperlab.metric.*", "torch.optim.*", "pytorch_lightning.strategies.*",
+    "pytorch_lightning.plugins.*",
+)  # fmt: skip
 ROOM = Path(hiperlab.__file__).parent
 
 
@@ -78,6 +87,16 @@ def is_allowed(key: str, target: str, extra: Sequence[str] = ()) -> bool:
         return True
     kind = _kind_of(key)
     return kind is not None and bool(kind.targets.fullmatch(target)) and _is_defined(target)
+
+
+def trusted(extra: Sequence[str] = ()) -> AbstractContextManager[Any]:
+    """While inside, Hydra itself imports a config's names from the modules above alone; before Hydra 1.4 it cannot.
+
+    Args:
+        extra: see `is_allowed`.
+    """
+    whitelist = getattr(hydra.utils, "execution_whitelist", None)
+    return nullcontext() if whitelist is None else whitelist([*MODULES, *(f"{name}.*" for name in extra)])
 
 
 def _kind_of(key: str) -> Kind | None:

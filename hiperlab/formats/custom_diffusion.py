@@ -107,6 +107,9 @@ def _whole(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _delta(path: Path, content: Mapping[str, Any]) -> Concept:
     if "text_encoder" in content:
         raise UserError(f"{path.name} changes the text encoder too, which method=custom_diffusion does not read.")
+    for key in ("unet", "modifier_token"):
+        if not isinstance(content.get(key), Mapping | None):
+            raise UserError(f"{path.name} is no file of Custom Diffusion: its {key} is no table.")
     weights = {name: value for name, value in content["unet"].items() if isinstance(value, Tensor)}
     factors = {
         name: (value["u"], value["v"])
@@ -117,7 +120,7 @@ def _delta(path: Path, content: Mapping[str, Any]) -> Concept:
 
 
 def _checked(path: Path, concept: Concept) -> Concept:
-    """Finite float32 tensors.
+    """Float32 tensors.
 
     Raises:
         UserError: they are not.
@@ -125,8 +128,6 @@ def _checked(path: Path, concept: Concept) -> Concept:
     tensors = [*concept.weights.values(), *concept.words.values(), *sum(concept.factors.values(), ())]
     if not concept.words or not all(isinstance(each, Tensor) and each.is_floating_point() for each in tensors):
         raise UserError(f"{path.name} is no file of Custom Diffusion: a word's embedding or a weight is missing.")
-    if not all(torch.isfinite(each).all() for each in tensors):
-        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
     return Concept(
         {name: value.detach().float() for name, value in concept.weights.items()},
         {name: (u.detach().float(), v.detach().float()) for name, (u, v) in concept.factors.items()},

@@ -123,10 +123,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    found = pickles.load(path, most=MOST_BYTES)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds more than named tensors, so it is no file of E4T.")
-    return {str(name): value for name, value in found.items()}
+    return pickles.named_tensors(path, pickles.load(path, most=MOST_BYTES), "a file of E4T")
 
 
 def _ours(name: str) -> str:
@@ -143,11 +140,11 @@ def _split(encoder: dict[str, Tensor], path: Path) -> tuple[str, dict[str, Tenso
     vision = {name.removeprefix("clip_vision."): v for name, v in encoder.items() if name.startswith("clip_vision.")}
     rest = {name: value for name, value in encoder.items() if not name.startswith("clip_vision.")}
     whole = "vision_model.post_layernorm.weight" in vision  # transformers' tower, in the first weeks
-    tower = (
-        {name.removeprefix("vision_model."): value for name, value in vision.items()}
-        if whole
-        else open_clip.to_transformers(vision)
-    )
+    try:
+        plain = {name.removeprefix("vision_model."): value for name, value in vision.items()}
+        tower = plain if whole else open_clip.to_transformers(vision)
+    except UserError as error:
+        raise UserError(f"{path} holds another tower: {error}") from error
     if "linear.weight" in rest:
         renamed = {re.sub(r"^linear\.", "vision_linear.", name): value for name, value in rest.items()}
         return "cls_layers", renamed, tower
@@ -156,7 +153,10 @@ def _split(encoder: dict[str, Tensor], path: Path) -> tuple[str, dict[str, Tenso
         raise UserError(f"{path} holds no encoder of E4T: first_linears.0, 1, ... are missing.")
     head = {name: value for name, value in rest.items() if not _FIRST.fullmatch(name)}
     for part in ("weight", "bias"):
-        head[f"first_{part}"] = torch.stack([rest[f"first_linears.{number}.{part}"] for number in numbers])
+        each = [rest.get(f"first_linears.{number}.{part}") for number in numbers]
+        if len({None if value is None else value.shape for value in each}) != 1 or each[0] is None:
+            raise UserError(f"{path} holds no encoder of E4T: first_linears.*.{part} are missing or of several shapes.")
+        head[f"first_{part}"] = torch.stack([value for value in each if value is not None])
     return "patch_tokens", head, tower
 
 

@@ -41,11 +41,9 @@ def read(path: Path) -> Tensor:
     else:
         content = pickles.load(path, stand_ins=[PARAMETER_DICT], most=MOST_BYTES)
     tensor = _single(_parameters(content))
-    if tensor is None or tensor.dim() not in (1, 2) or not tensor.is_floating_point():
+    if tensor is None or tensor.dim() not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
         found = ", ".join(map(str, content))[:80] if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{path.name} is no embedding file: expected one tensor [D] or [V, D], found {found}.")
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
 
 
@@ -53,14 +51,16 @@ def tensors(path: Path) -> dict[str, Tensor]:
     """All tensors, of any shape, of another tool's safetensors file.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing or broken, or holds numbers that are not finite.
     """
     if path.is_file() and (what := disguise(path, safetensors=True)):
         raise UserError(f"{path.name} {what}.")
     try:
-        return load_file(path)
+        found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path.name} cannot be read as safetensors ({error}).") from error
+    pickles.check_numbers(path, found)
+    return found
 
 
 def _parameters(content: Any) -> Any:

@@ -83,15 +83,14 @@ def read(path: Path) -> Adapter:
             if path.suffix == ".pt" and (beside := path.with_suffix(end)).is_file() and beside != path:
                 more, others = lora_diffusion.named(beside.name, pickles.load(beside))
                 content, words = content | more, words | others
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path.name} is no LoRA file: expected named tensors, found {type(content).__name__}.")
+    content = pickles.named_tensors(path, content, "a LoRA file")
     for part, kind in OTHER_KINDS.items():
         if any(part in key for key in content):
             raise UserError(
                 f"{path.name} is {kind}, which method=lora does not read. Choose a plain LoRA of SD 1 or 2."
             )
-    if not all(torch.isfinite(value).all() for value in content.values()):
-        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
+    if wrong := [key for key, value in content.items() if key.endswith(".alpha") and value.numel() != 1]:
+        raise UserError(f"{path.name} is damaged: {wrong[0]} is {list(content[wrong[0]].shape)}, expected one number.")
     alphas: dict[str, float] = {}
     tensors = {key: value.detach().float() for key, value in content.items()}
     words |= {match[1]: tensors.pop(key) for key in list(tensors) if (match := BUNDLED.fullmatch(key))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections import OrderedDict
@@ -17,6 +18,14 @@ from hiperlab.formats import pickles
 
 MODULE = "models.positional_encoding"
 ENCODERS = (f"{MODULE}.NeTIPositionalEncoding", f"{MODULE}.BasicEncoder")
+
+
+_READ: dict[str, tuple[tuple[type, ...], str]] = {
+    "target_norm": ((int, float), "a number"),
+    "use_positional_encoding": ((bool,), "true or false"),
+    "output_bypass": ((bool,), "true or false"),
+    "num_pe_time_anchors": ((int,), "a whole number"),
+}
 
 
 class Checkpoint(NamedTuple):
@@ -42,11 +51,33 @@ def read(path: Path) -> Checkpoint:
     content = pickles.load(path, stand_ins=ENCODERS)
     if not isinstance(content, Mapping) or not {"state_dict", "cfg", "encoder"} <= content.keys():
         raise UserError(f"{path.name} is no NeTI mapper: expected the keys state_dict, cfg and encoder.")
+    cfg, encoder = content["cfg"], content["encoder"]
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model", {}), Mapping):
+        raise UserError(f"{path.name} is no NeTI mapper: its cfg is no table of settings.")
+    if not isinstance(encoder, pickles.Stub):
+        raise UserError(f"{path.name} is no NeTI mapper: its encoder is a {type(encoder).__name__}.")
     # `encoder.w` gets in when the authors save after resuming; `net.0.*` is `input_layer.*` once more.
     skipped = ("encoder.", "net.0.")
-    state = {name: value for name, value in content["state_dict"].items() if not name.startswith(skipped)}
-    w = content["encoder"].__dict__.get("w")
-    return Checkpoint(state, None if w is None else w.detach().float().cpu(), dict(content["cfg"]))
+    named = pickles.named_tensors(path, content["state_dict"], "a NeTI mapper")
+    state = {name: value for name, value in named.items() if not name.startswith(skipped)}
+    w = encoder.__dict__.get("w")
+    if w is not None and not (isinstance(w, Tensor) and w.dim() == 2):
+        raise UserError(f"{path.name} is no NeTI mapper: its positional frequencies are no table [F, 2].")
+    _check_settings(path, dict(cfg.get("model", {})))
+    return Checkpoint(state, None if w is None else w.detach().float().cpu(), dict(cfg))
+
+
+def _check_settings(path: Path, model: Mapping[Any, Any]) -> None:
+    """The few of their settings that are read.
+
+    Raises:
+        UserError: one is of another type.
+    """
+    for name, (types_, what) in _READ.items():
+        value = model.get(name)
+        wrong = not isinstance(value, types_) or (isinstance(value, bool) and bool not in types_)
+        if value is not None and (wrong or (isinstance(value, float) and not math.isfinite(value))):
+            raise UserError(f"{path.name} is no NeTI mapper: its cfg.model.{name} is {value!r:.40}, expected {what}.")
 
 
 class NeTIPositionalEncoding(nn.Module):

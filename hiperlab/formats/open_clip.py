@@ -32,7 +32,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: OpenCLIP's visual tower without its projection: `conv1.weight`, `transformer.resblocks.0. ...`, ...
 
     Raises:
-        UserError: a name that such a tower does not have.
+        UserError: a name or a shape that such a tower does not have.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -45,6 +45,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise UserError(f"{name} is no tensor of an OpenCLIP vision tower.")
         layer = f"encoder.layers.{head}."
         if rest.startswith("attn.in_proj_"):
+            if not value.dim() or len(value) % 3:
+                raise UserError(f"{name} is {list(value.shape)}, expected queries, keys and values of one size.")
             for which, chunk in zip("qkv", value.chunk(3), strict=True):
                 found[f"{layer}self_attn.{which}_proj.{rest.removeprefix('attn.in_proj_')}"] = chunk
         elif part in BLOCK:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,52 @@ def check_archive(path: Path) -> None:
         raise UserError(f"{path.name} is a compressed archive ({unpacked / 1e9:.1f} GB), as torch writes none.")
 
 
-def _check_views(path: Path, content: Any) -> None:
-    """Refuse a tensor that shows one number many times: a copy of it may be larger than any memory.
+def check_numbers(path: Path, content: Any) -> None:
+    """Look at every tensor in nested containers.
 
     Raises:
-        UserError: naming the file.
+        UserError: one is not finite, not of plain real numbers, or shows one number many times, so that a copy of it
+            may be larger than any memory.
     """
     waiting = [content]
     while waiting:
         each = waiting.pop()
         if isinstance(each, torch.Tensor):
+            if each.layout != torch.strided or each.is_complex() or each.is_quantized or each.is_meta:
+                raise UserError(f"{path.name} holds a tensor of an unusual kind ({each.dtype}, {each.layout}).")
             if each.numel() * each.element_size() > each.untyped_storage().nbytes():
                 raise UserError(f"{path.name} holds {tuple(each.shape)} out of fewer numbers: not loaded.")
+            if not torch.isfinite(each).all():
+                raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
         elif isinstance(each, Stub):
             waiting += each.__dict__.values()
         elif isinstance(each, dict):
             waiting += each.values()
         elif isinstance(each, list | tuple):
             waiting += each
+
+
+def named_tensors(path: Path, content: Any, what: str) -> dict[str, torch.Tensor]:
+    """The content as named tensors.
+
+    Args:
+        path: of the file, for messages.
+        content: what was read.
+        what: what the file should be, "a LoRA file".
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(content, Mapping):
+        wrong = [
+            key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))
+        ]
+        if content and not wrong:
+            return dict(content)
+        found = f"no tensor under {wrong[0]!r}" if wrong else "nothing"
+    else:
+        found = type(content).__name__
+    raise UserError(f"{path.name} is not {what}: expected named tensors, found {found}.")
 
 
 def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> Any:
@@ -71,7 +99,8 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
         most: bytes it may have; None for what a concept may (`MOST_BYTES`).
 
     Raises:
-        UserError: there is no such file, it is too large, compressed, broken, or holds objects that are not data.
+        UserError: there is no such file, it is too large, compressed, broken, holds objects that are not data, or
+            tensors that `check_numbers` refuses.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file. Give the path of a saved concept.")
@@ -86,7 +115,7 @@ def load(path: Path, stand_ins: Iterable[str] = (), most: int | None = None) -> 
     try:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
             content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_views(path, content)
+        check_numbers(path, content)
         return content
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,11 +23,8 @@ def read(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, broken, unsafe, or holds something else.
     """
     content = embedding.tensors(path) if path.suffix == ".safetensors" else pickles.load(path)
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path.name} holds no network: expected named tensors, found {type(content).__name__}.")
-    if not all(torch.isfinite(value).all() for value in content.values() if value.is_floating_point()):
-        raise UserError(f"{path.name} holds NaN or infinite numbers: the training that wrote it had failed.")
-    return {str(key).removeprefix("text_model."): value.detach().float() for key, value in content.items()}
+    content = pickles.named_tensors(path, content, "a network")
+    return {key.removeprefix("text_model."): value.detach().float() for key, value in content.items()}
 
 
 def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +197,20 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
         if word := found.config.get("domain_class_token"):
             state["class_word"] = self.model.word_embedding(word)
             self._take_word(word)
-        self._fill(state, str(folder))
-        if found.unet is not None:
-            self._take_unet(found.unet, folder)
-
-    def _take_unet(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """A tuned U-Net, kept as its difference from the frozen one."""
         frozen = dict(self.model.unet.named_parameters())
-        if wrong := sorted(frozen.keys() ^ weights.keys()):
-            raise UserError(f"{folder / formats.UNET} is another U-Net than {self.model.name}'s: {wrong[0]} differs.")
+        if found.unet is not None:
+            self._check_unet(frozen, found.unet, folder / formats.UNET)
+        self._fill(state, str(folder))
+        if found.unet is not None:  # kept as its difference from the frozen one
+            for name, offset in self.unet_offsets.items():
+                key = name.replace("/", ".")
+                offset.copy_((found.unet[key].to(offset) - frozen[key].to(offset))[None])
+
+    def _check_unet(self, frozen: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+        if wrong := misfits(frozen, weights):
+            raise UserError(f"{path} is another U-Net than {self.model.name}'s: {wrong[0]} differs.")
         if not self.unet_offsets:
-            raise UserError(f"{folder / formats.UNET} changes the whole U-Net: set method.phase=tune method.tune=all.")
-        for name, offset in self.unet_offsets.items():
-            weight = frozen[name.replace("/", ".")]
-            offset.copy_((weights[name.replace("/", ".")].to(offset) - weight.to(offset))[None])
+            raise UserError(f"{path} changes the whole U-Net: set method.phase=tune method.tune=all.")
 
     @torch.no_grad()
     def _fill(self, state: dict[str, Tensor], what: str) -> None:
@@ -406,7 +406,10 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
         """Read a folder of the reimplementation, named by any of its files; its picture too, if it has one."""
         found = formats.read(path.parent)
         if found.tower:
-            towers.fill(self.see.tower, found.tower)
+            try:
+                towers.fill(self.see.tower, found.tower)
+            except UserError as error:
+                raise UserError(f"{path.parent / formats.ENCODER}: {error}") from error
             self.see.clear()
             self.tower_fingerprint.copy_(self.see.tower.fingerprint())
         self._take(found, path.parent)

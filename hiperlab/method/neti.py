@@ -264,7 +264,10 @@ class NeTI(Method, Composable, Exportable):
         if checkpoint.w is not None:
             tensors["mapper.w"] = checkpoint.w
         tensors["target_norm"] = self.target_norm[index].cpu() if norm is None else torch.tensor(float(norm))
-        self.load_artifact(index, tensors)
+        try:
+            self.load_artifact(index, tensors)
+        except UserError as error:
+            raise UserError(f"{path.name} is another mapper: {error}") from error
 
 
 def _variants(truncation: int | Sequence[int | None] | None) -> tuple[str, ...]:

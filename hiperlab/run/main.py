@@ -29,6 +29,7 @@ from hiperlab.cli.model_defaults import line
 from hiperlab.cli.overrides import values
 from hiperlab.cli.process import config_dir, guarded
 from hiperlab.cli.run_dir import HANDED, choose_run_dir, with_earlier
+from hiperlab.cli.targets import trusted
 from hiperlab.errors import UserError
 from hiperlab.sweep.job import follow_parent
 from hiperlab.sweep.main import run_sweep
@@ -99,7 +100,8 @@ def _run(hydra: Any, request: Any, cfg: Any) -> int:
 
     def task(task_cfg: Any) -> Any:
         try:
-            return _job()(task_cfg)
+            with trusted(request.allowed_targets):
+                return _job()(task_cfg)
         except BaseException as error:  # raised again below: Hydra would print its own lines before ours
             failure.append(error)
             return None

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra.errors
+import hydra.utils
 import pytest
 import yaml
 
 from hiperlab.cli.overrides import assign, merge, parse, values
 from hiperlab.cli.run_dir import with_earlier
-from hiperlab.cli.targets import is_allowed, targets
+from hiperlab.cli.targets import MODULES, is_allowed, targets, trusted
 from hiperlab.run import main as door
 from tests.run import bench
 
@@ -329,6 +331,17 @@ def test_targets_are_found_everywhere():
     assert dict(targets(node)) == {"a[0]": "x", "a[1].b": "y", "": "z"}
 
 
+@pytest.mark.skipif(not hasattr(hydra.utils, "execution_whitelist"), reason="from Hydra 1.4 on")
+def test_hydra_itself_imports_from_the_same_modules():
+    with trusted():
+        assert hydra.utils.instantiate({"_target_": "torch.optim.Adam", "_partial_": True})
+        for target in ("os.getcwd", "hiperlab.files.sha256", "mine.Shift"):
+            with pytest.raises(hydra.errors.InstantiationException, match="whitelist"):
+                hydra.utils.instantiate({"_target_": target, "_partial_": True})
+    with trusted(["shlex"]):
+        assert hydra.utils.instantiate({"_target_": "shlex.quote", "_partial_": True})
+
+
 def test_allowed_targets_on_the_command_line(ask):
     assert ask("method._target_=mine.Shift", "allowed_targets=[mine]")[0] == 0
     (folder,) = runs()
@@ -366,6 +379,7 @@ def test_every_real_group_has_a_description_and_allowed_targets():
             root = "" if "# @package _global_" in written else group
             for key, target in targets(yaml.safe_load(written) or {}, root):
                 assert is_allowed(key, target), f"{group}/{member}: {key}={target}"
+                assert any(target.startswith(name.removesuffix("*")) for name in MODULES), target
 
 
 def test_the_wandb_sweep_composes(here, monkeypatch, capsys):
