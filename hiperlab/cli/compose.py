@@ -78,9 +78,12 @@ def compose(hydra: Hydra, request: Request, overrides: Sequence[str], mode: RunM
     """
     try:
         cfg = hydra.compose_config(request.config_name, list(overrides), run_mode=mode, with_log_configuration=False)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # a ValueError for a group that is null
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # two for groups that are no name
         raise _explain(error, hydra, request, overrides) from None
-    apply_tuned(cfg, overrides)
+    try:
+        apply_tuned(cfg, overrides)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The config does not resolve: {_flat(error)}") from None
     return cfg
 
 

@@ -28,7 +28,8 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
             settings, so with one nothing is put in.
 
     Raises:
-        UserError: `defaults_from` names no source; the table names a setting that the method does not have.
+        UserError: `defaults_from` names no source; `tuned` is no table, or names a setting that the method does not
+            have.
     """
     if "tuned" not in cfg:
         return
@@ -36,7 +37,9 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     if source not in SOURCES:
         raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
     chosen = cfg.hydra.runtime.choices
-    table: Any = OmegaConf.to_container(cfg.tuned, resolve=False)
+    table: Any = OmegaConf.to_container(cfg.tuned, resolve=False) if OmegaConf.is_dict(cfg.tuned) else None
+    if table is None or not all(isinstance(each, dict) for each in table.values()):
+        raise UserError(f"tuned={cfg.tuned}: expected a table, method -> setting -> value, as in conf/model/mini.yaml.")
     wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
     if source == "published" or str(chosen.get("experiment")) != "None":
         wanted = {}

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,7 +63,7 @@ class Session:
     @cached_property
     def data(self) -> DataSet:
         """The concepts as the method takes them; bad pictures stop the run here, before any model loads."""
-        data = instantiate(self.cfg.data)
+        data = _built(self.cfg.data, "data")
         if self.kept:
             return _references(data, [each.subject.name for each in self.kept])
         method = get_class(self.cfg.method._target_)
@@ -77,7 +79,7 @@ class Session:
     @cached_property
     def protocol(self) -> Protocol:
         """The scores' protocol."""
-        return instantiate(self.cfg.metric)
+        return _built(self.cfg.metric, "metric")
 
     @cached_property
     def stack(self) -> FrozenStack:
@@ -85,7 +87,9 @@ class Session:
         settings = _plain(self.cfg.model)
         switches = settings.pop("optimise", None)
         start = time.monotonic()
-        stack: FrozenStack = instantiate(settings)
+        if not isinstance(switches, dict | None):
+            raise UserError(f"model.optimise={switches}: expected a table of switches, or null.")
+        stack: FrozenStack = _built(settings, "model")
         precision = self.cfg.precision
         for part in ("unet", "vae", "text"):
             # Module's own `to`: diffusers' override warns about parts that must stay float32, SD has none.
@@ -102,7 +106,7 @@ class Session:
     @cached_property
     def sampler(self) -> Any:
         """The scheduler that pictures are drawn with."""
-        return instantiate(self.cfg.sampler)
+        return _built(self.cfg.sampler, "sampler")
 
     @cached_property
     def device(self) -> Any:
@@ -155,7 +159,7 @@ class Session:
     def build_method(self, group: list[int]) -> Method:
         """A fresh method for some of the concepts, untrained, on the CPU."""
         # Partial: Hydra would turn our dataclasses into configs if they went through its hands.
-        factory = instantiate(self.cfg.method, _partial_=True)
+        factory = _built(self.cfg.method, "method", _partial_=True)
         return factory(model=self.stack, concepts=[self.subjects[index] for index in group], seed=self.cfg.seed)
 
     def method_settings(self) -> dict[str, Any]:
@@ -266,6 +270,22 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _built(node: Any, key: str, **how: Any) -> Any:
+    """What a part of the config describes.
+
+    Raises:
+        UserError: a setting is of a kind that it cannot be built from.
+    """
+    try:
+        return instantiate(node, **how)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, TypeError | ValueError) or isinstance(cause, UserError):
+            raise
+        where = re.search(r"full_key: (\S+)", str(error))
+        raise UserError(f"{where[1] if where else key} cannot be built: {first_line(cause)}.") from error
 
 
 def open_session(cfg: DictConfig) -> Session:
