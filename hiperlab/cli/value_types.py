@@ -6,7 +6,7 @@ The kinds are those of the yaml defaults: nothing has to be declared twice, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydra.core.config_loader import ConfigLoader
@@ -95,6 +95,7 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
             raise UserError(f"{group} is always chosen: leave that out for the default.")
     defaults = dict(_leaves(OmegaConf.to_container(base, resolve=False)))
     resolved = dict(_leaves(OmegaConf.to_container(cfg, resolve=True)))
+    _check_tables(defaults, resolved)
     for key, value in resolved.items():
         if (odd := _not_finite(value)) is not None:
             raise UserError(f"{key}={odd}: expected a finite number.")
@@ -116,6 +117,22 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
             raise UserError(f"{key}={value}: expected a text. If it is one, quote it twice: '{key}=\"{value}\"'.")
         if kind and not _fits(value, kind):
             raise UserError(f"{key}={value}: expected {kind}, e.g. {key}={str(default).replace(' ', '')}.")
+
+
+def _check_tables(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a table where there is one value, and one value where there is a table.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key in given.keys() - defaults.keys():
+        parents = [key.rsplit(".", cut)[0] for cut in range(1, key.count(".") + 1)]
+        for parent in parents:
+            if defaults.get(parent) not in (None, {}):
+                raise UserError(f"{parent} is a single value, e.g. {parent}={defaults[parent]}: no table fits there.")
+        inside = next((name for name in defaults if name.startswith(f"{key}.")), None)
+        if inside and given[key] is not None:
+            raise UserError(f"{key}={_shown(given[key])}: expected a table, e.g. {inside}={defaults[inside]}.")
 
 
 def _not_finite(value: Any) -> float | None:
