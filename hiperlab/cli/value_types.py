@@ -42,6 +42,11 @@ def _are_betas(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_fits(v, "a number") and 0 <= v < 1 for v in value)
 
 
+def _one_of(*names: str, null: bool = False) -> Range:
+    return Range(f"one of {', '.join(names)}", lambda value: value in names, null)
+
+
+TYPE = _one_of("float32", "bfloat16", "float16", "float64")
 RANGES = {  # a method's own numbers are checked by its constructor
     "seed": _whole(0),
     "outputs_dir": Range("a folder's path", lambda value: isinstance(value, str) and bool(value)),
@@ -63,6 +68,10 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "sampler.steps": _whole(1),
     "sampler.guidance": _number("a number, 0 or more", lambda value: value >= 0),
     "model.size": _whole(8),
+    "model.prediction_type": _one_of("epsilon", "v_prediction", null=True),
+    "precision.unet": TYPE,
+    "precision.vae": TYPE,
+    "precision.text": TYPE,
     "trainer.num_nodes": _whole(1),
     "method.optimizer.lr": _number("a number above 0", lambda value: value > 0),
     "method.optimizer.weight_decay": _number("a number, 0 or more", lambda value: value >= 0),
@@ -99,7 +108,7 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
     for key, value in resolved.items():
         if (odd := _not_finite(value)) is not None:
             raise UserError(f"{key}={odd}: expected a finite number.")
-        wanted = RANGES.get(key)
+        wanted = RANGES.get(key) or (RANGES["seed"] if key.endswith(".seed") else None)
         if wanted and not (wanted.null if value is None else wanted.holds(value)):
             raise UserError(f"{key}={_shown(value)}: expected {wanted.what}.")
     for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
