@@ -72,8 +72,8 @@ def test_content_names_the_folder(small, tmp_path) -> None:
 def test_rows_behind_the_batch(small) -> None:
     """The same class rows for the same samples, however the batch is cut; their draws are nobody else's."""
     mine = prior()
-    whole = mine.extend(batch([CAT], [4, 5, 6, 7], size=64), small, "cat", seed=0)
-    halves = [mine.extend(batch([CAT], part, size=64), small, "cat", seed=0) for part in ([4, 5], [6, 7])]
+    whole = mine.extend(batch([CAT], [4, 5, 6, 7], size=64), small, ["cat"], seed=0)
+    halves = [mine.extend(batch([CAT], part, size=64), small, ["cat"], seed=0) for part in ([4, 5], [6, 7])]
     assert whole.prompts[4:] == ["a photo of cat"] * 4 and len(whole.prompts) == 8
     assert whole.sample.tolist() == [4, 5, 6, 7, -5, -6, -7, -8]
     assert torch.equal(whole.pixels[4:], torch.cat([half.pixels[2:] for half in halves]))
@@ -84,7 +84,7 @@ def test_rows_behind_the_batch(small) -> None:
 
 def test_weight_zero_changes_nothing(small) -> None:
     none, item = prior(weight=0.0), batch([CAT], [0], size=64)
-    assert none.extend(item, small, "cat", seed=0) is item
+    assert none.extend(item, small, ["cat"], seed=0) is item
     losses = none.losses(torch.ones(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert losses.keys() == {""} and losses[""].tolist() == [1, 1]
 
@@ -114,4 +114,4 @@ def test_broken_picture_is_named(small, tmp_path) -> None:
     (path,) = mine.pictures(small, "cat")
     path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="Delete it"):
-        mine.extend(batch([CAT], [0], size=64), small, "cat", seed=0)
+        mine.extend(batch([CAT], [0], size=64), small, ["cat"], seed=0)

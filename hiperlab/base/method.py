@@ -195,8 +195,17 @@ class Method(pl.LightningModule, ABC):
             found.append(self._moments[key])
         return torch.stack(found)
 
-    def encode_negative(self, text: str, variant: str) -> Tensor:
-        """Text states (1, N, D) of guidance's unconditional branch; by default the frozen text encoder's."""
+    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
+        """Text states of guidance's unconditional branch; by default the frozen text encoder's, the same for all.
+
+        Args:
+            text: the negative text.
+            variant: one of `variants`.
+            concepts: number of each picture's concept.
+
+        Returns:
+            (1, N, D), or one (N, D) for each of `concepts`.
+        """
         return self.model.encode_text([text])
 
     # ---- training --------------------------------------------------------------------------------------------------
@@ -357,7 +366,7 @@ class Method(pl.LightningModule, ABC):
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler or ddim(steps, guidance),
-                negative=self.encode_negative(negative, variant),
+                negative=self.encode_negative(negative, variant, [number for _, number in same]),
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
                 reads_latents=self.reads_latents,

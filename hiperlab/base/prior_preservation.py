@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +97,33 @@ class Prior:
         trainer.strategy.barrier()
         self.pictures(model, word)
 
-    def extend(self, batch: Batch, model: FrozenStack, word: str, seed: int) -> Batch:
+    def extend(self, batch: Batch, model: FrozenStack, words: Sequence[str], seed: int) -> Batch:
         """The batch with R class rows behind its own R; with weight 0 the batch itself.
 
         A class row's sample number is -1 - k for the instance row's k: draws of its own, the same in any micro batch.
+
+        Args:
+            batch: instance rows.
+            model: draws the class pictures.
+            words: class noun of each concept.
+            seed: of the order of the class pictures.
         """
         if not self.weight:
             return batch
-        pictures = self.pictures(model, word)
-        chosen = view_order(seed, batch.sample.tolist(), len(pictures))
-        pixels = torch.stack([self._pixels(pictures[number], model.size) for number in chosen])
+        nouns = [words[concept] for concept in batch.concept.tolist()]
+        kept = [self.pictures(model, noun) for noun in nouns]
+        chosen = [
+            view_order(seed, [sample], len(pictures))[0]
+            for sample, pictures in zip(batch.sample.tolist(), kept, strict=True)
+        ]
+        pixels = torch.stack(
+            [self._pixels(pictures[number], model.size) for pictures, number in zip(kept, chosen, strict=True)]
+        )
         views = torch.tensor(chosen, device=batch.view.device)
         offset, mask = batch.offset, batch.mask
         return Batch(
             pixels=torch.cat([batch.pixels, pixels.to(batch.pixels)]),
-            prompts=[*batch.prompts, *[fill(self.prompt, word)] * len(chosen)],
+            prompts=[*batch.prompts, *(fill(self.prompt, noun) for noun in nouns)],
             concept=batch.concept.repeat(2),
             sample=torch.cat([batch.sample, -1 - batch.sample]),
             view=torch.cat([batch.view, -1 - views]),  # negative: the instance's pictures count from 0

@@ -27,7 +27,7 @@ class RareTokenMethod(Method, Composable, Exportable):
 
     Args:
         model: the frozen stack.
-        concepts: one; rows of one U-Net call share its weights.
+        concepts: one, unless a subclass has a way to give each row of a U-Net call weights of its own.
         optimizer: parameters -> optimizer.
         seed: of initialisation and draws.
         identifier: the rare token; empty for the class noun alone.
@@ -51,22 +51,26 @@ class RareTokenMethod(Method, Composable, Exportable):
     ) -> None:
         super().__init__(model, concepts, optimizer, seed)
         self.identifier, self.template, self.prior = identifier, template, prior
-        self.words = " ".join(filter(None, [identifier, concepts[0].word]))
+        self.words = tuple(" ".join(filter(None, [identifier, concept.word])) for concept in concepts)
 
     def texts(self, step: Step) -> list[str]:
         """The step's R prompts with the rare token and the class noun in the placeholder's place."""
-        return [self.concepts[0].with_words(prompt, self.words) for prompt in step.prompts]
+        return [
+            self.concepts[place].with_words(prompt, self.words[place])
+            for prompt, place in zip(step.prompts, step.concept.tolist(), strict=True)
+        ]
 
     def instance_rows(self, batch: Batch) -> Batch:
         """The concept's own rows as they are trained on: the published prompt for each of them."""
         if self.template is None:
             return batch
-        prompt = fill(self.template, self.concepts[0].placeholder)
-        return batch._replace(prompts=[prompt] * len(batch.prompts))
+        prompts = [fill(self.template, self.concepts[place].placeholder) for place in batch.concept.tolist()]
+        return batch._replace(prompts=prompts)
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """The `instance_rows`, then the class rows."""
-        return self.prior.extend(self.instance_rows(batch), self.model, self.concepts[0].word, self.seed)
+        nouns = [concept.word for concept in self.concepts]
+        return self.prior.extend(self.instance_rows(batch), self.model, nouns, self.seed)
 
     def losses(self, step: Step, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses "" and "prior", (R,) each: instance rows, and class rows by their weight (Ruiz et al. 2022, eq. 2).
@@ -84,4 +88,5 @@ class RareTokenMethod(Method, Composable, Exportable):
 
     def on_fit_start(self) -> None:
         """Draw the class pictures before the first step."""
-        self.prior.prepare(self.model, self.concepts[0].word, self.trainer)
+        for noun in dict.fromkeys(concept.word for concept in self.concepts):
+            self.prior.prepare(self.model, noun, self.trainer)

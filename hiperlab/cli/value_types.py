@@ -78,6 +78,7 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "method.optimizer.eps": _number("a number above 0", lambda value: value > 0),
     "method.optimizer.betas": Range("two numbers from 0 to below 1", _are_betas),
 }
+ANYWHERE = {"seed": _whole(0), "width": _whole(1)}  # by the last part of a key
 # Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several.
 FREE = ("trainer.", "data.identity_seed")
 
@@ -108,7 +109,7 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
     for key, value in resolved.items():
         if (odd := _not_finite(value)) is not None:
             raise UserError(f"{key}={odd}: expected a finite number.")
-        wanted = RANGES.get(key) or (RANGES["seed"] if key.endswith(".seed") else None)
+        wanted = RANGES.get(key) or ANYWHERE.get(key.rpartition(".")[2])
         if wanted and not (wanted.null if value is None else wanted.holds(value)):
             raise UserError(f"{key}={_shown(value)}: expected {wanted.what}.")
     for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):

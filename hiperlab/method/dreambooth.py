@@ -83,7 +83,7 @@ class DreamBooth(RareTokenMethod):
         """The offsets of the U-Net and of the text encoder."""
         return ChangedWeights(added(self.unet_offsets), added(self.text_offsets))
 
-    def encode_negative(self, text: str, variant: str) -> Tensor:
+    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
         """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
         return self._encode([text])
 

@@ -2,7 +2,7 @@
 
 Follows diffusers' examples/dreambooth/train_dreambooth_lora.py. Letters: A "down", B "up" (Hu et al. 2021, section
 4.1), r rank, m strength.
-Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
+Axes: K concepts, R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier, with_weights
 from hiperlab.model.text_cache import TextCache
@@ -62,7 +63,7 @@ class LoRA(RareTokenMethod):
 
     Args:
         model: the frozen stack.
-        concepts: what is personalised.
+        concepts: what is personalised; several share each pass of the frozen U-Net, see `hiperlab.model.row_offsets`.
         optimizer: parameters -> optimizer.
         seed: of initialisation and draws.
         rank: r.
@@ -76,6 +77,7 @@ class LoRA(RareTokenMethod):
         prior: class pictures that hold the class; weight 0 for none.
     """
 
+    stacks_concepts = True
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
     sampling_settings = ("strength",)
@@ -106,7 +108,7 @@ class LoRA(RareTokenMethod):
             raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
-        self.register_buffer("alpha", torch.tensor([float(alpha)]))
+        self.register_buffer("alpha", torch.full((len(concepts),), float(alpha)))
         self.strength = float(strength[0])
         self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
         self.plain_text = TextCache(model)
@@ -120,42 +122,64 @@ class LoRA(RareTokenMethod):
                 self._add_pair(part, name, *_start(seed, name, module.get_parameter(f"{name}.weight").shape, rank))
 
     @property
-    def scale(self) -> float:
-        """The factor alpha / r of B A."""
-        rank = next(iter(self.down.values())).shape[1]
-        return float(self.alpha) / rank
+    def rank(self) -> int:
+        """r, the same for all concepts."""
+        return int(next(iter(self.down.values())).shape[1])
+
+    def scale(self, index: int) -> float:
+        """The factor alpha / r of concept `index`'s B A."""
+        return float(self.alpha[index]) / self.rank
 
     def _add_pair(self, part: str, name: str, down: Tensor, up: Tensor) -> None:
-        key = f"{part}/{name}".replace(".", "/")
-        device = self.model.device
-        self.down[key], self.up[key] = (nn.Parameter(value[None].to(device)) for value in (down, up))
+        """The same start, A (r, in, ...) and B (out, r, ...), for every concept."""
+        key, count = f"{part}/{name}".replace(".", "/"), len(self.concepts)
+        self.down[key], self.up[key] = (
+            nn.Parameter(value.to(self.model.device).expand(count, *value.shape).clone()) for value in (down, up)
+        )
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self._strength(step.variant)
-        return Conditioning(self._encode(self.texts(step), strength)[None], offsets=self.offsets("unet", strength))
+        states = self._encode(self.texts(step), step.concept, strength)[None]
+        if len(self.concepts) == 1:
+            return Conditioning(states, offsets=self.offsets("unet", 0, strength))
+        scale = strength * self.alpha / self.rank
+        return Conditioning(states, row_offsets=RowOffsets(self._pairs("unet"), scale, step.concept))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""
         strength = self._strength(variant)
-        return ChangedWeights(self.offsets("unet", strength), self.offsets("text", strength))
+        return ChangedWeights(self.offsets("unet", 0, strength), self.offsets("text", 0, strength))
 
-    def offsets(self, part: str, strength: float) -> Offsets:
-        """The weights' changes in "unet" or "text", by the module's own names."""
-        scale = strength * self.scale
+    def offsets(self, part: str, index: int, strength: float) -> Offsets:
+        """The weights' changes in "unet" or "text" of concept `index`, by the module's own names."""
+        scale = strength * self.scale(index)
         return Offsets(
-            {f"{name}.weight": LowRank(down[0], up[0], scale) for name, (down, up) in self._pairs(part).items()}
+            {f"{name}.weight": LowRank(down[index], up[index], scale) for name, (down, up) in self._pairs(part).items()}
         )
 
-    def encode_negative(self, text: str, variant: str) -> Tensor:
-        """Text states (1, N, D) through the changed text encoder: a pipeline with the adapter loaded does the same."""
-        return self._encode([text], self._strength(variant))
+    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
+        """Text states through each concept's text encoder: a pipeline with the adapter loaded does the same.
 
-    def _encode(self, texts: Sequence[str], strength: float) -> Tensor:
-        offsets = self.offsets("text", strength)
-        if self.words_brought:
-            return self._with_words_brought(texts, offsets)
-        return self.model.encode_text(texts, offsets) if offsets.changes else self.plain_text(texts)
+        Returns:
+            (1, N, D), or one (N, D) for each of `concepts` where their text encoders differ.
+        """
+        different = list(dict.fromkeys(concepts)) if self._pairs("text") else [0]
+        found = self._encode([text] * len(different), torch.tensor(different), self._strength(variant))
+        return found if len(different) == 1 else found[[different.index(number) for number in concepts]]
+
+    def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Tensor:
+        """Text states (R, N, D) of R texts of the concepts numbered (R,), each through its own text encoder."""
+        numbers = concepts.tolist()
+        if not self._pairs("text") and not self.words_brought:
+            return self.plain_text(texts)
+        found: dict[int, Tensor] = {}
+        for index in dict.fromkeys(numbers):
+            rows = [row for row, number in enumerate(numbers) if number == index]
+            own, offsets = [texts[row] for row in rows], self.offsets("text", index, strength)
+            encode = self._with_words_brought if self.words_brought else self.model.encode_text
+            found.update(zip(rows, encode(own, offsets), strict=True))
+        return torch.stack([found[row] for row in range(len(numbers))])
 
     def _with_words_brought(self, texts: Sequence[str], offsets: Offsets) -> Tensor:
         """Text states (B, N, D) with the learnt vectors of the words that came with the file."""
@@ -189,7 +213,7 @@ class LoRA(RareTokenMethod):
         return float(variant.removeprefix("strength=")) if variant else self.strength
 
     def _pairs(self, part: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (1, r, in) and B (1, out, r) by the modules' names."""
+        """A (K, r, in) and B (K, out, r) by the modules' names."""
         return {
             key.removeprefix(f"{part}/").replace("/", "."): (down, self.up[key])
             for key, down in self.down.items()
@@ -201,10 +225,11 @@ class LoRA(RareTokenMethod):
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """`pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya), `peft/` (PEFT)."""
         unet, text = (
-            {name: (down[0], up[0]) for name, (down, up) in self._pairs(part).items()} for part in ("unet", "text")
+            {name: (down[index], up[index]) for name, (down, up) in self._pairs(part).items()}
+            for part in ("unet", "text")
         )
         prefix = "text_model." if self.model.text_module is not self.model.text else ""
-        return files.write(folder, self.concepts[index].name, files.Adapter(unet, text), self.scale, prefix)
+        return files.write(folder, self.concepts[index].name, files.Adapter(unet, text), self.scale(index), prefix)
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
@@ -214,20 +239,42 @@ class LoRA(RareTokenMethod):
         rank = max(down.shape[0] for _, (down, _) in everything)
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             self._check(path, part, pairs)
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self._take_words(path, adapter.words)
+        if len(self.concepts) == 1:
+            self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        else:
+            rank = max(rank, self.rank)
+            self._make_room(index, rank)
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             for name, (down, up) in pairs.items():
-                self._add_pair(part, name, *resized(down, up, rank))
-        self.alpha.fill_(rank)  # the file's scale is in B already
-        self._take_words(path, adapter.words)
+                self._put(index, part, name, *resized(down, up, rank))
+        self.alpha[index] = rank  # the file's scale is in B already
         log.info("%s: rank %d, %d U-Net and %d text layers", path.name, rank, len(adapter.unet), len(adapter.text))
+
+    def _make_room(self, index: int, rank: int) -> None:
+        """Pairs of this rank, the other concepts' products as they were, concept `index`'s zero."""
+        before = self.rank
+        for key in list(self.down):
+            pairs = [resized(down, up, rank) for down, up in zip(self.down[key], self.up[key], strict=True)]
+            self.down[key], self.up[key] = (nn.Parameter(torch.stack(each)) for each in zip(*pairs, strict=True))
+            self.up[key][index] = 0
+        self.alpha *= rank / before
+
+    def _put(self, index: int, part: str, name: str, down: Tensor, up: Tensor) -> None:
+        """One layer's pair of concept `index`; a layer that the method had not is nothing to the other concepts."""
+        key = f"{part}/{name}".replace(".", "/")
+        if key not in self.down:
+            self._add_pair(part, name, torch.zeros_like(down), torch.zeros_like(up))
+        self.down[key][index], self.up[key][index] = down.to(self.model.device), up.to(self.model.device)
 
     def _take_words(self, path: Path, words: Mapping[str, Tensor]) -> None:
         """Learnt words of the file; a text that names one is drawn with its vectors.
 
         Raises:
-            UserError: they are of another width.
+            UserError: they are of another width, or the file is drawn beside others.
         """
+        if words and len(self.concepts) > 1:
+            raise UserError(f"{path.name} brings the words {', '.join(words)}: draw it by itself, artifact={path}.")
         width = self.model.width
         for word, vectors in words.items():
             if vectors.shape[1] != width:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hiperlab.model.attention_control import Control
 from hiperlab.model.offsets import Offsets
+from hiperlab.model.row_offsets import RowOffsets, joined
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Conditioning:
         keys: (L, B, N, D) states that the key projections read; L is 1 (shared) or the number of layers.
         values: same shape, read by the value projections; None means the keys serve both.
         offsets: changes of U-Net weights, for all rows of the call; None leaves the bare U-Net.
+        row_offsets: offsets beside the U-Net's layers, each row's own; None for none.
         detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
         control: reads and changes the call's attention maps; it knows the call's rows by their number, so it is given
             to the conditioning of a whole call, last of all.
@@ -33,6 +35,7 @@ class Conditioning:
     offsets: Offsets | None = None
     detach_first: bool = False
     control: Control | None = None
+    row_offsets: RowOffsets | None = None
 
     @property
     def layers(self) -> int:
@@ -50,7 +53,8 @@ class Conditioning:
         assert self.control is None, "a control belongs to the rows of a whole call"
         index = torch.as_tensor(index, device=self.keys.device)
         values = None if self.values is None else self.values[:, index]
-        return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first)
+        row_offsets = None if self.row_offsets is None else self.row_offsets.rows(index)
+        return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first, row_offsets=row_offsets)
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning, keys and values (L, B, N, D) in another floating type."""
@@ -87,7 +91,7 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """Join along the batch; shared layers are repeated where another part has one state per layer.
 
     A U-Net call has one set of weights: parts without offsets (guidance's unconditional half) take those of the others,
-    and different offsets cannot be joined.
+    and different offsets cannot be joined. Offsets by row go along with their rows, see `row_offsets.joined`.
     """
     assert all(part.control is None for part in parts), "join first, then give the whole call its control"
     offsets = next((part.offsets for part in parts if part.offsets is not None), None)
@@ -99,9 +103,10 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     def spread(states: Tensor) -> Tensor:
         return states.expand(layers, *states.shape[1:])
 
+    beside = joined([(part.row_offsets, part.keys.shape[1]) for part in parts])
     keys = torch.cat([spread(part.keys) for part in parts], dim=1)
     detach_first = any(part.detach_first for part in parts)  # matters to gradients only, and joining serves sampling
     if all(part.values is None for part in parts):
-        return Conditioning(keys, None, offsets, detach_first)
+        return Conditioning(keys, None, offsets, detach_first, row_offsets=beside)
     values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
-    return Conditioning(keys, values, offsets, detach_first)
+    return Conditioning(keys, values, offsets, detach_first, row_offsets=beside)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from hiperlab.errors import UserError
+from hiperlab.model.row_offsets import active, resumed
 
 log = logging.getLogger(__name__)
 PARTS = {  # which parameters a choice of `weights` means, by a part of their name
@@ -168,4 +169,10 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
     gradients are wrong.
     """
     now: dict[str, Tensor] = dict(module.named_parameters())  # under functional_call these are the changed ones
-    return checkpoint(lambda *inputs: functional_call(module, now, inputs), *args, use_reentrant=False)
+    beside = active()
+
+    def block(*inputs: Any) -> Any:
+        with resumed(beside):
+            return functional_call(module, now, inputs)
+
+    return checkpoint(block, *args, use_reentrant=False)

@@ -230,7 +230,7 @@ def generate(
         steps: denoising steps.
         guidance: s.
         sampler: which scheduler.
-        negative: text states (1, N, D) of the unconditional branch.
+        negative: text states of the unconditional branch, (1, N, D) for all pictures or one (N, D) for each.
         batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
         reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
@@ -243,7 +243,6 @@ def generate(
     dtype = torch.float64 if stack.alpha_bar.dtype == torch.float64 else torch.float32
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     order = sorted(range(len(keys)), key=lambda row: first[keys[row]])  # pictures of one prompt side by side
-    empty = negative[None]
     cache = _ConditionCache(condition, first, time_dependent)
     if sampler.adds_noise:  # a matrix product's rounding depends on its rows, and noise makes it grow
         batch_size = 1
@@ -253,7 +252,8 @@ def generate(
         cache.prepare([keys[row] for row in rows])
         generators = private([seeds[row] for row in rows])
         noise = draw(generators, stack.latent_shape).to(stack.device, dtype)
-        unconditional = Conditioning(empty.expand(-1, len(rows), -1, -1))
+        empty = negative.expand(len(rows), -1, -1) if len(negative) == 1 else negative[rows]
+        unconditional = Conditioning(empty[None])
         states = functools.partial(condition, rows) if reads_latents else cache
         scheduler = sampler.build(stack, steps)
         latents = denoise(

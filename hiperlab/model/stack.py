@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -273,13 +274,15 @@ class FrozenStack(nn.Module):
         dtype = next(self.unet.parameters()).dtype
         states = conditioning.to(dtype)
         inputs: dict[str, Any] = {"encoder_hidden_states": states, "return_dict": False}
-        if conditioning.offsets is None and conditioning.control is None:
+        beside = conditioning.row_offsets
+        if conditioning.offsets is None and conditioning.control is None and beside is None:
             out = self._predictor(latents.to(dtype), timestep, **inputs)[0]
         else:  # not through torch.compile: swapped weights would be compiled anew at every step, a control is no graph
             weights = conditioning.offsets.weights(self.unet) if conditioning.offsets else {}
             if conditioning.control is not None:
                 inputs["cross_attention_kwargs"] = {"control": conditioning.control}
-            out = functional_call(self.unet, weights, (latents.to(dtype), timestep), inputs)[0]
+            with beside.beside(self.unet) if beside else nullcontext():
+                out = functional_call(self.unet, weights, (latents.to(dtype), timestep), inputs)[0]
         return out if dtype == torch.float64 else out.float()
 
     def add_noise(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

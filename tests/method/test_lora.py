@@ -209,6 +209,70 @@ def test_text_encoder_offsets_train(stack) -> None:
         assert not torch.equal(method.encode_negative("", ""), stack.encode_text([""]))
 
 
+def several(stack, count: int = 3, **changes) -> LoRA:
+    """Several concepts, each with matrices of its own."""
+    method = build("lora", stack, SUBJECTS[:count], **changes)
+    assert isinstance(method, LoRA)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in [*method.down.values(), *method.up.values()]:
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    return method.eval()
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_concepts_drawn_side_by_side_are_what_each_is_alone(stack, text_encoder, tmp_path) -> None:
+    """Pictures, through guidance and each one's own text encoder; and its files."""
+    together = several(stack, text_encoder=text_encoder)
+    how = {"steps": 2, "guidance": 7.5, "negative": "blurry"}
+    order = [2, 0, 1, 2]
+    texts = [f"a <{SUBJECTS[number].name}> on a sofa" for number in order]
+    pictures = together.sample(texts, [0, 1, 2, 3], concepts=order, **how)
+    for row, number in enumerate(order):
+        alone = build("lora", stack, [SUBJECTS[number]], text_encoder=text_encoder)
+        alone.load_artifact(0, together.artifact(number))
+        torch.testing.assert_close(alone.sample([texts[row]], [row], **how)[0], pictures[row], atol=2e-4, rtol=0)
+        for method, index, folder in ((alone, 0, "alone"), (together, number, "together")):
+            (tmp_path / f"{folder}{row}").mkdir()
+            method.export(index, tmp_path / f"{folder}{row}", steps=1)
+        one, other = (load_file(tmp_path / f"{f}{row}" / files.DIFFUSERS) for f in ("alone", "together"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert float((pictures[0] - pictures[3]).abs().max()) > 1e-2
+
+
+def test_class_pictures_of_each_ones_noun(stack) -> None:
+    """Concepts of two nouns share a step: each row has a class row of its own noun behind it."""
+    method = build("lora", stack, SUBJECTS[:2], prior={"weight": 1.0, "count": 2, "steps": 1, "folder": None})
+    rows = method.prepare_batch(batch(SUBJECTS[:2], [0, 1]))
+    assert rows.prompts[4:] == ["a photo of cat"] * 2 + ["a photo of dog"] * 2
+    for noun, part in (("cat", slice(4, 6)), ("dog", slice(6, 8))):
+        alone = build("lora", stack, [s for s in SUBJECTS if s.word == noun],
+                      prior={"weight": 1.0, "count": 2, "steps": 1, "folder": None})  # fmt: skip
+        mine = alone.prepare_batch(batch(list(alone.concepts), [0, 1]))
+        assert torch.equal(rows.pixels[part], mine.pixels[2:])
+
+
+def test_files_of_other_ranks_and_layers_beside_one_another(stack, inputs, tmp_path) -> None:
+    """Each is what it is alone, whatever the files before and after it hold."""
+    kinds = ({"rank": 2, "targets": ["to_k"]}, {"rank": 8, "alpha": 4.0}, {"rank": 3, "text_encoder": True})
+    for number, kind in enumerate(kinds):
+        made = several(stack, 1, **kind)
+        (tmp_path / str(number)).mkdir()
+        made.export(0, tmp_path / str(number), steps=1)
+    paths = [tmp_path / str(number) / files.DIFFUSERS for number in range(3)]
+    together = build("lora", stack, SUBJECTS[:3]).eval()
+    for number, path in enumerate(paths):
+        together.load_foreign(number, path)
+    for number, path in enumerate(paths):
+        alone = build("lora", stack, [SUBJECTS[number]]).eval()
+        alone.load_foreign(0, path)
+        text = f"a <{SUBJECTS[number].name}>"
+        with torch.no_grad():
+            one = stack.predict(*inputs, alone.condition(Step([text], ZERO, ZERO)))
+            many = stack.predict(*inputs, together.condition(Step([text], ZERO + number, ZERO)))
+        torch.testing.assert_close(many, one, atol=1e-4, rtol=1e-4)
+
+
 def test_strengths_are_variants(stack, inputs) -> None:
     method = fitted(stack, strength=[1.0, 0.5, 0.0])
     assert method.variants == ("strength=1.0", "strength=0.5", "strength=0.0")

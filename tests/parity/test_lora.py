@@ -128,14 +128,14 @@ def lora(twin, meta, subject, recorded):
 
 
 def lora_prediction(method, h, strength=1.0):
-    states = Conditioning(h["encoder_hidden_states"][None], offsets=method.offsets("unet", strength))
+    states = Conditioning(h["encoder_hidden_states"][None], offsets=method.offsets("unet", 0, strength))
     return method.model.predict(h["sample"], h["timesteps"], states)
 
 
 def test_lora_settings_are_the_recorded_ones(lora, meta) -> None:
     method, h = lora(text_encoder=True), meta["h"]
-    assert method.scale == h["lora_alpha"] / h["rank"]
-    count = {part: 2 * len(method.offsets(part, 1.0).changes) for part in ("unet", "text")}
+    assert method.scale(0) == h["lora_alpha"] / h["rank"]
+    count = {part: 2 * len(method.offsets(part, 0, 1.0).changes) for part in ("unet", "text")}
     assert count == {"unet": h["n_unet"], "text": h["n_text"]}
 
 
@@ -149,7 +149,7 @@ def test_lora_layer_alone(root, lora, twin, meta, h) -> None:
         h["layer.base_weight"]
     )
     close("h layer.output", h["layer.input"] @ weight.T, h["layer.output"], 1e-5)
-    change = lora(file(root, SAVED)).offsets("unet", 1.0).changes[f"{meta['h']['layer']}.weight"]
+    change = lora(file(root, SAVED)).offsets("unet", 0, 1.0).changes[f"{meta['h']['layer']}.weight"]
     for ours, name in zip(change.tensors(), "AB", strict=True):
         assert torch.equal(ours, h[f"layer.{name}"])
     assert torch.equal(twin.unet.get_parameter(f"{meta['h']['layer']}.weight"), h["layer.base_weight"])
@@ -243,7 +243,7 @@ def test_dreambooth_step(twin, meta, subject, words, recorded, i, monkeypatch) -
     method = compose("dreambooth", twin, [subject], **{**texts, "prior": prior}, optimizer=adam)
     assert isinstance(method, DreamBooth)
     rows = len(settings["prompts"]) // 2
-    assert method.words == words and method.prior.prompt.replace("{}", subject.word) == settings["prompts"][rows]
+    assert method.words == (words,) and method.prior.prompt.replace("{}", subject.word) == settings["prompts"][rows]
     seen: dict[str, torch.Tensor] = {}
     predict = type(twin).predict
 

@@ -1,0 +1,124 @@
+"""Offsets that differ from row to row of one U-Net call: they run beside the layers, which keep the frozen weights.
+
+Nothing in Stable Diffusion's U-Net mixes the rows of a batch, so that several concepts' offsets share one pass of the
+frozen network, and each row gives what a call with its own changed weights would (but for rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RowOffsets:
+    """Low-rank offsets of K concepts: row b of a layer's output gains scale[k] * up[k] down[k] x_b, k = which[b].
+
+    Args:
+        pairs: layer name -> A (K, r, in, ...) and B (K, out, r, ...), as `hiperlab.model.offsets.LowRank` has them.
+        scale: (K,) factor of each concept's product.
+        which: (B,) int64, the concept of each row.
+    """
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    scale: Tensor
+    which: Tensor
+
+    def rows(self, index: Tensor) -> RowOffsets:
+        """The offsets of R chosen rows, numbers (R,) in [0, B); repeats are allowed."""
+        return RowOffsets(self.pairs, self.scale, self.which[index.to(self.which.device)])
+
+    def same(self, other: RowOffsets) -> bool:
+        """Whether both are of the same layers and the same memory, for whatever rows."""
+        return self.pairs.keys() == other.pairs.keys() and all(
+            mine.data_ptr() == theirs.data_ptr()
+            for name, pair in self.pairs.items()
+            for mine, theirs in zip(pair, other.pairs[name], strict=True)
+        )
+
+    @contextmanager
+    def beside(self, module: nn.Module) -> Iterator[None]:
+        """While inside, the module's named layers give their offsets too; the module itself is not changed."""
+        handles = [
+            module.get_submodule(name).register_forward_hook(partial(self._add, down, up))
+            for name, (down, up) in self.pairs.items()
+        ]
+        token = _ACTIVE.set((self, module))
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, down: Tensor, up: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The layer's output (B, ...) with each row's product, worked out in the more precise of the two types."""
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, down.dtype))
+        mine, theirs = (each[self.which].to(x) for each in (down, up))
+        if isinstance(layer, nn.Conv2d):
+            delta = _convolved(x, mine, theirs, layer)
+        else:
+            delta = torch.bmm(torch.bmm(x.reshape(len(x), -1, x.shape[-1]), mine.mT), theirs.mT).view(output.shape)
+        scale = self.scale[self.which].to(x).view(-1, *[1] * (output.dim() - 1))
+        return output + (scale * delta).to(output.dtype)
+
+
+def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
+    """(B, out, H', W') of x (B, in, H, W): A as a convolution of the layer's own form in B groups, then B, 1 x 1."""
+    count, rank = down.shape[:2]
+    assert isinstance(layer.padding, tuple) and layer.groups == 1
+    reduced = F.conv2d(
+        x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, count
+    )
+    reduced = reduced.view(count, rank, -1)
+    sides = [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, padding, dilation, kernel, stride in zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return torch.bmm(up.flatten(2).squeeze(-1), reduced).view(count, -1, *sides)
+
+
+_ACTIVE: ContextVar[tuple[RowOffsets, nn.Module] | None] = ContextVar("row offsets of the running call", default=None)
+
+
+def active() -> tuple[RowOffsets, nn.Module] | None:
+    """What the running call adds beside its layers, for `resumed`."""
+    return _ACTIVE.get()
+
+
+def resumed(kept: tuple[RowOffsets, nn.Module] | None) -> AbstractContextManager[None]:
+    """The same offsets for a block that is replayed when its call is over; in the first pass they are there already."""
+    return nullcontext() if kept is None or _ACTIVE.get() is not None else kept[0].beside(kept[1])
+
+
+def joined(parts: Sequence[tuple[RowOffsets | None, int]]) -> RowOffsets | None:
+    """The offsets of rows set side by side.
+
+    Args:
+        parts: offsets and number of rows of each. A part without any (guidance's unconditional half) takes those of the
+            others, in their order: it has as many rows as they have together.
+
+    Raises:
+        ValueError: offsets of different concepts' memory, or a part without any of another number of rows.
+    """
+    own = [offsets for offsets, _ in parts if offsets is not None]
+    if not own:
+        return None
+    if not all(own[0].same(each) for each in own):
+        raise ValueError("rows of different methods' offsets need calls of their own")
+    together = torch.cat([each.which for each in own])
+    which = []
+    for offsets, count in parts:
+        if offsets is None and count != len(together):
+            raise ValueError(f"{count} rows without offsets beside {len(together)} rows with")
+        which.append(together if offsets is None else offsets.which)
+    return RowOffsets(own[0].pairs, own[0].scale, torch.cat(which))
