@@ -62,29 +62,24 @@ class RowOffsets:
         """The layer's output (B, ...) with each row's product, worked out in the more precise of the two types."""
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, down.dtype))
         mine, theirs = (each[self.which].to(x) for each in (down, up))
+        theirs = theirs * self.scale[self.which].to(x).view(-1, *[1] * (up.dim() - 1))  # far fewer numbers than x
         if isinstance(layer, nn.Conv2d):
-            delta = _convolved(x, mine, theirs, layer)
+            reduced, theirs = _convolved(x, mine, layer), theirs.flatten(2)
+            summed = torch.baddbmm(output.flatten(2).to(x), theirs, reduced)
         else:
-            delta = torch.bmm(torch.bmm(x.reshape(len(x), -1, x.shape[-1]), mine.mT), theirs.mT).view(output.shape)
-        scale = self.scale[self.which].to(x).view(-1, *[1] * (output.dim() - 1))
-        return output + (scale * delta).to(output.dtype)
+            reduced = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), mine.mT)
+            summed = torch.baddbmm(output.reshape(len(x), -1, output.shape[-1]).to(x), reduced, theirs.mT)
+        return summed.view(output.shape).to(output.dtype)
 
 
-def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
-    """(B, out, H', W') of x (B, in, H, W): A as a convolution of the layer's own form in B groups, then B, 1 x 1."""
+def _convolved(x: Tensor, down: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A x (B, r, H' W') of x (B, in, H, W), each row's A (B, r, in, h, w) as a convolution of the layer's own form."""
     count, rank = down.shape[:2]
-    assert isinstance(layer.padding, tuple) and layer.groups == 1
+    assert layer.groups == 1 and layer.padding_mode == "zeros", "as all of Stable Diffusion's are"
     reduced = F.conv2d(
         x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, count
     )
-    reduced = reduced.view(count, rank, -1)
-    sides = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, padding, dilation, kernel, stride in zip(
-            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
-        )
-    ]
-    return torch.bmm(up.flatten(2).squeeze(-1), reduced).view(count, -1, *sides)
+    return reduced.view(count, rank, -1)
 
 
 _ACTIVE: ContextVar[tuple[RowOffsets, nn.Module] | None] = ContextVar("row offsets of the running call", default=None)
