@@ -1,7 +1,7 @@
 """Custom Diffusion (Kumari et al. 2022): keys and values of the cross-attention, and a new word before the class noun.
 
 Follows diffusers' train_custom_diffusion.py and, for `delta.bin`, the authors' src/diffusers_model_pipeline.py.
-Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent channels, H, W latent sides.
+Axes: K concepts, R rows, N tokens, D text width, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hiperlab.errors import UserError
 from hiperlab.formats import custom_diffusion as files
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Offsets, added, parameter_names, zeros
+from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import numbered_slots
 from hiperlab.optim.weight_decay import decay_whole_weights
@@ -48,7 +49,7 @@ class CustomDiffusion(RareTokenMethod):
 
     Args:
         model: the frozen stack.
-        concepts: what is personalised.
+        concepts: what is personalised; several share each pass of the frozen U-Net, see `hiperlab.model.row_offsets`.
         optimizer: parameters -> optimizer; AdamW's decay acts on the whole weight, as in the published code.
         seed: of the draws.
         weights: "kv", or "cross" for queries and outputs too (`crossattn` in the published code, for faces).
@@ -59,6 +60,7 @@ class CustomDiffusion(RareTokenMethod):
         prior: class pictures that hold the class.
     """
 
+    stacks_concepts = True
     fixed_settings = ()  # its rare token is the placeholder, which the artifact keeps
 
     def __init__(
@@ -83,9 +85,10 @@ class CustomDiffusion(RareTokenMethod):
             name for name in parameter_names(model.unet, "cross") if any(part in name for part in WEIGHTS[weights])
         ]
         self.augment, self.compress = augment, compress
-        self.slots = numbered_slots([concepts[0].placeholder])
-        self.word = nn.Parameter(_start(model, init_word)[None])  # (1, D)
-        self.kv = zeros(model.unet, names)
+        self.words = tuple(f"{concept.placeholder} {concept.word}" for concept in concepts)
+        self.slots = numbered_slots([concept.placeholder for concept in concepts])
+        self.word = nn.Parameter(_start(model, init_word).repeat(len(concepts), 1))  # (K, D)
+        self.kv = zeros(model.unet, names, len(concepts))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +138,12 @@ class CustomDiffusion(RareTokenMethod):
         tokens = self.model.tokenize(self.texts(step), self.slots)
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.word[slots][None])
-        return Conditioning(self.model.normalise_text(states), offsets=self.offsets(), detach_first=True)
+        keys = self.model.normalise_text(states)
+        if len(self.concepts) == 1:
+            return Conditioning(keys, offsets=self.offsets(), detach_first=True)
+        changes = {name.replace("/", "."): (delta,) for name, delta in self.kv.items()}
+        offsets = RowOffsets(changes, torch.ones_like(self.word[:, 0]), step.concept)
+        return Conditioning(keys, detach_first=True, row_offsets=offsets)
 
     def composition_part(self, step: Step) -> Part:
         """The texts with the new word before the class noun, and its vector (1, 1, 1, D)."""
@@ -145,9 +153,9 @@ class CustomDiffusion(RareTokenMethod):
         """The offsets of the keys' and values' projections."""
         return ChangedWeights(self.offsets())
 
-    def offsets(self) -> Offsets:
-        """The weights' differences by the U-Net's own names."""
-        return added(self.kv)
+    def offsets(self, index: int = 0) -> Offsets:
+        """The weights' differences of concept `index` by the U-Net's own names."""
+        return added(self.kv, index)
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer, its decay on whole weights."""
@@ -169,7 +177,7 @@ class CustomDiffusion(RareTokenMethod):
         With `compress`, `delta.bin` holds factors as the authors' src/compress.py makes them.
         """
         frozen = self._frozen()
-        weights = self.offsets().weights(self.model.unet)
+        weights = self.offsets(index).weights(self.model.unet)
         word = self.concepts[index].placeholder
         return files.write(folder, word, self.word[index], weights, frozen, self.compress)
 

@@ -143,8 +143,9 @@ class LoRA(RareTokenMethod):
         states = self._encode(self.texts(step), step.concept, strength)[None]
         if len(self.concepts) == 1:
             return Conditioning(states, offsets=self.offsets("unet", 0, strength))
+        changes = {f"{name}.weight": pair for name, pair in self._pairs("unet").items()}
         scale = strength * self.alpha / self.rank
-        return Conditioning(states, row_offsets=RowOffsets(self._pairs("unet"), scale, step.concept))
+        return Conditioning(states, row_offsets=RowOffsets(changes, scale, step.concept))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""

@@ -131,18 +131,20 @@ def parameter_names(unet: nn.Module, weights: str) -> list[str]:
     return [name for name, _ in unet.named_parameters() if any(part in name for part in PARTS[weights])]
 
 
-def zeros(module: nn.Module, names: Iterable[str]) -> nn.ParameterDict:
-    """A trainable zero offset (1, *shape) for each named parameter, float32; the first axis is the concept's.
+def zeros(module: nn.Module, names: Iterable[str], concepts: int = 1) -> nn.ParameterDict:
+    """A trainable zero offset (K, *shape) for each named parameter, float32; the first axis is the concept's.
 
     Dots become slashes: a module's tensors cannot have dots in their names.
     """
     shapes = {name: weight.shape for name, weight in module.named_parameters()}
-    return nn.ParameterDict({name.replace(".", "/"): nn.Parameter(torch.zeros(1, *shapes[name])) for name in names})
+    return nn.ParameterDict(
+        {name.replace(".", "/"): nn.Parameter(torch.zeros(concepts, *shapes[name])) for name in names}
+    )
 
 
-def added(offsets: nn.ParameterDict) -> Offsets:
-    """What `zeros` made and training filled, by the module's own names."""
-    return Offsets({name.replace("/", "."): Added(value[0]) for name, value in offsets.items()})
+def added(offsets: nn.ParameterDict, index: int = 0) -> Offsets:
+    """What `zeros` made and training filled, of concept `index`, by the module's own names."""
+    return Offsets({name.replace("/", "."): Added(value[index]) for name, value in offsets.items()})
 
 
 def log_cost(count: int, smaller: str, setting: str = "method.weights=all") -> None:

@@ -19,36 +19,37 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RowOffsets:
-    """Low-rank offsets of K concepts: row b of a layer's output gains scale[k] * up[k] down[k] x_b, k = which[b].
+    """Offsets of K concepts: row b of a layer reads scale[k] * delta[k] beside its own weight or bias, k = which[b].
 
     Args:
-        pairs: layer name -> A (K, r, in, ...) and B (K, out, r, ...), as `hiperlab.model.offsets.LowRank` has them.
-        scale: (K,) factor of each concept's product.
+        changes: parameter name -> delta (K, out, in) of a linear layer's weight or (K, out) of its bias, as `Added` has
+            them in `hiperlab.model.offsets`; or for a weight A (K, r, in, ...) and B (K, out, r, ...), as `LowRank`.
+        scale: (K,) factor of each concept's changes.
         which: (B,) int64, the concept of each row.
     """
 
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    changes: Mapping[str, tuple[Tensor, ...]]
     scale: Tensor
     which: Tensor
 
     def rows(self, index: Tensor) -> RowOffsets:
         """The offsets of R chosen rows, numbers (R,) in [0, B); repeats are allowed."""
-        return RowOffsets(self.pairs, self.scale, self.which[index.to(self.which.device)])
+        return RowOffsets(self.changes, self.scale, self.which[index.to(self.which.device)])
 
     def same(self, other: RowOffsets) -> bool:
         """Whether both are of the same layers and the same memory, for whatever rows."""
-        return self.pairs.keys() == other.pairs.keys() and all(
+        return self.changes.keys() == other.changes.keys() and all(
             mine.data_ptr() == theirs.data_ptr()
-            for name, pair in self.pairs.items()
-            for mine, theirs in zip(pair, other.pairs[name], strict=True)
+            for name, tensors in self.changes.items()
+            for mine, theirs in zip(tensors, other.changes[name], strict=True)
         )
 
     @contextmanager
     def beside(self, module: nn.Module) -> Iterator[None]:
         """While inside, the module's named layers give their offsets too; the module itself is not changed."""
         handles = [
-            module.get_submodule(name).register_forward_hook(partial(self._add, down, up))
-            for name, (down, up) in self.pairs.items()
+            module.get_submodule(name.rpartition(".")[0]).register_forward_hook(partial(self._add, tensors))
+            for name, tensors in self.changes.items()
         ]
         token = _ACTIVE.set((self, module))
         try:
@@ -58,17 +59,19 @@ class RowOffsets:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, down: Tensor, up: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add(self, tensors: tuple[Tensor, ...], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output (B, ...) with each row's product, worked out in the more precise of the two types."""
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, down.dtype))
-        mine, theirs = (each[self.which].to(x) for each in (down, up))
-        theirs = theirs * self.scale[self.which].to(x).view(-1, *[1] * (up.dim() - 1))  # far fewer numbers than x
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, tensors[0].dtype))
+        *first, last = (each[self.which].to(x) for each in tensors)
+        last = last * self.scale[self.which].to(x).view(-1, *[1] * (last.dim() - 1))  # far fewer numbers than x
+        if last.dim() == 2:  # of a bias
+            return (output.to(x) + last.view(len(last), *[1] * (output.dim() - 2), -1)).to(output.dtype)
         if isinstance(layer, nn.Conv2d):
-            reduced, theirs = _convolved(x, mine, layer), theirs.flatten(2)
-            summed = torch.baddbmm(output.flatten(2).to(x), theirs, reduced)
+            summed = torch.baddbmm(output.flatten(2).to(x), last.flatten(2), _convolved(x, first[0], layer))
         else:
-            reduced = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), mine.mT)
-            summed = torch.baddbmm(output.reshape(len(x), -1, output.shape[-1]).to(x), reduced, theirs.mT)
+            x = x.reshape(len(x), -1, x.shape[-1])
+            reduced = torch.bmm(x, first[0].mT) if first else x
+            summed = torch.baddbmm(output.reshape(*x.shape[:2], -1).to(x), reduced, last.mT)
         return summed.view(output.shape).to(output.dtype)
 
 
@@ -116,4 +119,4 @@ def joined(parts: Sequence[tuple[RowOffsets | None, int]]) -> RowOffsets | None:
         if offsets is None and count != len(together):
             raise ValueError(f"{count} rows without offsets beside {len(together)} rows with")
         which.append(together if offsets is None else offsets.which)
-    return RowOffsets(own[0].pairs, own[0].scale, torch.cat(which))
+    return RowOffsets(own[0].changes, own[0].scale, torch.cat(which))

@@ -19,7 +19,7 @@ def decay_whole_weights(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter
 
     Args:
         optimizer: over the offsets, perhaps among others.
-        pairs: each offset (1, *shape) with its frozen weight (*shape).
+        pairs: each offset (K, *shape) with its frozen weight (*shape).
 
     Returns:
         The same optimizer.

@@ -130,10 +130,13 @@ class Session:
     def groups(self) -> list[list[int]]:
         """Concept numbers trained together: all at once, or one by one for methods that cannot stack them."""
         everything = list(range(len(self.data.concepts)))
-        if get_class(self.cfg.method._target_).stacks_concepts:  # type: ignore[attr-defined]
+        stacks = get_class(self.cfg.method._target_).stacks_concepts  # type: ignore[attr-defined]
+        begun = [c.name for c in self.data.concepts if (self.folder / "checkpoints" / c.name).is_dir()]
+        if stacks and not begun:
             return [everything]
         if len(everything) > 1:
-            log.warning("%s takes one concept at a time: the run goes one by one.", self.cfg.method._target_)
+            why = "was begun so by an earlier version" if stacks else "takes one concept at a time"
+            log.warning("%s %s: the run goes one by one.", self.cfg.method._target_, why)
         return [[index] for index in everything]
 
     @cached_property

@@ -93,6 +93,32 @@ def test_masked_loss_is_four_times_a_mean() -> None:
     torch.testing.assert_close(masked_loss(a, b, half), 4 * (a - b)[..., :3].square().mean((1, 2, 3)))
 
 
+@pytest.mark.parametrize("weights", ["kv", "cross"])
+def test_concepts_drawn_side_by_side_are_what_each_is_alone(stack, weights, tmp_path) -> None:
+    """Each with its own word and its own weights, biases too (`cross`); and its files."""
+    together = build("custom_diffusion", stack, SUBJECTS[:3], weights=weights).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in [*together.kv.values(), together.word]:
+            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+    order = [1, 2, 0, 1]
+    texts = [f"a <{SUBJECTS[number].name}> on a sofa" for number in order]
+    pictures = together.sample(texts, [0, 1, 2, 3], concepts=order, steps=2, guidance=6.0)
+    for row, number in enumerate(order):
+        alone = build("custom_diffusion", stack, [SUBJECTS[number]], weights=weights).eval()
+        alone.load_artifact(0, together.artifact(number))
+        torch.testing.assert_close(
+            alone.sample([texts[row]], [row], steps=2, guidance=6.0)[0], pictures[row], atol=2e-4, rtol=0
+        )
+        kept = [tmp_path / f"{row}-{kind}" for kind in ("alone", "together")]
+        for method, index, folder in ((alone, 0, kept[0]), (together, number, kept[1])):
+            folder.mkdir()
+            method.export(index, folder, steps=1)
+        one, other = (torch.load(folder / "delta.bin", weights_only=True)["unet"] for folder in kept)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert float((pictures[0] - pictures[3]).abs().max()) > 1e-2
+
+
 def test_batch_is_composed(stack) -> None:
     """Pictures and words placed, class rows untouched; the mask leaves gradients out where the canvas is empty."""
     method = build("custom_diffusion", stack, [CAT])

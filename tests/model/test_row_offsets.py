@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hiperlab.model.conditioning import Conditioning, concatenate
-from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.offsets import Added, LowRank, Offsets
 from hiperlab.model.row_offsets import RowOffsets, active, joined
 from hiperlab.model.tiny import tiny
 
@@ -20,6 +20,11 @@ LAYERS = (
     "down_blocks.1.resnets.0.conv1",  # 3 x 3, padded
     "down_blocks.0.downsamplers.0.conv",  # with a stride
     "time_embedding.linear_1",  # reads (B, in)
+)
+WHOLE = (
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+    "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_out.0.weight",
+    "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_out.0.bias",
 )
 CONCEPTS, RANK = 3, 4
 
@@ -39,7 +44,10 @@ def pairs(stack):
     found = {}
     for name in LAYERS:
         out, inputs, *sides = stack.unet.get_submodule(name).weight.shape
-        found[name] = normal(CONCEPTS, RANK, inputs, *sides), normal(CONCEPTS, out, RANK, *[1] * len(sides))
+        low = normal(CONCEPTS, RANK, inputs, *sides), normal(CONCEPTS, out, RANK, *[1] * len(sides))
+        found[f"{name}.weight"] = low
+    for name in WHOLE:
+        found[name] = (normal(CONCEPTS, *stack.unet.get_parameter(name).shape),)
     return found
 
 
@@ -58,10 +66,12 @@ def one_by_one(stack, pairs, latents, when, states):
     """The same rows, each in a call with changed weights."""
     rows = []
     for row, concept in enumerate(WHICH.tolist()):
+        factor = float(SCALE[concept])
         changes = {
-            f"{name}.weight": LowRank(down[concept], up[concept], float(SCALE[concept]))
-            for name, (down, up) in pairs.items()
-        }
+            name: LowRank(each[0][concept], each[1][concept], factor) if len(each) == 2
+            else Added(factor * each[0][concept])
+            for name, each in pairs.items()
+        }  # fmt: skip
         own = Conditioning(states[:, row : row + 1], offsets=Offsets(changes))
         rows.append(stack.predict(latents[row : row + 1], when[row : row + 1], own))
     return torch.cat(rows)
@@ -89,7 +99,7 @@ def test_rows_are_separate_calls(stack, pairs, checkpointing) -> None:
 
 def test_in_float32_it_is_rounding(stack, pairs) -> None:
     single = copy.deepcopy(stack).float()
-    small = {name: (down.detach().float(), up.detach().float()) for name, (down, up) in pairs.items()}
+    small = {name: tuple(tensor.detach().float() for tensor in each) for name, each in pairs.items()}
     latents, when, states = inputs()
     alone = one_by_one(stack, pairs, latents, when, states).detach()
     offsets = RowOffsets(small, SCALE.float(), WHICH)
@@ -118,7 +128,8 @@ def test_rows_are_chosen_and_joined(stack, pairs) -> None:
     assert whole.rows([3, 0]).row_offsets.which.tolist() == [2, 2]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="3 rows without offsets beside 4"):
         joined([(None, 3), (whole.row_offsets, 4)])
-    other = RowOffsets({name: (down.clone(), up) for name, (down, up) in pairs.items()}, SCALE, WHICH)
+    copies = {name: tuple(tensor.clone() for tensor in each) for name, each in pairs.items()}
+    other = RowOffsets(copies, SCALE, WHICH)
     with pytest.raises(ValueError, match="calls of their own"):
         joined([(other, 4), (whole.row_offsets, 4)])
     assert joined([(None, 3), (None, 1)]) is None
@@ -130,8 +141,10 @@ def test_the_offset_is_worked_out_in_the_more_precise_type() -> None:
     pair = tuple(torch.randn(shape, generator=generator) * 1e-2 for shape in ((1, 2, 8), (1, 8, 2)))
     x = torch.randn(1, 3, 8, generator=generator).bfloat16()
     holder = nn.ModuleDict({"layer": layer})
-    with RowOffsets({"layer": pair}, torch.ones(1), torch.zeros(1, dtype=torch.long)).beside(holder):
+    with RowOffsets({"layer.weight": pair}, torch.ones(1), torch.zeros(1, dtype=torch.long)).beside(holder):
         out = layer(x)
     offset = x.float() @ pair[0][0].T @ pair[1][0].T
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), nn.functional.linear(x, layer.weight).float() + offset, atol=4e-3, rtol=8e-3)
+    torch.testing.assert_close(
+        out.float(), nn.functional.linear(x, layer.weight).float() + offset, atol=4e-3, rtol=8e-3
+    )

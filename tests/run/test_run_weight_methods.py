@@ -94,8 +94,24 @@ def test_other_tools_files_are_drawn(fitted, tmp_path) -> None:
             assert int(apart.abs().max()) <= 1, file
 
 
-def test_several_concepts_go_one_by_one(tmp_path) -> None:
+def test_a_run_begun_one_by_one_goes_on_so(tmp_path, monkeypatch) -> None:
+    """An earlier version trained LoRAs one after the other: their checkpoints lie in a folder each, and are found."""
+    from hiperlab.method.lora import LoRA
+
+    asked = ["stages=[fit]", "data.concepts=[cats,puppy]", "method.prior.weight=0"]
+    monkeypatch.setattr(LoRA, "stacks_concepts", False)
+    assert run(tmp_path / "run", "lora", *asked, "fit.steps=1") == 0
+    monkeypatch.undo()
+    assert run(tmp_path / "run", "lora", *asked, "fit.steps=2", "resume=auto") == 0
+    said = (tmp_path / "run" / "run.log").read_text()
+    assert "was begun so by an earlier version" in said and said.count("resuming from step-000001 of 2") == 2
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/step-000002.ckpt"))) == 2
+
+
+def test_several_concepts_share_passes(tmp_path) -> None:
     assert run(tmp_path / "run", "lora", "stages=[fit,sample]", "data.concepts=[cats,puppy]", "fit.steps=1") == 0
     assert {path.stem for path in (tmp_path / "run" / "artifacts").glob("*.safetensors")} == {"cats", "puppy"}
     words = {path.parent.name.split("-")[0] for path in (tmp_path / "class_pictures").rglob("*.png")}
     assert words == {"cat", "dog"}
+    assert (tmp_path / "run" / "checkpoints" / "step-000001.ckpt").is_file(), "one training"
