@@ -10,7 +10,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from hydra.utils import instantiate
+from transformers.utils import logging as transformers_logging
 
 from hiperlab import files
 from hiperlab.bench.baseline import against_diffusers
@@ -65,7 +67,7 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
     Returns:
         What the file holds.
     """
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch's news for Lightning
+    _quiet()
     cfg, dtype = jobs[0].cfg, getattr(torch, jobs[0].cfg.precision.unet)
     found: dict[str, Any] = {"environment": environment(), "amounts": asdict(amounts), "rows": []}
     _keep(out, found)  # now: a folder that cannot be written is told before anything is measured
@@ -84,6 +86,13 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
             print(*lines({"diffusers": found["diffusers"]}), sep="\n", flush=True)
     _keep(out, found)
     return found
+
+
+def _quiet() -> None:
+    """Bars of files that load in a moment, and torch's news for Lightning, would stand between the lines."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 
 def _keep(out: Path | None, found: dict[str, Any]) -> None:

@@ -17,29 +17,36 @@ COLUMNS = {  # title -> (width, key, format)
     "ms/step": (9, "step_ms", ".1f"),
     "samples/s": (9, "samples_per_s", ".2f"),
     "concepts/h": (10, "concepts_per_hour", ".3g"),
-    "of steps": (8, "published_steps", "d"),
-    "peak MB": (8, "peak_mb", ".0f"),
+    "steps": (6, "published_steps", "d"),
+    "MB": (6, "peak_mb", ".0f"),
     "GFLOP": (8, "step_gflop", ".1f"),
-    "of peak": (7, "share_of_ceiling", ".1%"),
+    "ceiling": (7, "share_of_ceiling", ".1%"),
     "pictures/s": (10, "pictures_per_s", ".3g"),
 }
 
 
+CAPTION = """
+concepts/h: at this batch and the published steps; MB: most memory while training; GFLOP: of a whole step;
+ceiling: its share of the large matrix product's rate; text (with conditioning) to rest: milliseconds of a step
+that waits for each part
+"""
+
+
 def heading() -> str:
-    """The titles of the table; those of parts are milliseconds."""
+    """What the columns mean, and their titles."""
     cells = [f"{title:>{width}}" for title, (width, *_) in COLUMNS.items()]
-    return "  ".join([f"{'method':<{NAME}}", *cells, *(f"{part:>9}" for part in PARTS)])
+    return CAPTION + "  ".join([f"{'method':<{NAME}}", *cells, *(f"{part:>9}" for part in PARTS)])
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Whatever `found` holds, in words or as rows under `heading`."""
     said = []
     if place := found.get("environment"):
-        said.append(f"{place['device']}, {place['threads']} threads, torch {place['packages']['torch']}")
+        said.append(f"{place['device']}, threads: {place['threads']}, torch {place['packages']['torch']}")
     if start := found.get("startup_s"):
         said.append(f"start-up: the door {start['door']:.2f} s, imports of a run {start['stages']:.1f} s")
     if "ceiling_tflops" in found:
-        said.append(f"large matrix product: {found['ceiling_tflops']:.3g} TFLOP/s, the peak that rows have a share of")
+        said.append(f"large matrix product: {found['ceiling_tflops']:.3g} TFLOP/s")
     said += [_row(row) for row in found.get("rows", [])]
     if pair := found.get("diffusers"):
         said.append(
