@@ -17,7 +17,7 @@ _FOLDER = re.compile(r"(hiperlab(?:\.\w+)+)\.")  # the head of f"hiperlab.miniat
 HEAVY = ("cv2", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
 HEAVY += ("diffusers.loaders", "hiperlab.world.draw")  # they load peft and skia
 # What answers --help, --version or a mistake within a second: torch and the rooms above come in only when they run.
-QUICK = ("hiperlab.cli.", "hiperlab.run.main", "hiperlab.sweep.", "hiperlab.miniature.main")
+QUICK = ("hiperlab.cli.", "hiperlab.run.main", "hiperlab.sweep.", "hiperlab.miniature.main", "hiperlab.bench.main")
 
 
 # Not on Windows: modules, and names of `os` and `signal`.

@@ -1,0 +1,1 @@
+"""How fast this machine trains and draws, method by method: `python -m hiperlab.bench`."""

@@ -1,0 +1,104 @@
+"""What is measured: each method's configuration, composed as a run composes it, with the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from hiperlab.cli.compose import Request, check_config, compose, open_hydra
+from hiperlab.cli.process import config_dir
+from hiperlab.errors import UserError
+
+METHODS = ("ti", "xti", "neti", "hiper", "lora", "custom_diffusion", "dreambooth")
+UNEVEN = ("imagic", "null_text", "style_diffusion")  # phases, or a path: their first steps say nothing about the others
+RANDOM = ("sd14", "sd15")  # models of one shape, which `hiperlab.bench.real_shape` builds
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the table.
+
+    Args:
+        method: a member of conf/method.
+        model: a member of conf/model.
+        precision: a member of conf/precision.
+        cfg: the composed configuration.
+        published_steps: optimizer steps of one concept, as the method's yaml has them; a model's own budget
+            (model=tiny: 60) says nothing about the method.
+    """
+
+    method: str
+    model: str
+    precision: str
+    cfg: DictConfig
+    published_steps: int
+
+
+def plan(methods: Sequence[str], model: str, precision: str, random: bool, overrides: Sequence[str]) -> list[Job]:
+    """A job for each method.
+
+    Args:
+        methods: members of conf/method.
+        model: a member of conf/model.
+        precision: a member of conf/precision.
+        random: whether the model has random weights instead of its files.
+        overrides: further settings, as the door takes them.
+
+    Raises:
+        UserError: a name or setting is unknown, a method cannot be timed, or the model's shape cannot be built.
+    """
+    if uneven := [name for name in methods if name in UNEVEN]:
+        raise UserError(f"method={uneven[0]}: its steps are not alike, so a few of them do not time it. Leave it out.")
+    if not methods:
+        raise UserError("--methods names none: give ti, or ti,lora.")
+    if random and model not in RANDOM:
+        raise UserError(f"--random builds {' and '.join(RANDOM)}, not {model}: leave it out, or --model {RANDOM[-1]}.")
+    request = Request(config_dir(), None, "config", list(overrides))
+    try:
+        hydra = open_hydra(request)
+        jobs = []
+        for name in methods:
+            groups = [f"method={name}", f"model={model}", f"precision={precision}"]
+            lines = [*groups, "defaults_from=published", *overrides]
+            cfg = compose(hydra, request, lines)
+            check_config(cfg, request, hydra, lines)
+            jobs.append(Job(name, model, precision, cfg, _published_steps(name)))
+    finally:
+        GlobalHydra.instance().clear()
+    for job in jobs:
+        _in_memory(job.cfg)
+        if random:
+            _random(job.cfg)
+    return jobs
+
+
+def _published_steps(method: str) -> int:
+    """Optimizer steps of one concept.
+
+    Raises:
+        UserError: the method is not trained, so there is no step to time.
+    """
+    steps = int(OmegaConf.load(config_dir() / "method" / f"{method}.yaml").fit.steps)
+    if not steps:
+        raise UserError(f"method={method} trains nothing, so it has no step to time. Leave it out.")
+    return steps
+
+
+def _in_memory(cfg: DictConfig) -> None:
+    """Nothing is read from disk or kept there: one class picture of one step, no caches.
+
+    What a step costs does not depend on how many class pictures there are, nor on what they show.
+    """
+    if "prior" in cfg.method:
+        cfg.method.prior.update({"count": 1, "steps": 1, "folder": None, "real": None})
+    if "cache" in cfg.method:
+        cfg.method.cache = None
+
+
+def _random(cfg: DictConfig) -> None:
+    """Random weights in the place of files."""
+    switches = {key: cfg.model[key] for key in ("name", "size", "optimise") if key in cfg.model}
+    cfg.model = {"_target_": "hiperlab.bench.real_shape.sd15", **switches}
