@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from hiperlab.base.method import Subject
 from hiperlab.bench.timing import seconds
-from hiperlab.bench.trainee import PROMPT, SUBJECT, Trainee, picture
+from hiperlab.bench.trainee import Trainee, picture, prompt, subject
 from hiperlab.model.stack import FrozenStack
 
 
@@ -122,9 +122,9 @@ def against_diffusers(cfg: DictConfig, stack: FrozenStack, warmup: int, steps: i
         "ours_ms", "theirs_ms", and "ratio": how many times as long theirs takes.
     """
     ours = Trainee(cfg, stack)
-    theirs = DiffusersTextualInversion(stack, SUBJECT, instantiate(cfg.method.optimizer))
+    theirs = DiffusersTextualInversion(stack, subject(0), instantiate(cfg.method.optimizer))
     posterior = theirs.encode(picture(stack.size).expand(ours.rows, -1, -1, -1))
-    prompts = [PROMPT] * ours.rows
+    prompts = [prompt(0)] * ours.rows
     times: list[tuple[float, float]] = []
     for _ in range(warmup + steps):
         mine = seconds(ours.step, stack.device)

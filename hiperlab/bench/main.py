@@ -20,6 +20,7 @@ EPILOG = """\
 examples:
   python -m hiperlab.bench --model mini --methods ti,lora --baseline diffusers
   python -m hiperlab.bench --model sd15 --random --precision bf16 --json now.json
+  python -m hiperlab.bench --model mini --methods ti,lora --concepts 1,4,16
   python -m hiperlab.bench --compare before.json now.json
 """
 
@@ -36,7 +37,7 @@ def _main(argv: list[str]) -> int:
         print(compared(before, now))
         return 0
     settings = (args.model, args.precision, args.random, [*_batch(args.batch), *args.overrides])
-    jobs = plan(args.methods, *settings)  # before torch is imported: a wrong name is told at once
+    jobs = plan(args.methods, *settings, args.concepts)  # before torch is imported: a wrong name is told at once
     baseline = plan(["ti"], *settings)[0] if args.baseline else None
     from hiperlab.bench.report import Amounts, measure
 
@@ -76,6 +77,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as hiperlab.run's [fp32]")
     add("--batch", type=_from(1), help="pictures a step [each method's published number]")
+    add("--concepts", type=_numbers, default=[1], help="concepts that share each pass, such as 1,4,16 [1]")
     add("--steps", type=_from(1), default=20, help="timed steps [20]")
     add("--warmup", type=_from(1), default=3, help="steps before them; pictures are encoded in the first [3]")
     add("--pictures", type=_from(0), default=2, help="pictures drawn at a time; 0 draws none [2]")
@@ -91,6 +93,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def _names(text: str) -> list[str]:
     """`ti,neti` as a list without repeats, in order."""
     return list(dict.fromkeys(name for name in text.split(",") if name))
+
+
+def _numbers(text: str) -> list[int]:
+    """`1,4,16` as whole numbers from 1, without repeats."""
+    return [_from(1)(name) for name in _names(text)] or [1]
 
 
 def _from(least: int) -> Any:

@@ -28,6 +28,7 @@ class Job:
         cfg: the composed configuration.
         published_steps: optimizer steps of one concept, as the method's yaml has them; a model's own budget
             (model=tiny: 60) says nothing about the method.
+        concepts: how many share each pass of the frozen U-Net.
     """
 
     method: str
@@ -35,10 +36,18 @@ class Job:
     precision: str
     cfg: DictConfig
     published_steps: int
+    concepts: int = 1
 
 
-def plan(methods: Sequence[str], model: str, precision: str, random: bool, overrides: Sequence[str]) -> list[Job]:
-    """A job for each method.
+def plan(
+    methods: Sequence[str],
+    model: str,
+    precision: str,
+    random: bool,
+    overrides: Sequence[str],
+    concepts: Sequence[int] = (1,),
+) -> list[Job]:
+    """A job for each method and number of concepts.
 
     Args:
         methods: members of conf/method.
@@ -46,6 +55,7 @@ def plan(methods: Sequence[str], model: str, precision: str, random: bool, overr
         precision: a member of conf/precision.
         random: whether the model has random weights instead of its files.
         overrides: further settings, as the door takes them.
+        concepts: numbers of concepts that share each pass.
 
     Raises:
         UserError: a name or setting is unknown, a method cannot be timed, or the model's shape cannot be built.
@@ -65,7 +75,7 @@ def plan(methods: Sequence[str], model: str, precision: str, random: bool, overr
             lines = [*groups, "defaults_from=published", *overrides]
             cfg = compose(hydra, request, lines)
             check_config(cfg, request, hydra, lines)
-            jobs.append(Job(name, model, precision, cfg, _published_steps(name)))
+            jobs += [Job(name, model, precision, cfg, _published_steps(name), number) for number in concepts]
     finally:
         GlobalHydra.instance().clear()
     for job in jobs:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from transformers.utils import logging as transformers_logging
 
 from hiperlab import files
@@ -29,7 +29,7 @@ from hiperlab.bench.timing import (
     start_up,
     watched,
 )  # fmt: skip
-from hiperlab.bench.trainee import PROMPT, Trainee, open_stack
+from hiperlab.bench.trainee import Trainee, open_stack, prompt
 from hiperlab.cli.targets import trusted
 from hiperlab.errors import UserError
 from hiperlab.model.stack import FrozenStack
@@ -68,6 +68,7 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
         What the file holds.
     """
     _quiet()
+    _check(jobs)
     cfg, dtype = jobs[0].cfg, getattr(torch, jobs[0].cfg.precision.unet)
     found: dict[str, Any] = {"environment": environment(), "amounts": asdict(amounts), "rows": []}
     _keep(out, found)  # now: a folder that cannot be written is told before anything is measured
@@ -86,6 +87,17 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
             print(*lines({"diffusers": found["diffusers"]}), sep="\n", flush=True)
     _keep(out, found)
     return found
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    """Refuse several concepts of a method that takes one at a time.
+
+    Raises:
+        UserError: naming it.
+    """
+    for job in jobs:
+        if job.concepts > 1 and not get_class(job.cfg.method._target_).stacks_concepts:  # type: ignore[attr-defined]
+            raise UserError(f"method={job.method} takes one concept at a time: leave it or --concepts out.")
 
 
 def _quiet() -> None:
@@ -119,7 +131,7 @@ def row(job: Job, stack: FrozenStack, amounts: Amounts, ceiling_tflops: float) -
         ceiling_tflops: what the device can do at most, 10^12 operations a second.
     """
     forget_peak()
-    trainee = Trainee(job.cfg, stack)
+    trainee = Trainee(job.cfg, stack, job.concepts)
     for _ in range(amounts.warmup):
         trainee.step()
     typical = median(seconds(trainee.step, trainee.device) for _ in range(amounts.steps))
@@ -133,11 +145,12 @@ def row(job: Job, stack: FrozenStack, amounts: Amounts, ceiling_tflops: float) -
         "size": stack.size,
         "precision": job.precision,
         "batch": trainee.rows,
+        "concepts": job.concepts,
         "published_steps": job.published_steps,
         "trainable_parameters": sum(p.numel() for p in trainee.method.parameters() if p.requires_grad),
         "step_ms": 1000 * typical,
-        "samples_per_s": trainee.rows / typical,
-        "concepts_per_hour": 3600 / (typical * job.published_steps),
+        "samples_per_s": job.concepts * trainee.rows / typical,
+        "concepts_per_hour": job.concepts * 3600 / (typical * job.published_steps),
         "peak_mb": peak,
         "parts_ms": split(trainee, max(2, amounts.steps // 2)),
         "unet_forward_gflop": operations.parts.get("unet", 0) / 1e9,
@@ -166,11 +179,13 @@ def split(trainee: Trainee, steps: int) -> dict[str, float]:
 def drawn_per_second(job: Job, trainee: Trainee, amounts: Amounts) -> float:
     """Pictures a second, drawn together with the run's sampler and guidance, decoded; the second call counts."""
     sampler = instantiate(job.cfg.sampler, steps=amounts.sampler_steps)
+    concepts = [number % job.concepts for number in range(amounts.pictures)]
 
     def draw() -> None:
         trainee.method.sample(
-            [PROMPT] * amounts.pictures,
+            [prompt(number) for number in concepts],
             list(range(amounts.pictures)),
+            concepts=concepts,
             steps=sampler.steps,
             guidance=sampler.guidance,
             sampler=sampler,

@@ -10,10 +10,11 @@ from typing import Any
 from hiperlab.errors import UserError
 
 PARTS = ("text", "unet", "backward", "optimizer", "rest")
-KEY = ("method", "model", "size", "precision", "batch")  # rows that agree in these are the same work
+KEY = ("method", "model", "size", "precision", "batch", "concepts")  # rows that agree in these are the same work
 NAME = 17  # letters of the longest method's name
 COLUMNS = {  # title -> (width, key, format)
     "batch": (5, "batch", "d"),
+    "concepts": (8, "concepts", "d"),
     "ms/step": (9, "step_ms", ".1f"),
     "samples/s": (9, "samples_per_s", ".2f"),
     "concepts/h": (10, "concepts_per_hour", ".3g"),
@@ -26,9 +27,9 @@ COLUMNS = {  # title -> (width, key, format)
 
 
 CAPTION = """
-concepts/h: at this batch and the published steps; MB: most memory while training; GFLOP: of a whole step;
-ceiling: its share of the large matrix product's rate; text (with conditioning) to rest: milliseconds of a step
-that waits for each part
+concepts: that share each pass; concepts/h: at this batch and the published steps; MB: most memory while training;
+GFLOP: of a whole step; ceiling: its share of the large matrix product's rate; text (with conditioning) to rest:
+milliseconds of a step that waits for each part
 """
 
 
@@ -98,12 +99,12 @@ def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             old, new = first[key]["step_ms"], row["step_ms"]
             said.append(_pair(key, f"{old:.1f}", f"{new:.1f}", f"{new / old:.3f}"))
     if len(said) == 1:
-        raise UserError("the two files have no row in common (method, model, size, precision, batch).")
+        raise UserError("the two files have no row in common (method, model, size, precision, batch, concepts).")
     return "\n".join(said)
 
 
 def _pair(key: Sequence[Any], before: str, now: str, ratio: str) -> str:
     """A line of the comparison."""
-    method, model, size, precision, batch = key
-    name = f"{method:<{NAME}}  {model:<8}  {size:>4}  {precision:<9}  {batch:>5}"
+    method, model, size, precision, batch, concepts = key
+    name = f"{method:<{NAME}}  {model:<8}  {size:>4}  {precision:<9}  {batch:>5}  {concepts:>8}"
     return f"{name}  {before:>9}  {now:>9}  {ratio:>6}"

@@ -21,8 +21,16 @@ from hiperlab.draws import normal
 from hiperlab.model.stack import FrozenStack
 from hiperlab.run.session import Session
 
-SUBJECT = Subject("bench", "<bench-cat>", "cat", source="a photo of a cat", targets=("a photo of a sitting cat",))
-PROMPT = f"a photo of a {SUBJECT.placeholder}"
+
+def subject(number: int) -> Subject:
+    """A made-up concept, number 0 and more."""
+    placeholder = f"<bench-{number}>"
+    return Subject(f"bench-{number}", placeholder, "cat", "a photo of a cat", ("a photo of a sitting cat",))
+
+
+def prompt(number: int) -> str:
+    """A text that names it."""
+    return f"a photo of a {subject(number).placeholder}"
 
 
 def open_stack(cfg: DictConfig) -> FrozenStack:
@@ -37,22 +45,25 @@ def picture(size: int) -> Tensor:
 
 
 class Trainee:
-    """One concept of a method, its optimizer, and batches without end.
+    """Concepts of a method that share each pass, their optimizer, and batches without end.
 
-    There is one picture: its latents are encoded in the first step, and whatever a method encodes anew in later steps
-    is part of its work.
+    There is one picture a concept: its latents are encoded in the first step, and whatever a method encodes anew in
+    later steps is part of its work.
 
     Args:
         cfg: the composed configuration.
         stack: the frozen model, on its device.
+        concepts: how many.
     """
 
-    def __init__(self, cfg: DictConfig, stack: FrozenStack) -> None:
-        self.stack, self.rows = stack, int(cfg.fit.batch_size)
+    def __init__(self, cfg: DictConfig, stack: FrozenStack, concepts: int = 1) -> None:
+        self.stack, self.rows, self.concepts = stack, int(cfg.fit.batch_size), concepts
         factory = instantiate(cfg.method, _partial_=True)  # partial: Hydra makes configs of dataclasses it is handed
-        self.method: Method = factory(model=stack, concepts=[SUBJECT], seed=int(cfg.seed)).to(stack.device).train()
+        subjects = [subject(number) for number in range(concepts)]
+        self.method: Method = factory(model=stack, concepts=subjects, seed=int(cfg.seed)).to(stack.device).train()
         if isinstance(self.method, ReadsPicture):
-            self.method.set_reference(0, picture(stack.size))
+            for number in range(concepts):
+                self.method.set_reference(number, picture(stack.size))
         self.optimizer = self.method.configure_optimizers()
         self.clip = cfg.fit.gradient_clip
         self.batches = self._batches()
@@ -63,13 +74,16 @@ class Trainee:
         return self.stack.device
 
     def _batches(self) -> Iterator[Batch]:
-        """Micro batches of R rows as the data module gives them, on the device; sample numbers go on."""
-        pixels = picture(self.stack.size).expand(self.rows, -1, -1, -1).to(self.device)
-        zeros = torch.zeros(self.rows, dtype=torch.long, device=self.device)
+        """Micro batches of R rows a concept as the data module gives them, on the device; sample numbers go on."""
+        count = self.rows * self.concepts
+        pixels = picture(self.stack.size).expand(count, -1, -1, -1).to(self.device)
+        concept = torch.arange(self.concepts, device=self.device).repeat_interleave(self.rows)
+        prompts = [prompt(number) for number in concept.tolist()]
+        zeros = torch.zeros_like(concept)
         first = 0
         while True:
-            sample = torch.arange(first, first + self.rows, device=self.device)
-            yield Batch(pixels, [PROMPT] * self.rows, zeros, sample, zeros, zeros.bool())
+            sample = torch.arange(first, first + self.rows, device=self.device).repeat(self.concepts)
+            yield Batch(pixels, prompts, concept, sample, zeros, zeros.bool())
             first += self.rows
 
     def step(self, watch: Watch = unwatched) -> Tensor:

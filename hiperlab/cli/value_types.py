@@ -141,7 +141,7 @@ def _check_tables(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None
             if defaults.get(parent) not in (None, {}):
                 raise UserError(f"{parent} is a single value, e.g. {parent}={defaults[parent]}: no table fits there.")
         inside = next((name for name in defaults if name.startswith(f"{key}.")), None)
-        if inside and given[key] is not None:
+        if inside and given[key] not in (None, {}):
             raise UserError(f"{key}={_shown(given[key])}: expected a table, e.g. {inside}={defaults[inside]}.")
 
 

@@ -75,6 +75,25 @@ def test_file_is_complete(file: Path) -> None:
         assert {"step_ms", "samples_per_s", "concepts_per_hour", "peak_mb", "pictures_per_s"} <= set(each)
 
 
+def test_several_concepts_share_a_pass(tmp_path: Path, capsys: Any) -> None:
+    """Three times the rows in a step; a method that cannot is refused before anything is measured."""
+    out = tmp_path / "out.json"
+    assert main([*QUICK, "--methods", "lora", "--concepts", "1,3", "--json", str(out), "model.size=64"]) == 0
+    alone, three = json.loads(out.read_text())["rows"]
+    assert (alone["concepts"], three["concepts"]) == (1, 3)
+    assert three["trainable_parameters"] == 3 * alone["trainable_parameters"]
+    assert three["unet_forward_gflop"] > 2.5 * alone["unet_forward_gflop"]
+    assert three["samples_per_s"] == pytest.approx(3 * 1000 / three["step_ms"])
+    trainee = Trainee(job("lora", "fit.batch_size=2").cfg, tiny(seed=0, size=64), 2)
+    rows = next(trainee.batches)
+    assert rows.concept.tolist() == [0, 0, 1, 1] and rows.sample.tolist() == [0, 1, 0, 1]
+    assert next(trainee.batches).sample.tolist() == [2, 3, 2, 3]
+    capsys.readouterr()
+    assert main([*QUICK, "--methods", "lora,dreambooth", "--concepts", "2", "model.size=64"]) == 2
+    said = capsys.readouterr()
+    assert "method=dreambooth takes one concept at a time" in said.err and "samples/s" not in said.out
+
+
 def test_numbers_fit_together(file: Path) -> None:
     found = json.loads(file.read_text())
     for each, steps, rows in zip(found["rows"], (5000, 500), (2, 1), strict=True):  # conf/method/ti.yaml, lora.yaml
