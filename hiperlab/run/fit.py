@@ -87,7 +87,17 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
         UserError: out of memory with nothing left to halve.
     """
     with session.stage("fit") as found:
-        rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
+        try:
+            rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
+        except _NoRoomError:
+            if len(session.groups[0]) == 1:
+                raise
+            rows = []
+        if not rows:  # out here: the exception, and with it the failed attempt's tensors, is gone
+            torch.cuda.empty_cache()
+            log.warning("out of memory with %d concepts in a pass: they go one by one.", len(session.groups[0]))
+            session.groups = [[index] for index in session.groups[0]]
+            rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
         if files.is_rank_zero():
             _write_card(session, rows)
         found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
@@ -100,6 +110,10 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
         )
         found["peak_memory"] = peak_memory()
         session.update(steps=found["steps"], trainable_parameters=found["trainable_parameters"])
+
+
+class _NoRoomError(UserError):
+    """Out of memory with one image of each concept at a time."""
 
 
 def _fit_group(session: Session, group: list[int], signals: StopSignals, resume_command: str) -> dict[str, Any]:
@@ -118,12 +132,13 @@ def _smaller(session: Session) -> int:
     """Half the micro batch that did not fit.
 
     Raises:
-        UserError: nothing is left to halve, or several processes would have to agree on it.
+        UserError: nothing is left to halve (`_NoRoomError`), or several processes would have to agree on it.
     """
     used, world = session.results["micro_batch_size"], session.results["world_size"]
     if used == 1 or world > 1:
         lower = f"fit.micro_batch_size={used // 2}, " if used > 1 else ""
-        raise UserError(
+        kind = _NoRoomError if world == 1 else UserError
+        raise kind(
             f"out of memory with {used} images at a time. Use {lower}model.optimise.gradient_checkpointing=true, "
             "precision=bf16, or a smaller model.size; then resume=auto goes on."
         )

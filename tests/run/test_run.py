@@ -265,6 +265,31 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path, monkeypatch) -> None:
     torch.testing.assert_close(*vectors, **CLOSE)
 
 
+def test_concepts_that_do_not_fit_in_a_pass_go_one_by_one(tmp_path, monkeypatch) -> None:
+    """One picture of each is too much: nothing is left to halve but the number of concepts."""
+    from hiperlab.method.ti import TextualInversion
+
+    original = TextualInversion.training_step
+
+    def greedy(self, batch, index):
+        if len(batch.prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return original(self, batch, index)
+
+    shared = ["method=ti", "stages=[fit]", "fit.batch_size=2", "data.concepts=[puppy,bunny]", *EXACT]
+    assert run(tmp_path / "whole", *shared) == 0
+    monkeypatch.setattr(TextualInversion, "training_step", greedy)
+    assert run(tmp_path / "split", *shared) == 0
+    assert "out of memory with 2 concepts in a pass: they go one by one" in (tmp_path / "split" / "run.log").read_text()
+    for name in ("puppy", "bunny"):
+        vectors = [
+            load_file(tmp_path / run / "artifacts" / f"{name}.safetensors")["vectors"] for run in ("whole", "split")
+        ]
+        torch.testing.assert_close(*vectors, **CLOSE)
+    assert run(tmp_path / "split", *shared, "resume=auto", "fit.steps=4") == 0, "it goes on as it went"
+    assert len(list((tmp_path / "split" / "checkpoints").glob("*/step-000004.ckpt"))) == 2
+
+
 def test_a_method_that_cannot_stack_goes_one_by_one(tmp_path, monkeypatch) -> None:
     from hiperlab.method.ti import TextualInversion
 
