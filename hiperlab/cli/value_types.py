@@ -79,6 +79,7 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "method.optimizer.betas": Range("two numbers from 0 to below 1", _are_betas),
 }
 ANYWHERE = {"seed": _whole(0), "width": _whole(1)}  # by the last part of a key
+HYDRAS_OWN = ("._convert_", "._partial_", "._recursive_")
 # Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several.
 FREE = ("trainer.", "data.identity_seed")
 
@@ -108,7 +109,9 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
     _check_tables(defaults, resolved)
     for key, value in resolved.items():
         if (odd := _not_finite(value)) is not None:
-            raise UserError(f"{key}={odd}: expected a finite number.")
+            raise UserError(f"{key}={odd}: expected a finite number of at most 64 bits.")
+        if key.endswith(HYDRAS_OWN) and key in defaults and value != defaults[key]:
+            raise UserError(f"{key}={value}: it says how Hydra builds that part and stays {defaults[key]}.")
         wanted = RANGES.get(key) or ANYWHERE.get(key.rpartition(".")[2])
         if wanted and not (wanted.null if value is None else wanted.holds(value)):
             raise UserError(f"{key}={_shown(value)}: expected {wanted.what}.")
@@ -123,7 +126,8 @@ def check_types(base: DictConfig, cfg: DictConfig) -> None:
         ):
             continue
         kind = _kind(default)
-        if kind == "a text" and not _fits(value, kind):
+        several = isinstance(value, list) and not key.startswith("data.")  # data: one for each of several concepts
+        if kind == "a text" and (several or not _fits(value, kind)):
             raise UserError(f"{key}={value}: expected a text. If it is one, quote it twice: '{key}=\"{value}\"'.")
         if kind and not _fits(value, kind):
             raise UserError(f"{key}={value}: expected {kind}, e.g. {key}={str(default).replace(' ', '')}.")
@@ -146,11 +150,13 @@ def _check_tables(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def _not_finite(value: Any) -> float | None:
-    """A number in a value, or in a list of it, that is NaN or infinite."""
+    """A number in a value, or in a list of it, that is NaN, infinite or larger than any library takes."""
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, list) and (inner := _not_finite(each)) is not None:
             return inner
         if isinstance(each, float) and not math.isfinite(each):
+            return each
+        if isinstance(each, int) and abs(each) >= 2**63:
             return each
     return None
 
@@ -189,7 +195,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "a list":
         return isinstance(value, list)
     if kind == "a text":
-        return isinstance(value, str | list)  # a list where there are several concepts
+        return isinstance(value, str | list)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, int) or kind == "a number"

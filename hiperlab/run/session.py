@@ -285,10 +285,10 @@ def _built(node: Any, key: str, **how: Any) -> Any:
         return instantiate(node, **how)
     except InstantiationException as error:
         cause = error.__cause__
-        if not isinstance(cause, TypeError | ValueError) or isinstance(cause, UserError):
+        if not isinstance(cause, TypeError | ValueError | None) or isinstance(cause, UserError):
             raise
         where = re.search(r"full_key: (\S+)", str(error))
-        raise UserError(f"{where[1] if where else key} cannot be built: {first_line(cause)}.") from error
+        raise UserError(f"{where[1] if where else key} cannot be built: {first_line(cause or error)}.") from error
 
 
 def open_session(cfg: DictConfig) -> Session:
