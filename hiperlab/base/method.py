@@ -26,6 +26,7 @@ from hiperlab.loss.diffusion import denoising_loss, per_concept, weighted
 from hiperlab.model import noise as diffusion
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.sampler import Sampler, ddim, generate
+from hiperlab.model.shared_calls import Call, Calls, alone
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.state import misfits
 from hiperlab.model.text import check_placeholder
@@ -212,6 +213,10 @@ class Method(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One micro batch: the sum, 0-d, over concepts of each concept's mean loss (Ho et al. 2020, algorithm 1)."""
+        return alone(self.model, self.training_calls(batch))
+
+    def training_calls(self, batch: Batch) -> Calls[Tensor]:
+        """One micro batch's loss, 0-d, as U-Net calls that other methods' may share."""
         rows = self.prepare_batch(batch)
         z0 = self.clean_latents(rows)
         noise = draws.normal(self.seed, "noise", rows.sample, z0.shape[1:]).to(z0)
@@ -219,7 +224,7 @@ class Method(pl.LightningModule, ABC):
         self.last_timesteps = t[: len(batch.concept)]
         z_t = self.model.add_noise(z0, noise, t)
         step = Step(rows.prompts, rows.concept, t, z_t, rows.sample, rows.pixels)
-        prediction = self.model.predict(z_t, t, self.condition(step))
+        prediction = yield Call(z_t, t, self.condition(step))
         target = self.model.target(z0, noise, t)
         if rows.mask is not None:
             prediction, target = weighted(prediction, target, rows.mask)

@@ -6,7 +6,7 @@ frozen network, and each row gives what a call with its own changed weights woul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,6 +35,10 @@ class RowOffsets:
     def rows(self, index: Tensor) -> RowOffsets:
         """The offsets of R chosen rows, numbers (R,) in [0, B); repeats are allowed."""
         return RowOffsets(self.changes, self.scale, self.which[index.to(self.which.device)])
+
+    def form(self) -> Hashable:
+        """Names and shapes of the changes but for the number of concepts: rows of equal form can share a call."""
+        return tuple((name, *(tuple(each.shape[1:]) for each in tensors)) for name, tensors in self.changes.items())
 
     def same(self, other: RowOffsets) -> bool:
         """Whether both are of the same layers and the same memory, for whatever rows."""
@@ -106,17 +110,29 @@ def joined(parts: Sequence[tuple[RowOffsets | None, int]]) -> RowOffsets | None:
             others, in their order: it has as many rows as they have together.
 
     Raises:
-        ValueError: offsets of different concepts' memory, or a part without any of another number of rows.
+        ValueError: offsets of different forms, or a part without any of another number of rows.
     """
     own = [offsets for offsets, _ in parts if offsets is not None]
     if not own:
         return None
-    if not all(own[0].same(each) for each in own):
-        raise ValueError("rows of different methods' offsets need calls of their own")
-    together = torch.cat([each.which for each in own])
-    which = []
-    for offsets, count in parts:
-        if offsets is None and count != len(together):
+    distinct: list[RowOffsets] = []
+    places = []  # where each part's concepts stand among those of all
+    for offsets in own:
+        if offsets.form() != own[0].form():
+            raise ValueError("rows whose offsets are of other layers or ranks need calls of their own")
+        number = next((number for number, known in enumerate(distinct) if offsets.same(known)), len(distinct))
+        if number == len(distinct):
+            distinct.append(offsets)
+        places.append(sum(len(known.scale) for known in distinct[:number]))
+    numbers = [offsets.which + place for offsets, place in zip(own, places, strict=True)]
+    together, remaining, which = torch.cat(numbers), iter(numbers), []
+    for part, count in parts:
+        if part is None and count != len(together):
             raise ValueError(f"{count} rows without offsets beside {len(together)} rows with")
-        which.append(together if offsets is None else offsets.which)
-    return RowOffsets(own[0].changes, own[0].scale, torch.cat(which))
+        which.append(together if part is None else next(remaining))
+    changes, scale = own[0].changes, own[0].scale
+    if len(distinct) > 1:
+        kinds = {name: zip(*(known.changes[name] for known in distinct), strict=True) for name in changes}
+        changes = {name: tuple(torch.cat(pieces) for pieces in each) for name, each in kinds.items()}
+        scale = torch.cat([known.scale for known in distinct])
+    return RowOffsets(changes, scale, torch.cat(which))

@@ -128,11 +128,22 @@ def test_rows_are_chosen_and_joined(stack, pairs) -> None:
     assert whole.rows([3, 0]).row_offsets.which.tolist() == [2, 2]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="3 rows without offsets beside 4"):
         joined([(None, 3), (whole.row_offsets, 4)])
-    copies = {name: tuple(tensor.clone() for tensor in each) for name, each in pairs.items()}
-    other = RowOffsets(copies, SCALE, WHICH)
     with pytest.raises(ValueError, match="calls of their own"):
-        joined([(other, 4), (whole.row_offsets, 4)])
+        fewer = RowOffsets(dict(list(pairs.items())[:3]), SCALE, WHICH)
+        joined([(fewer, 4), (whole.row_offsets, 4)])
     assert joined([(None, 3), (None, 1)]) is None
+
+
+def test_offsets_of_different_memory_share_a_call(stack, pairs) -> None:
+    latents, when, states = inputs()
+    mine = Conditioning(states, row_offsets=RowOffsets(pairs, SCALE, WHICH))
+    others = {name: tuple(tensor.detach() * 1.5 for tensor in each) for name, each in pairs.items()}
+    theirs = Conditioning(states.flip(1), row_offsets=RowOffsets(others, SCALE.flip(0), WHICH))
+    both = concatenate([Conditioning(states[:, :, :, :].repeat(1, 3, 1, 1)), mine, theirs, mine.rows([1, 2, 3, 0])])
+    assert both.row_offsets is not None and both.row_offsets.which.tolist()[12:] == [2, 0, 1, 2, 5, 3, 4, 5, 0, 1, 2, 2]
+    together = stack.predict(latents.repeat(3, 1, 1, 1), when.repeat(3), both.rows(range(12, 24)))
+    torch.testing.assert_close(together[:4], stack.predict(latents, when, mine), atol=1e-10, rtol=0)
+    torch.testing.assert_close(together[4:8], stack.predict(latents, when, theirs), atol=1e-10, rtol=0)
 
 
 def test_the_offset_is_worked_out_in_the_more_precise_type() -> None:

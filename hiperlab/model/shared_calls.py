@@ -1,0 +1,130 @@
+"""U-Net calls as values, so that several pieces of work that wait for the U-Net share one call.
+
+Nothing in Stable Diffusion's U-Net mixes the rows of a batch. A training step or a drawing is written as a generator
+that yields a `Call` where it needs the U-Net and is sent the prediction; `alone` runs one of them, `together` runs
+several side by side and joins the calls that are asked for at the same time. Each gets what it would get alone (but for
+rounding), whatever the others are: other concepts, settings, methods, steps of a path.
+Axes: B rows of a call, C latent channels, H, W latent sides, L cross-attention layers, N tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hiperlab.model.attention_control import Control, Layer
+from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.stack import FrozenStack
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to the U-Net, as `FrozenStack.predict` takes it.
+
+    Attributes:
+        latents: z_t (B, C, H, W).
+        timestep: (B,) int64 in [0, 1000).
+        conditioning: of the B rows.
+        gradient: whether the answer is to carry a gradient; what is enabled where the call is made.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    conditioning: Conditioning
+    gradient: bool = field(default_factory=torch.is_grad_enabled)
+
+
+Calls = Generator[Call, Tensor, Result]  # yields calls, is sent predictions (B, C, H, W), returns a result
+
+
+def alone(stack: FrozenStack, work: Calls[Result]) -> Result:
+    """The result of one piece of work, its calls answered one by one."""
+    return together(stack, [work])[0]
+
+
+def together(stack: FrozenStack, works: Sequence[Calls[Result]]) -> list[Result]:
+    """The results of several pieces of work, in their order; calls that wait at the same time are joined.
+
+    Calls with changes of the U-Net's own weights (`Conditioning.offsets`) have a U-Net of their own and stay alone.
+
+    Args:
+        stack: the frozen model that all of them ask.
+        works: each may make as many calls as it likes.
+    """
+    results: dict[int, Result] = {}
+    waiting: dict[int, Call] = {}
+
+    def advance(number: int, prediction: Tensor | None) -> None:
+        waiting.pop(number, None)
+        try:
+            waiting[number] = works[number].send(prediction)  # type: ignore[arg-type]
+        except StopIteration as ended:
+            results[number] = ended.value
+
+    for number in range(len(works)):
+        advance(number, None)
+    while waiting:
+        groups: dict[Hashable, list[int]] = {}
+        for number, call in sorted(waiting.items()):
+            groups.setdefault(_kind(call, number), []).append(number)
+        answers: dict[int, Tensor] = {}
+        for numbers in groups.values():
+            answers |= dict(zip(numbers, _answers(stack, [waiting[number] for number in numbers]), strict=True))
+        for number, prediction in answers.items():
+            advance(number, prediction)
+    return [results[number] for number in range(len(works))]
+
+
+def _kind(call: Call, number: int) -> Hashable:
+    """Calls of equal kind can be joined."""
+    states = call.conditioning
+    if states.offsets is not None:
+        return number
+    form = None if states.row_offsets is None else states.row_offsets.form()
+    tokens = states.keys.shape[2:]
+    return call.gradient, call.latents.shape[1:], call.latents.dtype, tokens, form, states.detach_first
+
+
+def _answers(stack: FrozenStack, calls: Sequence[Call]) -> list[Tensor]:
+    """Each call's prediction (B, C, H, W), from one call of all rows."""
+    with torch.set_grad_enabled(calls[0].gradient):
+        if len(calls) == 1:
+            return [stack.predict(calls[0].latents, calls[0].timestep, calls[0].conditioning)]
+        counts = [len(call.latents) for call in calls]
+        controls = [call.conditioning.control for call in calls]
+        states = concatenate([replace(call.conditioning, control=None) for call in calls])
+        if any(control is not None for control in controls):
+            states = states.controlled(_Controls(controls, counts))
+        latents = torch.cat([call.latents for call in calls])
+        times = torch.cat([call.timestep for call in calls])
+        return list(stack.predict(latents, times, states).split(counts))
+
+
+class _Controls:
+    """The controls of a joined call: each sees the maps of its own call's rows alone.
+
+    Args:
+        controls: one per call, None for none.
+        counts: rows of each call.
+    """
+
+    def __init__(self, controls: Sequence[Control | None], counts: Sequence[int]) -> None:
+        bounds = pairwise(accumulate(counts, initial=0))
+        self.parts = [(control, slice(*bound)) for control, bound in zip(controls, bounds, strict=True)]
+
+    def wants(self, layer: Layer, pixels: int) -> bool:
+        return any(control.wants(layer, pixels) for control, _ in self.parts if control is not None)
+
+    def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
+        pixels, maps = probabilities.shape[2], []
+        for control, rows in self.parts:
+            own = probabilities[rows]
+            maps.append(control(layer, own) if control is not None and control.wants(layer, pixels) else own)
+        return torch.cat(maps)

@@ -1,0 +1,128 @@
+"""Work that waits for the U-Net at the same time shares its calls, and gets what it would get alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hiperlab.model.attention_control import Record, cross_maps
+from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.offsets import Added, Offsets
+from hiperlab.model.row_offsets import RowOffsets
+from hiperlab.model.shared_calls import Call, Calls, alone, together
+from hiperlab.model.tiny import tiny
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return tiny(seed=0, size=128).double()
+
+
+@pytest.fixture
+def sizes(stack, monkeypatch):
+    """Rows of each call that the U-Net really gets."""
+    found: list[int] = []
+    plain = stack.predict
+
+    def predict(latents, timestep, conditioning):
+        found.append(len(latents))
+        return plain(latents, timestep, conditioning)
+
+    monkeypatch.setattr(stack, "predict", predict)
+    return found
+
+
+def call(seed: int, rows: int, **how) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64)
+    states = torch.randn(how.pop("layers", 1), rows, 77, 32, generator=generator, dtype=torch.float64)
+    when = torch.randint(1000, (rows,), generator=generator)
+    return Call(latents, when, Conditioning(states.requires_grad_(), **how))
+
+
+def chain(seed: int, rows: int, length: int, **how) -> Calls[torch.Tensor]:
+    """So many calls, each from what the one before found."""
+    step = call(seed, rows, **how)
+    latents = step.latents
+    for _ in range(length):
+        latents = (yield Call(latents, step.timestep, step.conditioning)) / 2
+    return latents
+
+
+def test_results_are_those_of_each_alone(stack, sizes) -> None:
+    """Different numbers of rows, of calls and of states per layer; one ends before the others, one asks nothing."""
+    works = [(0, 2, 3, {}), (1, 1, 1, {"layers": 16}), (2, 3, 2, {}), (3, 1, 0, {})]
+    expected = [alone(stack, chain(*work, **how)) for *work, how in works]
+    assert sizes == [2, 2, 2, 1, 3, 3]
+    sizes.clear()
+    found = together(stack, [chain(*work, **how) for *work, how in works])
+    assert sizes == [6, 5, 2]
+    for mine, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=0)
+
+
+def test_gradients_stay_with_their_own(stack) -> None:
+    def grad(rows: int, many: bool) -> list[torch.Tensor]:
+        calls = [call(seed, rows) for seed in range(3)]
+
+        def work(mine: Call) -> Calls[torch.Tensor]:
+            return (yield mine).square().sum()
+
+        losses = together(stack, map_works(work, calls)) if many else [alone(stack, work(each)) for each in calls]
+        torch.stack(losses).sum().backward()
+        return [each.conditioning.keys.grad for each in calls]  # type: ignore[misc]
+
+    for mine, one in zip(grad(2, True), grad(2, False), strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=1e-10)
+
+
+def map_works(work, calls):
+    return [work(each) for each in calls]
+
+
+def test_only_calls_of_one_kind_are_joined(stack, sizes) -> None:
+    """Changed weights have a U-Net of their own; a call without a gradient is none with; other layers stay apart."""
+    delta = torch.zeros_like(stack.unet.get_parameter(LAYER)) + 0.1
+    which = torch.zeros(1, dtype=torch.long)
+    beside = [RowOffsets({LAYER: (delta[None] * k,)}, torch.ones(1), which) for k in (1, 2)]
+
+    @torch.no_grad()
+    def quiet() -> Calls[torch.Tensor]:
+        return (yield call(9, 1))
+
+    def changed() -> Offsets:
+        return Offsets({LAYER: Added(delta)})
+
+    def makers():
+        return [
+            chain(0, 1, 1), chain(1, 1, 1), quiet(), quiet(),
+            chain(2, 1, 1, offsets=changed()), chain(3, 1, 1, offsets=changed()),
+            chain(4, 1, 1, row_offsets=beside[0]), chain(5, 1, 1, row_offsets=beside[1]),
+        ]  # fmt: skip
+
+    expected = [alone(stack, each) for each in makers()]
+    sizes.clear()
+    found = together(stack, makers())
+    assert sorted(sizes) == [1, 1, 2, 2, 2]
+    for mine, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=0)
+    assert found[0].requires_grad and not found[2].requires_grad
+
+
+def test_controls_see_their_own_rows(stack) -> None:
+    def records() -> list[Record | None]:
+        return [Record(cross_maps(16)), None, Record(cross_maps(64))]
+
+    alone_, shared = records(), records()
+    expected = [alone(stack, chain(k, k + 1, 1, control=control)) for k, control in enumerate(alone_)]
+    found = together(stack, [chain(k, k + 1, 1, control=control) for k, control in enumerate(shared)])
+    for mine, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=0)
+    for seen, wanted in zip(shared, alone_, strict=True):
+        assert (seen is None) == (wanted is None)
+        if seen is not None and wanted is not None:
+            assert seen.maps.keys() == wanted.maps.keys() and seen.maps
+            for layer, maps in wanted.maps.items():
+                torch.testing.assert_close(seen.maps[layer], maps, atol=1e-12, rtol=0)
