@@ -107,7 +107,8 @@ class Method(pl.LightningModule, ABC):
         seed: of initialisation and of every draw during training.
     """
 
-    stacks_concepts: ClassVar[bool] = True  # False: the run trains one concept after the other
+    stacks_concepts: ClassVar[bool] = True  # False: every concept has a method of its own
+    why_alone: ClassVar[str] = ""  # why its U-Net calls cannot be shared with other trainings'; empty if they can
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
@@ -270,10 +271,14 @@ class Method(pl.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the step's losses, averaged over its micro batches and ranks."""
+        for name, value in self.step_metrics().items():
+            self.log(name, value, prog_bar=name == "loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
+
+    def step_metrics(self) -> dict[str, Tensor]:
+        """The losses (0-d) of an optimizer step by name, averaged over its micro batches; they are forgotten then."""
         means = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        for name, value in zip(self._loss_names, means, strict=True):
-            self.log(name, value, prog_bar=name == "loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
+        return dict(zip(self._loss_names, means, strict=True))
 
     # ---- keeping ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from hiperlab.errors import UserError
 
 # What overrides.yaml never holds: where and how far it ran, and what may be imported (asked anew each time).
-UNRECORDED = ("run_dir", "resume", "resume_data", "stages", "allowed_targets")
+UNRECORDED = ("run_dir", "resume", "resume_data", "stages", "fold", "allowed_targets")
 
 
 def parse(lines: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:

@@ -41,22 +41,21 @@ def guarded(program: Callable[[list[str]], int], argv: list[str]) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException as error:
-            return _report(error)
+            text, code = told(error)
+            print(text, file=sys.stderr)
+            return code
 
 
-def _report(error: BaseException) -> int:
-    """Print what went wrong; a user's mistake, however deep, is one message without a traceback."""
+def told(error: BaseException) -> tuple[str, int]:
+    """What to print of an error, and the exit code; a user's mistake, however deep, is a message without traceback."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            print(f"hiperlab: {cause}", file=sys.stderr)
-            return 2
+            return f"hiperlab: {cause}", 2
         if isinstance(cause, StoppedError):
-            print(f"hiperlab: {cause}", file=sys.stderr)
-            return cause.code
+            return f"hiperlab: {cause}", cause.code
         cause = cause.__cause__
-    traceback.print_exception(error)
-    return 1
+    return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
 @contextmanager

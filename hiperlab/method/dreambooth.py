@@ -46,6 +46,7 @@ class DreamBooth(RareTokenMethod):
         prior: class pictures that hold the class.
     """
 
+    why_alone = "it trains the U-Net's own weights, so every training has a U-Net of its own"
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
 

@@ -79,6 +79,7 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
         export_files: also write the reimplementation's files, the picture tower included.
     """
 
+    why_alone = "it changes the U-Net's own weights, so every training has a U-Net of its own"
     stacks_concepts = False  # rows of one U-Net call share its weights
     time_dependent = True
     reads_latents = True

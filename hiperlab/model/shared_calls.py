@@ -9,7 +9,7 @@ Axes: B rows of a call, C latent channels, H, W latent sides, L cross-attention 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -46,10 +46,20 @@ Calls = Generator[Call, Tensor, Result]  # yields calls, is sent predictions (B,
 
 def alone(stack: FrozenStack, work: Calls[Result]) -> Result:
     """The result of one piece of work, its calls answered one by one."""
-    return together(stack, [work])[0]
+    prediction: Tensor | None = None
+    while True:
+        try:
+            call = work.send(prediction)  # type: ignore[arg-type]
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
+        (prediction,) = _answers(stack, [call])
 
 
-def together(stack: FrozenStack, works: Sequence[Calls[Result]]) -> list[Result]:
+def together(
+    stack: FrozenStack,
+    works: Sequence[Calls[Result]],
+    failed: Callable[[int, Exception], None] | None = None,
+) -> list[Result | None]:
     """The results of several pieces of work, in their order; calls that wait at the same time are joined.
 
     Calls with changes of the U-Net's own weights (`Conditioning.offsets`) have a U-Net of their own and stay alone.
@@ -57,8 +67,10 @@ def together(stack: FrozenStack, works: Sequence[Calls[Result]]) -> list[Result]
     Args:
         stack: the frozen model that all of them ask.
         works: each may make as many calls as it likes.
+        failed: told the number of a piece of work and what it raised itself; its result is None, the others go on. By
+            default that ends them all, as an error in a shared call does.
     """
-    results: dict[int, Result] = {}
+    results: dict[int, Result | None] = {}
     waiting: dict[int, Call] = {}
 
     def advance(number: int, prediction: Tensor | None) -> None:
@@ -67,6 +79,11 @@ def together(stack: FrozenStack, works: Sequence[Calls[Result]]) -> list[Result]
             waiting[number] = works[number].send(prediction)  # type: ignore[arg-type]
         except StopIteration as ended:
             results[number] = ended.value
+        except Exception as error:
+            if failed is None:
+                raise
+            results[number] = None
+            failed(number, error)
 
     for number in range(len(works)):
         advance(number, None)

@@ -97,6 +97,19 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of a CPU's, what Linux says can be had, elsewhere half of all there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        values = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+        return int(values["MemAvailable"].split()[0]) * 1024
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 2**32
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

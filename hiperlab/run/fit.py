@@ -1,44 +1,36 @@
-"""The fit stage: train, resume, keep. Everything Lightning needs is put together here."""
+"""The fit stage: train, resume, keep; what can share passes of the frozen network does."""
 
 from __future__ import annotations
 
 import logging
 import time
 import warnings
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
-from torch import Tensor
+from hydra.utils import get_class, instantiate
 
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.capability import Exportable, ReadsPicture
 from hiperlab.base.method import Method, Subject
-from hiperlab.base.rare_token_method import RareTokenMethod
-from hiperlab.data.concept import Concept, fill
-from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import to_pixels
-from hiperlab.data.module import ConceptData
-from hiperlab.errors import UserError
+from hiperlab.base.side_by_side import hooks_are_forwarded
+from hiperlab.errors import StoppedError, UserError
 from hiperlab.hub import first_line
-from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
-from hiperlab.report.environment import command, peak_memory
-from hiperlab.report.exports import CadencedExports
-from hiperlab.report.finish import EndWhenFinished
-from hiperlab.report.loggers import JsonlLogger, RewindLogs
-from hiperlab.report.nan_guard import FiniteGuard
-from hiperlab.report.precision import ScaledPrecision
+from hiperlab.report.checkpoint import step_of
+from hiperlab.report.environment import command, free_memory, peak_memory
 from hiperlab.report.progress import StepProgress
-from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.signals import StopCallback, StopSignals
-from hiperlab.run.disk_space import check_space
-from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
+from hiperlab.run.resume import checkpoint_folder, starting_point
 from hiperlab.run.session import Session
+from hiperlab.run.train_together import train_together
+from hiperlab.run.trainee import Trainee, as_published, begin, enrol, first_pixels, make_trainer, split_batch
 
 log = logging.getLogger(__name__)
+MOST_ROWS = 32  # images in a pass: a GPU is full by then
+BYTES_PER_NUMBER = 16  # of a trained one: itself, its gradient, and two moments, in float32
 
 
 def check_trainer(session: Session) -> None:
@@ -57,26 +49,26 @@ def check_trainer(session: Session) -> None:
         raise UserError(f"trainer cannot be set up: {first_line(error)}.") from error
 
 
-def split_batch(batch_size: int, micro: int | None, world: int) -> tuple[int, int]:
-    """Rows per concept, rank and micro batch, and micro batches per optimizer step.
+class _Piece(NamedTuple):
+    """A group of concepts that one method trains.
 
-    Args:
-        batch_size: images of one concept per optimizer step, over all ranks.
-        micro: most rows at a time; None for as many as there are.
-        world: ranks.
-
-    Raises:
-        UserError: the batch cannot be shared evenly by the ranks.
+    Attributes:
+        number: its run's among those that train.
+        group: numbers of its concepts in that run.
+        resume: where it goes on.
+        micro: most images of a concept at a time.
+        most: most pieces that it may share a pass with, itself included; None for as many as there is room for.
     """
-    if batch_size % world:
-        raise UserError(
-            f"fit.batch_size={batch_size} cannot be shared by {world} processes. "
-            f"Choose a multiple of {world}, or fewer devices."
-        )
-    share = batch_size // world
-    most = min(micro or share, share)
-    rows = next(rows for rows in range(most, 0, -1) if share % rows == 0)
-    return rows, share // rows
+
+    number: int
+    group: tuple[int, ...]
+    resume: str | None
+    micro: int | None
+    most: int | None = None
+
+
+class _NoRoomError(UserError):
+    """Out of memory with one image of each concept at a time."""
 
 
 def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
@@ -86,46 +78,206 @@ def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
         StoppedError: told to stop (everything is saved), or a loss was not finite.
         UserError: out of memory with nothing left to halve.
     """
-    with session.stage("fit") as found:
-        try:
-            rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
-        except _NoRoomError:
-            if len(session.groups[0]) == 1:
-                raise
-            rows = []
-        if not rows:  # out here: the exception, and with it the failed attempt's tensors, is gone
-            torch.cuda.empty_cache()
-            log.warning("out of memory with %d concepts in a pass: they go one by one.", len(session.groups[0]))
-            session.groups = [[index] for index in session.groups[0]]
-            rows = [_fit_group(session, group, signals, resume_command) for group in session.groups]
-        if files.is_rank_zero():
-            _write_card(session, rows)
-        found |= {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
-        found["finished"] = all(row["finished"] for row in rows)
-        found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
-        found["train_seconds"] = round(sum(row["train_seconds"] for row in rows), 2)
-        found["loss"] = rows[-1]["loss"]
-        found["artifact_bytes"] = sum(
-            file.stat().st_size for file in (session.folder / "artifacts").glob("*.safetensors")
+    for error in fit_all([session], signals, resume_command).values():
+        raise error
+
+
+def fit_all(sessions: Sequence[Session], signals: StopSignals, resume_command: str) -> dict[int, Exception]:
+    """Train the concepts of several runs, as many as possible in each pass of the frozen network.
+
+    Args:
+        sessions: runs that ask for the same model, precision, trainer and `fit` settings.
+        signals: of the process.
+        resume_command: how to go on, printed when stopped.
+
+    Returns:
+        Why a run did not get to the end of its training, by its number; the others did.
+
+    Raises:
+        StoppedError: told to stop; everything is saved.
+    """
+    for session in sessions:
+        log.info("stage fit%s", "" if len(sessions) == 1 else f" of {session.folder.name}")
+    start = time.monotonic()
+    training = _Training(sessions, signals, resume_command)
+    training.run()
+    for number, session in enumerate(sessions):
+        if number not in training.errors:
+            rows = training.rows[number]
+            if files.is_rank_zero():
+                _write_card(session, rows)
+            session.end_stage("fit", _summed_up(session, rows), time.monotonic() - start)
+    return training.errors
+
+
+def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What results.json says of a run's training."""
+    found = {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
+    found["finished"] = all(row["finished"] for row in rows)
+    found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
+    found["train_seconds"] = round(sum(row["train_seconds"] / row["shared_by"] for row in rows), 2)
+    if (shared := max(row["shared_by"] for row in rows)) > 1:
+        found["shared_by"] = shared
+    found["loss"] = rows[-1]["loss"]
+    found["artifact_bytes"] = sum(file.stat().st_size for file in (session.folder / "artifacts").glob("*.safetensors"))
+    found["peak_memory"] = peak_memory()
+    session.update(steps=found["steps"], trainable_parameters=found["trainable_parameters"])
+    return found
+
+
+class _Training:
+    """The work of `fit_all`: what waits, what was done, what went wrong."""
+
+    def __init__(self, sessions: Sequence[Session], signals: StopSignals, resume_command: str) -> None:
+        self.sessions, self.signals, self.command = sessions, signals, resume_command
+        self.rows: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(sessions))}
+        self.errors: dict[int, Exception] = {}
+        self.waiting = [
+            _Piece(number, tuple(group), session.cfg.resume, session.cfg.fit.micro_batch_size)
+            for number, session in enumerate(sessions)
+            for group in session.groups
+        ]
+
+    def run(self) -> None:
+        """Train everything."""
+        while self.waiting:
+            chosen = self._next()
+            try:
+                self._train(chosen)
+            except torch.OutOfMemoryError:
+                again = chosen
+            except _NoRoomError as error:
+                again = self._one_by_one(chosen[0], error)
+            except (UserError, StoppedError) as error:
+                if isinstance(error, StoppedError) and error.code != 1:
+                    raise
+                self._failed(chosen[0].number, error)
+                continue
+            else:
+                continue
+            torch.cuda.empty_cache()  # out here: the exception, and with it the failed attempt's tensors, is gone
+            try:
+                self.waiting = (self._smaller(again) if again is chosen else again) + self.waiting
+            except _NoRoomError as error:
+                self.waiting = self._one_by_one(chosen[0], error) + self.waiting
+            except UserError as error:
+                self._failed(chosen[0].number, error)
+
+    def _failed(self, number: int, error: Exception) -> None:
+        self.errors.setdefault(number, error)
+        if len(self.sessions) == 1:  # nobody else waits
+            self.waiting.clear()
+
+    def _next(self) -> list[_Piece]:
+        """Take out the first piece that waits, with others that can share its passes."""
+        first = self.waiting.pop(0)
+        chosen = [first]
+        if first.most != 1 and self._shares(first):
+            step = self._step(first)
+            mates = [piece for piece in self.waiting if self._shares(piece) and self._step(piece) == step]
+            chosen += mates[: self._most(first) - 1]
+            self.waiting = [piece for piece in self.waiting if piece not in chosen]
+        return chosen
+
+    def _shares(self, piece: _Piece) -> bool:
+        """Whether its passes can be shared: one process, no gradient scaler (it skips everybody's step)."""
+        cfg = self.sessions[piece.number].cfg
+        method = get_class(cfg.method._target_)
+        single = (
+            cfg.trainer.devices in (1, "1", "auto") and cfg.trainer.num_nodes == 1 and not cfg.precision.grad_scaler
         )
-        found["peak_memory"] = peak_memory()
-        session.update(steps=found["steps"], trainable_parameters=found["trainable_parameters"])
+        return single and not method.why_alone and hooks_are_forwarded(method)  # type: ignore[attr-defined]
 
+    def _step(self, piece: _Piece) -> int:
+        """The step it goes on from: only trainings at the same step share passes."""
+        session = self.sessions[piece.number]
+        path = starting_point(checkpoint_folder(session, list(piece.group)), piece.resume, session.cfg.fit.steps)
+        return 0 if path is None else step_of(path)
 
-class _NoRoomError(UserError):
-    """Out of memory with one image of each concept at a time."""
+    def _most(self, piece: _Piece) -> int:
+        """How many such pieces may share a pass: as many rows as fill a device."""
+        rows, _ = split_batch(self.sessions[piece.number].cfg.fit.batch_size, piece.micro, 1)
+        return max(1, min(piece.most or MOST_ROWS, MOST_ROWS // (rows * len(piece.group))))
 
+    def _enrolled(self, pieces: list[_Piece]) -> list[tuple[int, Trainee]]:
+        """The pieces' methods with the numbers of their runs, while memory takes them; others wait again.
 
-def _fit_group(session: Session, group: list[int], signals: StopSignals, resume_command: str) -> dict[str, Any]:
-    """Train the concepts of one group, with a smaller micro batch if memory runs out."""
-    cfg, micro = session.cfg, session.cfg.fit.micro_batch_size
-    resume = cfg.resume
-    while True:
-        try:
-            return _train(session, group, signals, resume_command, micro, resume)
-        except torch.OutOfMemoryError:
-            micro, resume = _smaller(session), "auto"
-        torch.cuda.empty_cache()  # out here: the exception, and with it the failed attempt's tensors, is gone
+        Raises:
+            UserError: of a single piece.
+        """
+        found: list[tuple[int, Trainee]] = []
+        used, free = 0, free_memory(self.sessions[pieces[0].number].device)
+        for place, piece in enumerate(pieces):
+            if found and used + used / len(found) > free / 4:
+                self.waiting = pieces[place:] + self.waiting
+                break
+            try:
+                trainee = enrol(self.sessions[piece.number], list(piece.group), piece.resume)
+            except UserError as error:
+                if len(pieces) == 1:
+                    raise
+                self._failed(piece.number, error)
+                continue
+            used += trainee.parameters_per_concept * len(piece.group) * BYTES_PER_NUMBER
+            found.append((piece.number, trainee))
+        return found
+
+    def _train(self, pieces: list[_Piece]) -> None:
+        """Train some pieces in one loop.
+
+        Raises:
+            torch.OutOfMemoryError: nothing is lost: they go on from their newest checkpoints.
+            StoppedError: told to stop; or, of a single piece, a loss was not finite.
+            UserError: of a single piece.
+        """
+        enrolled = self._enrolled(pieces)
+        ready = [each for each in enrolled if not each[1].method.finished]
+        for number, trainee in enrolled if len(ready) == 1 else [each for each in enrolled if each not in ready]:
+            self.rows[number].append(_alone(trainee, pieces[0].micro, self.signals, self.command))
+        if len(ready) < 2:
+            return
+        trainees = [trainee for _, trainee in ready]
+        stop = StopCallback(self.signals, trainees[0].checkpoints, self.command)
+        start = time.monotonic()
+        module, views = train_together(trainees, pieces[0].micro, stop)
+        stop.raise_if_stopped()
+        seconds = time.monotonic() - start
+        for place, (number, trainee) in enumerate(ready):
+            if place in module.failed:
+                self._failed(number, module.failed[place])
+                continue
+            view = views[place]
+            accumulate = module.trainer.accumulate_grad_batches
+            found = _row(trainee, view.global_step, 1, accumulate, seconds, view.callback_metrics)
+            written = write_artifacts(trainee.session, trainee.method, view.global_step)
+            self.rows[number].append({**found, "written": written, "shared_by": len(ready)})
+
+    def _smaller(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The same work in smaller passes: fewer trainings in one, then fewer images.
+
+        Raises:
+            UserError: nothing is left to halve (`_NoRoomError`), or several processes would have to agree on it.
+        """
+        if len(pieces) > 1:
+            most = len(pieces) // 2
+            log.warning("out of memory with %d trainings in a pass: %d go together.", len(pieces), most)
+            return [piece._replace(resume="auto", most=most) for piece in pieces]
+        micro = _smaller(self.sessions[pieces[0].number])
+        return [pieces[0]._replace(resume="auto", micro=micro)]
+
+    def _one_by_one(self, piece: _Piece, error: _NoRoomError) -> list[_Piece]:
+        """A method's stacked concepts as pieces of their own.
+
+        Raises:
+            UserError: there is one only.
+        """
+        session = self.sessions[piece.number]
+        if len(piece.group) == 1:
+            raise UserError(str(error)) from error
+        log.warning("out of memory with %d concepts in a pass: they go one by one.", len(piece.group))
+        session.groups = [[index] for index in piece.group]
+        micro = session.cfg.fit.micro_batch_size
+        return [_Piece(piece.number, (index,), session.cfg.resume, micro, most=1) for index in piece.group]
 
 
 def _smaller(session: Session) -> int:
@@ -146,139 +298,44 @@ def _smaller(session: Session) -> int:
     return used // 2
 
 
-def _train(
-    session: Session, group: list[int], signals: StopSignals, resume_command: str, micro: int | None, resume: str | None
-) -> dict[str, Any]:
-    cfg = session.cfg
-    folder = checkpoint_folder(session, group)
-    method = session.build_method(group)
-    per_concept = sum(p.numel() for p in method.parameters() if p.requires_grad) // len(group)
-    check_space(session, method)
-    checkpoints = StepCheckpoints(folder, cfg.fit.checkpoint_every, keep_all=bool(cfg.fit.keep_checkpoints))
-    stop = StopCallback(signals, checkpoints, resume_command)
-    trainer = _trainer(session, method, group, checkpoints, stop)
-    rows, accumulate = split_batch(cfg.fit.batch_size, micro, trainer.world_size)
+def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_command: str) -> dict[str, Any]:
+    """Train one piece in a loop of its own, on as many devices as are asked for."""
+    session, method = trainee.session, trainee.method
+    stop = StopCallback(signals, trainee.checkpoints, resume_command)
+    trainer = make_trainer(session, [stop, *trainee.watchers(), StepProgress()], trainee.loggers())
+    rows, accumulate = split_batch(session.cfg.fit.batch_size, micro, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
-    session.update(micro_batch_size=rows, world_size=trainer.world_size)
-    concepts = tuple(session.data.concepts[index] for index in group)
-    subset = replace(as_published(session.data, method), concepts=concepts)
-    if isinstance(method, ReadsPicture):
-        subset = first_pictures(subset) if method.one_picture else subset
-        for number, concept in enumerate(concepts):
-            method.set_reference(number, first_pixels(subset, concept, cfg.model.size))
-    if isinstance(method, RareTokenMethod) and method.template is not None and any(each.captions for each in concepts):
-        log.warning(
-            "method.template=%r is trained instead of the captions; method.template=null takes them.", method.template
-        )
-    data = ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
-    start_from = starting_point(folder, resume, cfg.fit.steps)
-    remember(session, fresh=start_from is None)
-    if start_from is not None:
-        log.info("resuming from %s of %d steps", start_from.stem, cfg.fit.steps)
-    log.info(
-        "%s: %s trainable parameters per concept, %d steps of %d images (%d at a time, %d process%s)",
-        type(method).__name__, f"{per_concept:,}", cfg.fit.steps, cfg.fit.batch_size, rows, trainer.world_size,
-        "" if trainer.world_size == 1 else "es",
-    )  # fmt: skip
+    data = trainee.data(rows, accumulate)
+    begin(trainee, rows, trainer.world_size)
     start = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*Found .* module.* in eval mode.*")  # the frozen stack: as it should be
         if not method.finished:
-            trainer.fit(method, datamodule=data, ckpt_path=start_from, weights_only=True)
+            trainer.fit(method, datamodule=data, ckpt_path=trainee.start, weights_only=True)
     stop.raise_if_stopped()
     seconds = time.monotonic() - start
     written = write_artifacts(session, method, trainer.global_step) if trainer.is_global_zero else []
     trainer.strategy.barrier()
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    found = _row(trainee, trainer.global_step, trainer.world_size, accumulate, seconds, metrics)
+    return found | {"written": written, "shared_by": 1}
+
+
+def _row(
+    trainee: Trainee, steps: int, world: int, accumulate: int, seconds: float, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """What became of a piece."""
     return {
-        "written": written,
-        "steps": trainer.global_step,
-        "finished": method.finished,
-        "world_size": trainer.world_size,
-        "micro_batch_size": rows,
+        "steps": steps,
+        "finished": trainee.method.finished,
+        "world_size": world,
+        "micro_batch_size": trainee.session.results["micro_batch_size"],
         "accumulate": accumulate,
-        "trainable_parameters": per_concept * len(group),
+        "trainable_parameters": trainee.parameters_per_concept * len(trainee.group),
         "train_seconds": seconds,
-        "loss": _last_loss(trainer),
+        "loss": metrics.get("loss"),
     }
-
-
-def as_published(data: DataSet, method: Method) -> DataSet:
-    """The data with the method's published crop and flip where its settings leave them open."""
-    return replace(
-        data,
-        crop=method.published_crop if data.crop is None else data.crop,
-        flip=method.published_flip if data.flip is None else data.flip,
-    )
-
-
-def first_pictures(data: DataSet) -> DataSet:
-    """Every concept with its first picture alone, the same each time: what a method of one picture trains on."""
-    concepts = tuple(
-        replace(each, views=each.views[:1], sources=each.sources[:1], captions=each.captions[:1], masks=each.masks[:1])
-        for each in data.concepts
-    )
-    return replace(data, concepts=concepts, flip=0.0, crop="middle" if data.crop == "random" else data.crop)
-
-
-def first_pixels(data: DataSet, concept: Concept, size: int) -> Tensor:
-    """A concept's first picture (3, size, size) in [-1, 1], as training sees it; the crop of `data` is settled."""
-    assert data.crop is not None, "see as_published"
-    return to_pixels(concept.views[0], size, data.crop, flip=False)
-
-
-def _last_loss(trainer: pl.Trainer) -> float | None:
-    value = trainer.callback_metrics.get("loss")
-    return None if value is None else float(value)
-
-
-def _trainer(
-    session: Session, method: Method, group: list[int], checkpoints: StepCheckpoints, stop: StopCallback
-) -> pl.Trainer:
-    cfg = session.cfg
-    chosen = [session.data.concepts[index] for index in group]
-    prompts = [
-        (fill(prompt, concept.placeholder), number)
-        for number, concept in enumerate(chosen)
-        for prompt in concept.prompts[: cfg.fit.sample_prompts]
-    ]
-    folder = log_folder(session, group)
-    samples = TrainingSamples(
-        folder / "grids",
-        cfg.fit.sample_every,
-        [prompt for prompt, _ in prompts],
-        list(range(len(prompts))),
-        steps=session.sampler.steps,
-        guidance=session.sampler.guidance,
-        options={"concepts": [number for _, number in prompts], "sampler": session.sampler},
-    )
-    settings = instantiate(cfg.trainer, _convert_="all")
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if cfg.precision.grad_scaler:
-        plugins.append(ScaledPrecision("cpu" if settings["accelerator"] == "cpu" else session.device.type))
-    return pl.Trainer(
-        **settings,
-        max_steps=cfg.fit.steps,
-        max_epochs=-1,
-        gradient_clip_val=cfg.fit.gradient_clip,
-        callbacks=[
-            stop,
-            FiniteGuard(checkpoints),
-            samples,
-            EndWhenFinished(),
-            checkpoints,
-            CadencedExports(session.folder / "artifacts"),
-            RewindLogs(),
-            StepProgress(),
-        ],
-        plugins=plugins,
-        logger=[JsonlLogger(folder), session.wandb],
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=session.folder,
-    )
 
 
 def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[Subject, list[str]]]:

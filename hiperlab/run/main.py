@@ -9,32 +9,22 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import run_job
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 
 from hiperlab import __version__
-from hiperlab.cli.compose import Request, check_config, compose, open_hydra
+from hiperlab.cli.compose import Request, compose
 from hiperlab.cli.flags import arguments, show, shows
 from hiperlab.cli.help import help_text
-from hiperlab.cli.model_defaults import line
-from hiperlab.cli.overrides import values
-from hiperlab.cli.process import config_dir, guarded
-from hiperlab.cli.run_dir import HANDED, choose_run_dir, with_earlier
-from hiperlab.cli.targets import trusted
-from hiperlab.errors import UserError
-from hiperlab.sweep.job import follow_parent
+from hiperlab.cli.process import guarded
+from hiperlab.run.asked import asked, places, within_run
+from hiperlab.sweep.job import FOLDED, JOB, follow_parent
 from hiperlab.sweep.main import run_sweep
-
-JOB = "HIPERLAB_JOB"  # "module:function" instead of the stages; for tests and for running something else in a sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,29 +44,20 @@ def _main(argv: list[str]) -> int:
         print(f"hiperlab {__version__}")
         return 0
     follow_parent()
+    if argv[:1] == [FOLDED]:
+        from hiperlab.run.folded import run_folded
+
+        return run_folded(Path(argv[1]))
     args = arguments(argv)
-    conf = Path(args.config_path) if args.config_path else config_dir()
-    extra = Path(args.config_dir) if args.config_dir else None
-    name = (args.config_name or "config").removesuffix(".yaml")
     if args.help:
         with suppress(BrokenPipeError):  # `--help | head`
-            print(help_text(conf, extra, name), flush=True)
+            print(help_text(*places(args)), flush=True)
         return 0
-    allowed = values(args.overrides).get("allowed_targets") or []
-    if not isinstance(allowed, list):
-        raise UserError(f"allowed_targets={allowed}: expected a list of modules, allowed_targets=[mymethods].")
-    spelt = [re.sub(r"^\+(experiment=)", r"\1", line) for line in args.overrides]  # with or without the +
-    # Hydra keeps the name `defaults` for itself.
-    lines = with_earlier([re.sub(r"^defaults=", "defaults_from=", line) for line in spelt])
-    request = Request(conf, extra, name, lines, [str(module) for module in allowed])
-    try:
-        hydra = open_hydra(request)
+    with asked(args) as (hydra, request):
         return show(hydra, request, args) if shows(args) else _start(hydra, request, args)
-    finally:
-        GlobalHydra.instance().clear()
 
 
-def _start(hydra: Any, request: Any, args: argparse.Namespace) -> int:
+def _start(hydra: Any, request: Request, args: argparse.Namespace) -> int:
     """One run or a sweep: `-m`, or an experiment that says `hydra.mode: MULTIRUN`."""
     if args.multirun:
         return run_sweep(hydra, request)
@@ -86,33 +67,9 @@ def _start(hydra: Any, request: Any, args: argparse.Namespace) -> int:
     return _run(hydra, request, cfg)
 
 
-def _run(hydra: Any, request: Any, cfg: Any) -> int:
-    """One run: check, choose the folder, hand over to the stages (what Hydra.run does, without composing again)."""
-    cfg.hydra.mode = RunMode.RUN
-    check_config(cfg, request, hydra, request.overrides)
-    said = line(cfg, str(cfg.hydra.runtime.choices.get("model")))
-    if said and not cfg.artifacts:  # kept concepts bring the settings they were learnt with
-        print(f"hiperlab: {said}", flush=True)
-    folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
-    os.environ[HANDED] = str(folder)
-    cfg.run_dir = str(folder)
-    failure: list[BaseException] = []
-
-    def task(task_cfg: Any) -> Any:
-        try:
-            with trusted(request.allowed_targets):
-                return _job()(task_cfg)
-        except BaseException as error:  # raised again below: Hydra would print its own lines before ours
-            failure.append(error)
-            return None
-
-    callbacks = Callbacks(cfg)
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    callbacks.on_run_start(config=cfg, config_name=request.config_name)
-    ended = run_job(task, cfg, "hydra.run.dir", None, context)
-    callbacks.on_run_end(config=cfg, config_name=request.config_name, job_return=ended)
-    if failure:
-        raise failure[0]
+def _run(hydra: Any, request: Request, cfg: Any) -> int:
+    """One run."""
+    within_run(hydra, request, cfg, lambda task_cfg: _job()(task_cfg))
     return 0
 
 

@@ -103,6 +103,10 @@ class Session:
             log.warning("%s", stack.note)
         return stack
 
+    def use_stack(self, stack: FrozenStack) -> None:
+        """Take a loaded model, of another run that asks for the same one."""
+        self.__dict__["stack"] = stack
+
     @cached_property
     def sampler(self) -> Any:
         """The scheduler that pictures are drawn with."""
@@ -212,7 +216,11 @@ class Session:
         start = time.monotonic()
         found: dict[str, Any] = {}
         yield found
-        found["seconds"] = round(time.monotonic() - start, 2)
+        self.end_stage(name, found, time.monotonic() - start)
+
+    def end_stage(self, name: str, found: dict[str, Any], seconds: float) -> None:
+        """Record what a stage found and how long it took."""
+        found["seconds"] = round(seconds, 2)
         stages = {**self.results.get("stages", {}), name: found}
         self.update(stages=stages, seconds={key: value["seconds"] for key, value in stages.items()})
         log.info("stage %s took %.1f s", name, found["seconds"])
@@ -327,8 +335,8 @@ def write_settings(session: Session, overrides: list[str]) -> None:
     files.write_json(session.folder / "environment.json", environment())
 
 
-def configure_logging(folder: Path) -> None:
-    """Our lines to the terminal and to run.log; libraries only when they warn."""
+def configure_logging(*folders: Path) -> None:
+    """Our lines to the terminal and to each run folder's run.log; libraries only when they warn."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -336,7 +344,7 @@ def configure_logging(folder: Path) -> None:
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     terminal.addFilter(lambda record: record.name.startswith("hiperlab") or record.levelno >= logging.WARNING)
     root.addHandler(terminal)
-    if files.is_rank_zero():
+    for folder in folders if files.is_rank_zero() else ():
         file = logging.FileHandler(folder / "run.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         root.addHandler(file)

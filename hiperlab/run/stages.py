@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig
@@ -36,32 +37,61 @@ def main(cfg: DictConfig) -> float | None:
     """
     session = open_session(cfg)
     with files.RunLock(session.folder):
-        if _finished(session):
-            print(f"hiperlab: {session.folder} is finished; nothing to do (more pictures: stages=[sample])")
-            return session.results.get("objective")
-        configure_logging(session.folder)
-        _check(session)  # before anything in the folder changes: a mistaken command must not mark a good run
-        write_settings(session, task_overrides())
-        session.update(
-            status="running",
-            **session.identity,
-            seed=cfg.seed,
-            command=command(),
-            run_dir=str(session.folder),
-        )
-        try:
-            _run(session)
-        except BaseException as error:
-            stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
-            with contextlib.suppress(DiskFullError):  # then the error itself says so
-                session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
-            if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
-                raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
-            raise
-        session.results.pop("error", None)
-        session.update(status="finished" if _complete(session) else "partial")
-        _say_where(session)
+        if begin(session):
+            with recorded(session), StopSignals() as signals:
+                session.update(model_note=session.stack.note)
+                if "fit" in cfg.stages:
+                    fit.fit(session, signals, resume_command(session.folder))
+                after_fit(session)
+            end(session)
     return session.results.get("objective")
+
+
+def begin(session: Session) -> bool:
+    """Check what is asked and mark the run as running; False where there is nothing to do.
+
+    Raises:
+        UserError: a mistake in what was asked.
+    """
+    if _finished(session):
+        print(f"hiperlab: {session.folder} is finished; nothing to do (more pictures: stages=[sample])")
+        return False
+    configure_logging(session.folder)
+    _check(session)  # before anything in the folder changes: a mistaken command must not mark a good run
+    write_settings(session, task_overrides())
+    session.update(
+        status="running",
+        **session.identity,
+        seed=session.cfg.seed,
+        command=command(),
+        run_dir=str(session.folder),
+    )
+    return True
+
+
+@contextlib.contextmanager
+def recorded(session: Session) -> Iterator[None]:
+    """Whatever ends the run in here is written into its results, and raised again.
+
+    Raises:
+        StoppedError: told to stop, with the command that goes on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
+        with contextlib.suppress(DiskFullError):  # then the error itself says so
+            session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
+        if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
+            raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
+        raise
+
+
+def end(session: Session) -> None:
+    """Mark the run as finished, or as partial where a stage that it was once asked for is missing."""
+    session.results.pop("error", None)
+    session.update(status="finished" if _complete(session) else "partial")
+    _say_where(session)
 
 
 def _finished(session: Session) -> bool:
@@ -134,20 +164,17 @@ def _check(session: Session) -> None:
             log.warning("%s", message)
 
 
-def _run(session: Session) -> None:
+def after_fit(session: Session) -> None:
+    """The stages behind the fit that are asked for."""
     stages = list(session.cfg.stages)
-    with StopSignals() as signals:
-        session.update(model_note=session.stack.note)
-        if "fit" in stages:
-            fit.fit(session, signals, resume_command(session.folder))
-        if "sample" in stages:
-            (sample_composed if session.kept else sample).sample(session)
-        if not files.is_rank_zero():
-            return
-        if "score" in stages:
-            score.score(session)
-        if "summary" in stages:
-            score.summary(session)
+    if "sample" in stages:
+        (sample_composed if session.kept else sample).sample(session)
+    if not files.is_rank_zero():
+        return
+    if "score" in stages:
+        score.score(session)
+    if "summary" in stages:
+        score.summary(session)
 
 
 def _say_where(session: Session) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -18,12 +20,15 @@ from typing import IO
 
 from omegaconf import DictConfig
 
+from hiperlab import files
 from hiperlab.cli.hydra_job import config_flags
 from hiperlab.cli.overrides import assign, parse, without
 from hiperlab.cli.run_dir import HANDED, results
 from hiperlab.sweep import outcome as sweep
 
 PARENT = "HIPERLAB_SWEEP_PID"
+JOB = "HIPERLAB_JOB"  # "module:function" instead of the stages; for tests and for running something else in a sweep
+FOLDED = "--folded"  # `python -m hiperlab.run --folded <file>`: several jobs in one process, see `fold`
 # A job must find out about ranks by itself: inherited ones make it wait for processes that are not its own.
 _LEAKS = re.compile(
     r"(LOCAL_RANK|RANK|NODE_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE"
@@ -104,23 +109,33 @@ def last_error(log: Path, start: int) -> str:
 
 @dataclass
 class Running:
-    """A started job."""
+    """A started process with the jobs that it runs: one, or several that are folded into it.
 
-    job: Job
+    Args:
+        jobs: what it runs.
+        gpus: handed out to it.
+        process: the process.
+        log: its output.
+        log_start: where this attempt's begins.
+        codes: the file in which a process of several jobs keeps each one's exit code; None for one job.
+    """
+
+    jobs: list[Job]
     gpus: list[str]
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     log_start: int
+    codes: Path | None = None
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop because of its time limit
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the job itself, not to its helpers: it passes it on to its ranks and saves."""
+        """Send a signal to the process itself, not to its helpers: it passes it on to its ranks and saves."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def end(self) -> None:
-        """Clear what a dead job left behind: ranks without a leader hold the GPU and wait for ever."""
+        """Clear what a dead process left behind: ranks without a leader hold the GPU and wait for ever."""
         self.log.close()
         if sys.platform == "win32":  # no process groups
             return
@@ -142,28 +157,34 @@ class Running:
         except ProcessLookupError:
             return
 
-    def outcome(self, code: int, stopping: bool) -> sweep.Outcome:
-        """What became of it, read from its exit code and its results.json."""
-        folder, status, error = self.job.folder, "failed", ""
+    def outcomes(self, code: int, stopping: bool) -> list[sweep.Outcome]:
+        """What became of each job, read from exit codes and results.json."""
+        if self.codes is None:
+            return [self._outcome(self.jobs[0], code, stopping, self.log_start)]
+        codes = json.loads(self.codes.read_text(encoding="utf-8")) if self.codes.is_file() else {}
+        return [self._outcome(job, codes.get(job.name, code or 1), stopping, 0) for job in self.jobs]
+
+    def _outcome(self, job: Job, code: int, stopping: bool, log_start: int) -> sweep.Outcome:
+        folder, status, error = job.folder, "failed", ""
         written = results(folder).get("status")
-        if self.told is not None:
+        if self.told is not None and code != 0:
             error = f"told to stop after its time limit ({self.told - self.started:.0f} s)"
         elif code == 0 and written == "finished":
             status = "finished"
         elif code in (130, 143) or (stopping and (code < 0 or written == "stopped")):
-            status, error = "stopped", last_error(folder / "job.log", self.log_start)
+            status, error = "stopped", last_error(folder / "job.log", log_start)
         elif code == 0:
             done = results(folder).get("stages", [])
-            missing = [stage for stage in self.job.stages if stage not in done]
+            missing = [stage for stage in job.stages if stage not in done]
             undone = f"; not done: {', '.join(missing)}" if missing else ""
             error = f"ended without a finished results.json (status: {written}{undone})"
         elif code < 0:
             error = f"killed by {signal.Signals(-code).name}"
         else:
-            error = last_error(folder / "job.log", self.log_start) or f"exit code {code}"
+            error = last_error(folder / "job.log", log_start) or f"exit code {code}"
         seconds = time.monotonic() - self.started
         value = sweep.objective(folder) if status == "finished" else None
-        return outcome(self.job, status, seconds, error, value)
+        return outcome(job, status, seconds, error, value)
 
 
 def outcome(job: Job, status: str, seconds: float = 0.0, error: str = "", value: float | None = None) -> sweep.Outcome:
@@ -172,22 +193,43 @@ def outcome(job: Job, status: str, seconds: float = 0.0, error: str = "", value:
     return sweep.Outcome(job.name, job.overrides, status, round(seconds, 1), str(job.folder), error, value, invocation)
 
 
-def start(job: Job, gpus: list[str] | None) -> Running:
-    """Start a job in its own process group with its own log."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    log = (job.folder / "job.log").open("ab")
-    log.write(f"$ {shlex.join(job.command)}\n".encode())
+def start(jobs: list[Job], gpus: list[str] | None) -> Running:
+    """Start a process in its own group with its own log: of one job, or of several that are folded together."""
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    command, codes, path = jobs[0].command, None, jobs[0].folder / "job.log"
+    if len(jobs) > 1:
+        command, codes, path = fold(jobs)
+    log = path.open("ab")
+    log.write(f"$ {shlex.join(command)}\n".encode())
     log.flush()
     begin = log.tell()
     process = subprocess.Popen(
-        job.command,
+        command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment(gpus),
         start_new_session=True,
     )
-    return Running(job, gpus or [], process, log, begin)
+    return Running(jobs, gpus or [], process, log, begin, codes)
+
+
+def fold(jobs: list[Job]) -> tuple[list[str], Path | None, Path]:
+    """What one process of several jobs needs: its command, the file of exit codes that it writes, and its log.
+
+    They lie in `<sweep>/.jobs/<command>/`; each job's own job.log says where.
+    """
+    folder = sweep.notes(jobs[0].folder.parent, os.environ.get(sweep.INVOCATION, ""))
+    code = hashlib.blake2b("\n".join(job.name for job in jobs).encode(), digest_size=4).hexdigest()
+    name = f"folded-{code}"
+    asked, codes, log = (folder / f"{name}.{ending}" for ending in ("request", "codes", "log"))
+    files.write_json(asked, {job.name: job.command[job.command.index("hiperlab.run") + 1 :] for job in jobs})
+    codes.unlink(missing_ok=True)
+    for job in jobs:
+        content = f"$ {shlex.join(job.command)}\nin one process with {len(jobs) - 1} others: {log}\n"
+        (job.folder / "job.log").write_text(content, encoding="utf-8")
+    return [sys.executable, "-m", "hiperlab.run", FOLDED, str(asked)], codes, log
 
 
 def follow_parent() -> None:

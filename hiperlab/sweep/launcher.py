@@ -1,4 +1,6 @@
-"""The launcher behind `-m`: every job a fresh process, one per GPU, and one job's end is no other's.
+"""The launcher behind `-m`: fresh processes, one per GPU, and one job's end is no other's.
+
+A process runs one job, or several that can share passes of the frozen network (`hiperlab.sweep.fold`).
 
 In-process sweeps fail in ways nobody sees: with DDP, Lightning restarts the whole `-m …` command line for the other
 ranks, which then draw other hyper-parameters than rank 0. Here a job's command line is its own resolved overrides.
@@ -26,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.sweep import outcome as sweep
+from hiperlab.sweep.fold import folded
 from hiperlab.sweep.job import Job, Running, make_job, outcome, start
 
 HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on every system
@@ -129,46 +132,58 @@ class JobPool:
         for job in self.running:
             job.send_signal(signal.SIGTERM if number == HANG_UP else number) if first else job.kill()
 
-    def run(self, jobs: Sequence[Job]) -> list[sweep.Outcome]:
-        """The outcomes, in the order of the jobs."""
-        waiting = list({job.name: job for job in jobs}.values())  # the same point twice is one job
-        total = len(waiting)
+    def run(self, groups: Sequence[Sequence[Job]]) -> list[sweep.Outcome]:
+        """The outcomes, in the order of the jobs.
+
+        Args:
+            groups: jobs of one process each.
+        """
+        every = [job for group in groups for job in group]
+        names = list(dict.fromkeys(job.name for job in every))  # the same point twice is one job
+        total = len(names)
+        waiting = []
+        for group in groups:
+            own = list({job.name: job for job in group if job.name in names}.values())
+            names = [name for name in names if name not in {job.name for job in own}]
+            waiting += [own] if own else []
         with listening(self.on_signal):
             while waiting or self.running:
                 if self.signal is None:
-                    waiting = [job for job in waiting if not self._begin(job, total)]
+                    waiting = [jobs for jobs in waiting if not self._begin(jobs, total)]
                 elif waiting:
-                    for job in waiting:
+                    for job in (job for jobs in waiting for job in jobs):
                         self._end(outcome(job, "not started"), total)
                     waiting = []
                 for running in list(self.running):
                     self._check_on(running, total)
                 if self.running:
                     time.sleep(0.05)
-        return [self.done[job.name] for job in jobs]
+        return [self.done[job.name] for job in every]
 
-    def _begin(self, job: Job, total: int) -> bool:
-        """Skip or start a job; False when it has to wait."""
+    def _begin(self, jobs: list[Job], total: int) -> bool:
+        """Skip or start a process of jobs; False when it has to wait."""
         if self.signal is not None:
             return False
-        if sweep.is_complete(job.folder, job.stages):
-            self._end(outcome(job, "skipped", value=sweep.objective(job.folder)), total)
+        for job in list(jobs):
+            if sweep.is_complete(job.folder, job.stages):
+                self._end(outcome(job, "skipped", value=sweep.objective(job.folder)), total)
+                jobs.remove(job)
+        if not jobs:
             return True
-        gpus = self.devices.take(job.devices)
+        gpus = self.devices.take(jobs[0].devices)
         if gpus is None:
             return False
-        self.running.append(start(job, gpus or None))
-        if self.signal is not None:  # it came while the job was starting
+        self.running.append(start(jobs, gpus or None))
+        if self.signal is not None:  # it came while the process was starting
             self.running[-1].send_signal(self.signal)
-        where = f" on GPU {','.join(gpus)}" if gpus else ""
-        print(f"[{len(self.done)}/{total}] started  {job.name}{where}", flush=True)
         return True
 
     def _check_on(self, running: Running, total: int) -> None:
         code = running.process.poll()
         now = time.monotonic()
         if code is None:
-            if self.timeout_s is not None and running.told is None and now - running.started > self.timeout_s:
+            limit = None if self.timeout_s is None else self.timeout_s * len(running.jobs)
+            if limit is not None and running.told is None and now - running.started > limit:
                 running.told = now
                 running.send_signal(signal.SIGTERM)
             elif running.told is not None and now - running.told > self.grace_s:
@@ -177,7 +192,8 @@ class JobPool:
         running.end()
         self.running.remove(running)
         self.devices.give_back(running.gpus)
-        self._end(running.outcome(code, self.signal is not None), total)
+        for ended in running.outcomes(code, self.signal is not None):
+            self._end(ended, total)
 
     def _end(self, ended: sweep.Outcome, total: int) -> None:
         self.done[ended.job] = ended
@@ -188,15 +204,19 @@ class JobPool:
 
 
 def run_jobs(
-    jobs: Sequence[Job], sweep_dir: Path, devices: Devices, timeout_min: float | None = None, grace_s: float = 120.0
+    groups: Sequence[Sequence[Job]],
+    sweep_dir: Path,
+    devices: Devices,
+    timeout_min: float | None = None,
+    grace_s: float = 120.0,
 ) -> list[sweep.Outcome]:
-    """Run jobs side by side as far as the devices allow.
+    """Run processes of jobs side by side as far as the devices allow.
 
     Raises:
         StoppedError: a signal came; every running job was told, and ended, before this is raised.
     """
     pool = JobPool(sweep_dir, devices, timeout_min, grace_s)
-    done = pool.run(jobs)
+    done = pool.run(groups)
     if pool.signal is not None:
         raise StoppedError(f"stopped by {signal.Signals(pool.signal).name}", 128 + pool.signal)
     return done
@@ -243,7 +263,10 @@ class FreshProcesses(Launcher):
             jobs.append(make_job(self.config.hydra, cfg, list(overrides), devices_needed(cfg, gpus)))
             configs.append(cfg)
         sweep_dir = Path(str(self.config.hydra.sweep.dir))
-        done = run_jobs(jobs, sweep_dir, Devices(gpus, self.slots), self.timeout_min, self.grace_s)
+        groups = folded(jobs, configs, max(1, len(gpus)))
+        ended_jobs = run_jobs(groups, sweep_dir, Devices(gpus, self.slots), self.timeout_min, self.grace_s)
+        by_name = {each.job: each for each in ended_jobs}
+        done = [by_name[job.name] for job in jobs]
         returns = []
         for job, cfg, ended in zip(jobs, configs, done):
             status = JobStatus.COMPLETED if ended.status in sweep.DONE else JobStatus.FAILED
@@ -260,5 +283,5 @@ def foreign_job(cfg: DictConfig) -> float | None:
     """
     hydra_cfg = HydraConfig.get()
     job = make_job(hydra_cfg, cfg, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
-    done = run_jobs([job], Path(str(hydra_cfg.sweep.dir)), Devices([], None))
+    done = run_jobs([[job]], Path(str(hydra_cfg.sweep.dir)), Devices([], None))
     return done[0].objective

@@ -23,7 +23,14 @@ from hiperlab.cli.run_dir import results
 from hiperlab.errors import UserError
 
 INVOCATION = "HIPERLAB_SWEEP_INVOCATION"  # tells this command's jobs from those of earlier commands in the same sweep
-UNNAMED = ("sweep", "resume", "stages", "outputs_dir", "run_dir")  # do not make another job: same folder, more done
+UNNAMED = (
+    "sweep",
+    "resume",
+    "stages",
+    "outputs_dir",
+    "run_dir",
+    "fold",
+)  # do not make another job: same folder, more done
 DONE = ("finished", "skipped")
 
 
@@ -120,16 +127,16 @@ def record(sweep_dir: Path, outcome: Outcome) -> None:
     known = {row.job: row for row in outcomes(sweep_dir, outcome.invocation)}
     if outcome.status == "skipped" and outcome.job in known:
         return  # an optimiser asked twice for the same point: the first answer tells more
-    files.write_json(_notes(sweep_dir, outcome.invocation) / f"{outcome.job}.json", asdict(outcome))
+    files.write_json(notes(sweep_dir, outcome.invocation) / f"{outcome.job}.json", asdict(outcome))
 
 
 def outcomes(sweep_dir: Path, invocation: str) -> list[Outcome]:
     """What became of the jobs of one command, by name."""
-    paths = sorted(_notes(sweep_dir, invocation).glob("*.json"))
+    paths = sorted(notes(sweep_dir, invocation).glob("*.json"))
     return [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def _notes(sweep_dir: Path, invocation: str) -> Path:
+def notes(sweep_dir: Path, invocation: str) -> Path:
     """Where one command keeps what became of its jobs."""
     return sweep_dir / ".jobs" / (invocation or "one")
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from hiperlab.data.images import to_pixels
 from hiperlab.data.world import load_named
-from hiperlab.run.fit import first_pictures, first_pixels
 from hiperlab.run.main import main
+from hiperlab.run.trainee import first_pictures, first_pixels
 from tests.data.test_world_data import SETTINGS
 
 SMALL = [

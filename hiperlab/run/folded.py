@@ -1,0 +1,199 @@
+"""Several jobs of a sweep in one process: one frozen model, trainings that share its passes, each its own run folder.
+
+A job's run folder, config, logs, checkpoints and results are those of a process of its own; its exit code is kept in a
+file for the sweep that started this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from hiperlab import files
+from hiperlab.cli.compose import compose
+from hiperlab.cli.flags import arguments
+from hiperlab.cli.process import told
+from hiperlab.cli.targets import trusted
+from hiperlab.errors import StoppedError, UserError
+from hiperlab.report.signals import StopSignals
+from hiperlab.run import stages
+from hiperlab.run.asked import asked, within_run
+from hiperlab.run.fit import fit_all
+from hiperlab.run.session import Session, configure_logging, open_session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Job:
+    """One of the jobs.
+
+    Args:
+        name: in its sweep.
+        argv: its command line, behind `python -m hiperlab.run`.
+        session: its run, once it has begun.
+        hydra: Hydra's config of it.
+    """
+
+    name: str
+    argv: list[str]
+    session: Session | None = None
+    hydra: Any = None
+    allowed: list[str] = field(default_factory=list)
+
+
+class _Jobs:
+    """All jobs, and what became of each.
+
+    Args:
+        path: the file that names them; the exit codes are kept beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        asked_for = json.loads(path.read_text(encoding="utf-8"))
+        self.all = [_Job(name, list(argv)) for name, argv in asked_for.items()]
+        self.path = path.with_suffix(".codes")
+        self.codes: dict[str, int] = {}
+
+    @property
+    def at_work(self) -> list[_Job]:
+        """Those that have begun and not ended."""
+        return [job for job in self.all if job.session is not None and job.name not in self.codes]
+
+    def ended(self, job: _Job, code: int) -> None:
+        """Keep a job's exit code."""
+        self.codes[job.name] = code
+        files.write_json(self.path, self.codes)
+
+    @contextmanager
+    def guarded(self, job: _Job) -> Iterator[None]:
+        """Inside, everything is this job's: its command line, its log, its failure, which ends no other.
+
+        Raises:
+            StoppedError: the process was told to stop.
+        """
+        before, sys.argv = sys.argv, [sys.argv[0], *job.argv]
+        hydra = HydraConfig.instance().cfg
+        if job.hydra is not None:
+            HydraConfig.instance().cfg = job.hydra
+        try:
+            with trusted(job.allowed):
+                yield
+        except Exception as error:
+            text, code = told(error)
+            self.say(job, text)
+            self.ended(job, code)
+            if isinstance(error, StoppedError) and code != 1:
+                raise
+        finally:
+            sys.argv = before
+            HydraConfig.instance().cfg = hydra
+
+    def say(self, job: _Job, text: str) -> None:
+        """A line in the job's own log, and in this process's."""
+        print(f"{job.name}: {text}", file=sys.stderr, flush=True)
+        folder = next(word.removeprefix("run_dir=").strip("'\"") for word in job.argv if word.startswith("run_dir="))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with (Path(folder) / "job.log").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+
+def run_folded(path: Path) -> int:
+    """Run the jobs that a file names.
+
+    Args:
+        path: JSON: name -> command line behind `python -m hiperlab.run`; each has a `run_dir`.
+
+    Returns:
+        0 if all of them ended well, else 1.
+
+    Raises:
+        StoppedError: told to stop; everything is saved.
+    """
+    jobs = _Jobs(path)
+    with ExitStack() as locks, StopSignals() as signals:
+        for job in jobs.all:
+            with jobs.guarded(job):
+                _begin(job, locks)
+                if job.session is None:
+                    jobs.ended(job, 0)
+        try:
+            _fit(jobs, signals)
+            for job in jobs.at_work:
+                _finish(jobs, job)
+        except StoppedError:
+            for job in jobs.at_work:  # those whose turn had not come
+                with suppress(StoppedError), jobs.guarded(job), _marked(job):
+                    raise
+            raise
+    return int(any(jobs.codes.values()))
+
+
+def _begin(job: _Job, locks: ExitStack) -> None:
+    """Compose a job, take its folder and check what it asks for; its session stays None where nothing is to do."""
+
+    def task(cfg: Any) -> Session | None:
+        job.hydra = HydraConfig.instance().cfg
+        session = open_session(cfg)
+        locks.enter_context(files.RunLock(session.folder))
+        return session if stages.begin(session) else None
+
+    with asked(arguments(job.argv)) as (hydra, request):
+        job.allowed = request.allowed_targets
+        job.session = within_run(hydra, request, compose(hydra, request, request.overrides), task)
+
+
+@contextmanager
+def _marked(job: _Job) -> Iterator[None]:
+    assert job.session is not None
+    with stages.recorded(job.session):
+        yield
+
+
+def _fit(jobs: _Jobs, signals: StopSignals) -> None:
+    """Load the model once and train all jobs."""
+    at_work = jobs.at_work
+    if not at_work:
+        return
+    configure_logging(*(job.session.folder for job in at_work if job.session))
+    first = at_work[0]
+    with jobs.guarded(first), _marked(first):
+        assert first.session is not None
+        stack = first.session.stack
+    if first.name in jobs.codes:  # the same model for all: none of them can go on
+        for job in at_work[1:]:
+            with jobs.guarded(job), _marked(job):
+                raise UserError(f"the model could not be loaded, see {first.name}.")
+        return
+    sessions = []
+    for job in at_work:
+        assert job.session is not None
+        with jobs.guarded(job):
+            job.session.use_stack(stack)
+            job.session.update(model_note=stack.note)
+        sessions.append(job.session)
+    with trusted(first.allowed):
+        failures = fit_all(sessions, signals, "the same command goes on where it was left")
+    for number, error in failures.items():
+        with jobs.guarded(at_work[number]), _marked(at_work[number]):
+            raise error
+
+
+def _finish(jobs: _Jobs, job: _Job) -> None:
+    """The stages behind the fit, of one job."""
+    session = job.session
+    assert session is not None
+    configure_logging(session.folder)
+    with jobs.guarded(job):
+        with stages.recorded(session):
+            stages.after_fit(session)
+        stages.end(session)
+        jobs.ended(job, 0)

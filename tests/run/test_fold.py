@@ -1,0 +1,248 @@
+"""Jobs of a sweep in one process: shared passes, and each run is what it would be in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from hiperlab.errors import UserError
+from hiperlab.run import fit
+from hiperlab.run.folded import run_folded
+from hiperlab.run.main import main
+from hiperlab.sweep.fold import folded, most_jobs
+from hiperlab.sweep.job import Job
+
+SMALL = [
+    "model=tiny", "model.size=128", "data.resolution=128", "logger=csv", "trainer=cpu", "fit.steps=4",
+    "fit.batch_size=2", "fit.micro_batch_size=1", "fit.checkpoint_every=2", "fit.gradient_clip=1.0",
+    "fit.sample_every=4", "fit.sample_prompts=1", "sampler.steps=2", "sample.seeds=[0]", "sample.prompts=1", "stages=[fit,sample]",
+]  # fmt: skip
+JOBS = {
+    "ti": ["method=ti", "data=cats"],
+    "other": ["method=ti", "data=puppy", "seed=3", "method.optimizer.lr=0.5"],
+    "lora": ["method=lora", "data=cats", "method.prior.weight=0"],
+    "neti": ["method=neti", "data=cats", "method.nested_dropout=0.9"],
+}
+
+
+def fold(folder: Path, names: list[str], *more: str) -> tuple[int, dict[str, int]]:
+    """Exit codes of the process and of each job."""
+    folder.mkdir(exist_ok=True)
+    request = folder / "jobs.request"
+    asked = {name: [*SMALL, *JOBS[name], *more, f"run_dir='{folder / name}'"] for name in names}
+    request.write_text(json.dumps(asked))
+    code = run_folded(request)
+    return code, json.loads(request.with_suffix(".codes").read_text())
+
+
+def alone(folder: Path, name: str, *more: str) -> int:
+    return main([*SMALL, *JOBS[name], *more, f"run_dir='{folder / name}'"])
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def learnt(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "artifacts").glob("*.safetensors")
+    return load_file(path)
+
+
+def assert_learnt_the_same(mine: Path, other: Path) -> None:
+    """But for rounding, which Adam makes larger where a gradient is almost zero: hence the norm of each tensor."""
+    ours, theirs = learnt(mine), learnt(other)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        apart = (value.double() - theirs[key].double()).norm() / theirs[key].double().norm().clamp(min=1e-6)
+        assert apart < 5e-5, (key, float(apart))
+
+
+def assert_equal_runs(mine: Path, other: Path, folder: str) -> None:
+    """Files, metrics, what was learnt, checkpoints and settings of two runs."""
+    names = [
+        {str(path.relative_to(root / folder)) for path in (root / folder).rglob("*") if path.is_file()}
+        for root in (mine, other)
+    ]
+    assert names[0] == names[1]
+    ours, theirs = losses(mine / folder), losses(other / folder)
+    assert len(ours) == len(theirs) and [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert_learnt_the_same(mine / folder, other / folder)
+    checkpoints = [
+        torch.load(root / folder / "checkpoints" / "step-000004.ckpt", weights_only=True) for root in (mine, other)
+    ]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    for key in ("global_step", "epoch", "loops"):
+        assert checkpoints[0][key] == checkpoints[1][key], key
+    assert checkpoints[0]["state_dict"].keys() == checkpoints[1]["state_dict"].keys()
+    settings = [OmegaConf.load(root / folder / "config.yaml") for root in (mine, other)]
+    for each in settings:
+        del each["run_dir"]
+    assert settings[0] == settings[1]
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    for name in JOBS:
+        assert alone(folder, name) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("folded")
+    assert fold(folder, list(JOBS)) == (0, dict.fromkeys(JOBS, 0))
+    return folder
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_each_is_what_it_would_be_alone(lone, together, name) -> None:
+    assert_equal_runs(together, lone, name)
+    results = json.loads((together / name / "results.json").read_text())
+    assert results["status"] == "finished" and results["stages"]["fit"]["shared_by"] == len(JOBS)
+    before = json.loads((lone / name / "results.json").read_text())
+    assert results["steps"] == before["steps"] and results["stages"].keys() == before["stages"].keys()
+    assert results["stages"]["fit"]["loss"] == pytest.approx(before["stages"]["fit"]["loss"], rel=1e-4)
+    assert "--folded" not in results["command"].split() and str(together / name) in results["command"]
+    said = (together / name / "run.log").read_text()
+    assert "stage sample" in said and "share their passes" in said
+
+
+def test_stopped_half_way_each_goes_on_together_or_alone(together, tmp_path) -> None:
+    assert fold(tmp_path, ["ti", "lora"], "fit.steps=2", "stages=[fit]")[0] == 0
+    shutil.copytree(tmp_path / "ti", tmp_path / "apart" / "ti")
+    assert fold(tmp_path, ["ti", "lora"], "resume=auto") == (0, {"ti": 0, "lora": 0})
+    assert alone(tmp_path / "apart", "ti", "resume=auto") == 0
+    for folder in (tmp_path / "ti", tmp_path / "lora", tmp_path / "apart" / "ti"):
+        assert "resuming from step-000002 of 4" in (folder / "run.log").read_text()
+        assert_learnt_the_same(folder, together / folder.name)
+        assert [row["step"] for row in losses(folder) if "loss" in row] == [0, 1, 2, 3]
+
+
+def test_trainings_at_different_steps_go_on_apart(together, tmp_path) -> None:
+    assert fold(tmp_path, ["ti"], "fit.steps=2", "stages=[fit]")[0] == 0
+    assert fold(tmp_path, ["ti", "neti"], "resume=auto")[0] == 0
+    assert "shared_by" not in json.loads((tmp_path / "ti" / "results.json").read_text())["stages"]["fit"]
+    for name in ("ti", "neti"):
+        assert_learnt_the_same(tmp_path / name, together / name)
+
+
+def test_one_that_breaks_is_named_and_the_others_go_on(together, tmp_path, monkeypatch) -> None:
+    """Its weights become infinite in the first step; nothing of the others changes."""
+    monkeypatch.setitem(JOBS, "wild", ["method=ti", "data=puppy", "method.optimizer.lr=1e30"])
+    code, codes = fold(tmp_path, ["wild", "ti", "lora"])
+    assert code == 1 and codes == {"wild": 1, "ti": 0, "lora": 0}
+    said = (tmp_path / "wild" / "job.log").read_text()
+    assert "step 2: loss is nan, nan (puppy views" in said and "Traceback" not in said
+    results = json.loads((tmp_path / "wild" / "results.json").read_text())
+    assert results["status"] == "failed" and "loss is nan" in results["error"]
+    assert not (tmp_path / "wild" / "samples").exists()
+    for name in ("ti", "lora"):
+        assert_learnt_the_same(tmp_path / name, together / name)
+
+
+def test_a_mistake_in_one_job_stops_that_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(JOBS, "wrong", ["method=ti", "data=cats", "method.nonsense=1"])
+    monkeypatch.setitem(JOBS, "late", ["method=ti", "data=cats", "fit.batch_size=2", "data.placeholder='a b'"])
+    code, codes = fold(tmp_path, ["wrong", "ti", "late"], "fit.steps=1", "stages=[fit]")
+    assert code == 1 and codes == {"wrong": 2, "ti": 0, "late": 2}
+    assert "nonsense" in (tmp_path / "wrong" / "job.log").read_text()
+
+
+def test_out_of_memory_halves_the_passes(together, tmp_path, monkeypatch) -> None:
+    sizes: list[int] = []
+    whole = fit.train_together
+
+    def small(trainees: Any, *how: Any) -> Any:
+        sizes.append(len(trainees))
+        if len(trainees) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return whole(trainees, *how)
+
+    monkeypatch.setattr(fit, "train_together", small)
+    assert fold(tmp_path, list(JOBS), "stages=[fit]")[0] == 0
+    assert sizes == [4, 2, 2]
+    for name in JOBS:
+        assert_learnt_the_same(tmp_path / name, together / name)
+
+
+# ---- which jobs go together ------------------------------------------------------------------------------------------
+
+
+def job(name: str) -> Job:
+    return Job(name, [], Path(name), [], ["fit"])
+
+
+def config(**changes: Any) -> Any:
+    plain = {
+        "method": {"_target_": "hiperlab.method.ti.TextualInversion"},
+        "model": {"size": 64},
+        "precision": {"grad_scaler": False},
+        "trainer": {"devices": 1, "num_nodes": 1},
+        "fit": {"batch_size": 8},
+        "stages": ["fit"],
+        "resume": None,
+        "fold": "auto",
+    }
+    return OmegaConf.create({**plain, **changes})
+
+
+def names(configs: list[Any], devices: int = 1) -> list[str]:
+    jobs = [job(str(number)) for number in range(len(configs))]
+    return ["".join(each.name for each in group) for group in folded(jobs, configs, devices)]
+
+
+def test_jobs_fold_that_ask_for_the_same_training() -> None:
+    same = config()
+    assert names([same, config(seed=3), config(method={**same.method, "lr": 1.0}), same]) == ["0123"]
+    assert names([same] * 6) == ["0123", "45"], "32 images a pass"
+    assert names([same] * 4, devices=2) == ["01", "23"], "every device gets work"
+    assert names([same, config(fit={"batch_size": 4}), same]) == ["02", "1"]
+    assert names([same, config(model={"size": 128})]) == ["0", "1"]
+    for apart in (
+        config(stages=["sample"]),
+        config(trainer={"devices": 2, "num_nodes": 1}),
+        config(precision={"grad_scaler": True}),
+        config(resume="step-000001.ckpt"),
+        config(fold="off"),
+        config(method={"_target_": "hiperlab.method.dreambooth.DreamBooth"}),
+    ):
+        assert names([apart, apart]) == ["0", "1"]
+    assert names([config(fold=3)] * 4) == ["012", "3"]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "some", 1.5])
+def test_fold_is_auto_off_or_a_number(value) -> None:
+    with pytest.raises(UserError, match="fold="):
+        most_jobs(config(fold=value))
+
+
+def test_a_sweep_folds_by_itself(tmp_path) -> None:
+    """Through `-m`: one process, three run folders; the second command has nothing to do."""
+    command = [
+        "-m", *SMALL, "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1", "sweep=seeds", f"outputs_dir='{tmp_path}'",
+    ]  # fmt: skip
+    assert main(command) == 0
+    folder = tmp_path / "sweeps" / "seeds"
+    rows = json.loads((folder / "sweep.json").read_text())["jobs"]
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    assert len(list(folder.glob(".jobs/*/folded-*.log"))) == 1
+    seeds = set()
+    for row in rows:
+        settings = OmegaConf.load(Path(row["folder"]) / "config.yaml")
+        seeds.add(settings.seed)
+        assert "one process with 2 others" in (Path(row["folder"]) / "job.log").read_text()
+    assert seeds == {0, 1, 2}
+    assert main(command) == 0
+    rows = json.loads((folder / "sweep.json").read_text())["jobs"]
+    assert [row["status"] for row in rows] == ["skipped"] * 3
