@@ -176,6 +176,10 @@ class JobPool:
         self.running.append(start(jobs, gpus or None))
         if self.signal is not None:  # it came while the process was starting
             self.running[-1].send_signal(self.signal)
+        where = f" on GPU {','.join(gpus)}" if gpus else ""
+        together = f" in one process of {len(jobs)}, log: {self.running[-1].log.name}" if len(jobs) > 1 else ""
+        for job in jobs:
+            print(f"[{len(self.done)}/{total}] started  {job.name}{where}{together}", flush=True)
         return True
 
     def _check_on(self, running: Running, total: int) -> None:

@@ -22,7 +22,8 @@ from hiperlab.sweep.job import Job
 SMALL = [
     "model=tiny", "model.size=128", "data.resolution=128", "logger=csv", "trainer=cpu", "fit.steps=4",
     "fit.batch_size=2", "fit.micro_batch_size=1", "fit.checkpoint_every=2", "fit.gradient_clip=1.0",
-    "fit.sample_every=4", "fit.sample_prompts=1", "sampler.steps=2", "sample.seeds=[0]", "sample.prompts=1", "stages=[fit,sample]",
+    "fit.sample_every=4", "fit.sample_prompts=1", "sampler.steps=2", "sample.seeds=[0]", "sample.prompts=1",
+    "stages=[fit,sample]",
 ]  # fmt: skip
 JOBS = {
     "ti": ["method=ti", "data=cats"],
