@@ -181,7 +181,7 @@ def _fit(jobs: _Jobs, signals: StopSignals) -> None:
             job.session.update(model_note=stack.note)
         sessions.append(job.session)
     with trusted(first.allowed):
-        failures = fit_all(sessions, signals, "the same command goes on where it was left")
+        failures = fit_all(sessions, signals, "the sweep's command")
     for number, error in failures.items():
         with jobs.guarded(at_work[number]), _marked(at_work[number]):
             raise error

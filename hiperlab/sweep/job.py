@@ -116,7 +116,7 @@ class Running:
         gpus: handed out to it.
         process: the process.
         log: its output.
-        log_start: where this attempt's begins.
+        starts: where this attempt's part of each job's own job.log begins, by name.
         codes: the file in which a process of several jobs keeps each one's exit code; None for one job.
     """
 
@@ -124,7 +124,7 @@ class Running:
     gpus: list[str]
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    log_start: int
+    starts: dict[str, int]
     codes: Path | None = None
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop because of its time limit
@@ -160,19 +160,20 @@ class Running:
     def outcomes(self, code: int, stopping: bool) -> list[sweep.Outcome]:
         """What became of each job, read from exit codes and results.json."""
         if self.codes is None:
-            return [self._outcome(self.jobs[0], code, stopping, self.log_start)]
+            return [self._outcome(self.jobs[0], code, stopping)]
         codes = json.loads(self.codes.read_text(encoding="utf-8")) if self.codes.is_file() else {}
-        return [self._outcome(job, codes.get(job.name, code or 1), stopping, 0) for job in self.jobs]
+        return [self._outcome(job, codes.get(job.name, code or 1), stopping) for job in self.jobs]
 
-    def _outcome(self, job: Job, code: int, stopping: bool, log_start: int) -> sweep.Outcome:
+    def _outcome(self, job: Job, code: int, stopping: bool) -> sweep.Outcome:
         folder, status, error = job.folder, "failed", ""
+        said = last_error(folder / "job.log", self.starts[job.name])
         written = results(folder).get("status")
         if self.told is not None and code != 0:
             error = f"told to stop after its time limit ({self.told - self.started:.0f} s)"
         elif code == 0 and written == "finished":
             status = "finished"
         elif code in (130, 143) or (stopping and (code < 0 or written == "stopped")):
-            status, error = "stopped", last_error(folder / "job.log", log_start)
+            status, error = "stopped", said
         elif code == 0:
             done = results(folder).get("stages", [])
             missing = [stage for stage in job.stages if stage not in done]
@@ -181,7 +182,7 @@ class Running:
         elif code < 0:
             error = f"killed by {signal.Signals(-code).name}"
         else:
-            error = last_error(folder / "job.log", log_start) or f"exit code {code}"
+            error = said or f"exit code {code}"
         seconds = time.monotonic() - self.started
         value = sweep.objective(folder) if status == "finished" else None
         return outcome(job, status, seconds, error, value)
@@ -197,13 +198,19 @@ def start(jobs: list[Job], gpus: list[str] | None) -> Running:
     """Start a process in its own group with its own log: of one job, or of several that are folded together."""
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
-    command, codes, path = jobs[0].command, None, jobs[0].folder / "job.log"
+    command, codes, path, about = jobs[0].command, None, jobs[0].folder / "job.log", ""
     if len(jobs) > 1:
         command, codes, path = fold(jobs)
+        about = f"in one process with {len(jobs) - 1} others: {path}\n"
+    starts = {}
+    for job in jobs:
+        with (job.folder / "job.log").open("ab") as own:
+            own.write(f"$ {shlex.join(job.command)}\n{about}".encode())
+            starts[job.name] = own.tell()
     log = path.open("ab")
-    log.write(f"$ {shlex.join(command)}\n".encode())
-    log.flush()
-    begin = log.tell()
+    if len(jobs) > 1:
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -212,23 +219,19 @@ def start(jobs: list[Job], gpus: list[str] | None) -> Running:
         env=environment(gpus),
         start_new_session=True,
     )
-    return Running(jobs, gpus or [], process, log, begin, codes)
+    return Running(jobs, gpus or [], process, log, starts, codes)
 
 
-def fold(jobs: list[Job]) -> tuple[list[str], Path | None, Path]:
+def fold(jobs: list[Job]) -> tuple[list[str], Path, Path]:
     """What one process of several jobs needs: its command, the file of exit codes that it writes, and its log.
 
     They lie in `<sweep>/.jobs/<command>/`; each job's own job.log says where.
     """
     folder = sweep.notes(jobs[0].folder.parent, os.environ.get(sweep.INVOCATION, ""))
     code = hashlib.blake2b("\n".join(job.name for job in jobs).encode(), digest_size=4).hexdigest()
-    name = f"folded-{code}"
-    asked, codes, log = (folder / f"{name}.{ending}" for ending in ("request", "codes", "log"))
+    asked, codes, log = (folder / f"folded-{code}.{ending}" for ending in ("request", "codes", "log"))
     files.write_json(asked, {job.name: job.command[job.command.index("hiperlab.run") + 1 :] for job in jobs})
     codes.unlink(missing_ok=True)
-    for job in jobs:
-        content = f"$ {shlex.join(job.command)}\nin one process with {len(jobs) - 1} others: {log}\n"
-        (job.folder / "job.log").write_text(content, encoding="utf-8")
     return [sys.executable, "-m", "hiperlab.run", FOLDED, str(asked)], codes, log
 
 
