@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from hiperlab.report.signals import StopSignals
 from hiperlab.run import stages
 from hiperlab.run.asked import asked, within_run
 from hiperlab.run.fit import fit_all
+from hiperlab.run.sample import sample_all
 from hiperlab.run.session import Session, configure_logging, open_session
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,9 @@ def run_folded(path: Path) -> int:
                 if job.session is None:
                     jobs.ended(job, 0)
         try:
-            _fit(jobs, signals)
+            _load(jobs)
+            _shared(jobs, "fit", lambda sessions: fit_all(sessions, signals, "the sweep's command"))
+            _shared(jobs, "sample", sample_all)
             for job in jobs.at_work:
                 _finish(jobs, job)
         except StoppedError:
@@ -158,13 +161,13 @@ def _marked(job: _Job) -> Iterator[None]:
         yield
 
 
-def _fit(jobs: _Jobs, signals: StopSignals) -> None:
-    """Load the model once and train all jobs."""
+def _load(jobs: _Jobs) -> None:
+    """Load the model once, for all."""
     at_work = jobs.at_work
     if not at_work:
         return
-    configure_logging(*(job.session.folder for job in at_work if job.session))
     first = at_work[0]
+    configure_logging(*(job.session.folder for job in at_work if job.session))
     with jobs.guarded(first), _marked(first):
         assert first.session is not None
         stack = first.session.stack
@@ -173,27 +176,33 @@ def _fit(jobs: _Jobs, signals: StopSignals) -> None:
             with jobs.guarded(job), _marked(job):
                 raise UserError(f"the model could not be loaded, see {first.name}.")
         return
-    sessions = []
     for job in at_work:
         assert job.session is not None
-        with jobs.guarded(job):
-            job.session.use_stack(stack)
-            job.session.update(model_note=stack.note)
-        sessions.append(job.session)
-    with trusted(first.allowed):
-        failures = fit_all(sessions, signals, "the sweep's command")
+        job.session.use_stack(stack)
+        job.session.update(model_note=stack.note)
+
+
+def _shared(jobs: _Jobs, stage: str, work: Callable[[list[Session]], dict[int, Exception]]) -> None:
+    """A stage of all jobs that ask for it; those that fail in it end."""
+    chosen = [(job, job.session) for job in jobs.at_work if job.session and stage in job.session.cfg.stages]
+    if not chosen:
+        return
+    configure_logging(*(session.folder for _, session in chosen))
+    with trusted(chosen[0][0].allowed):
+        failures = work([session for _, session in chosen])
     for number, error in failures.items():
-        with jobs.guarded(at_work[number]), _marked(at_work[number]):
+        job, _ = chosen[number]
+        with jobs.guarded(job), _marked(job):
             raise error
 
 
 def _finish(jobs: _Jobs, job: _Job) -> None:
-    """The stages behind the fit, of one job."""
+    """The stages behind the pictures, of one job."""
     session = job.session
     assert session is not None
     configure_logging(session.folder)
     with jobs.guarded(job):
         with stages.recorded(session):
-            stages.after_fit(session)
+            stages.judge(session)
         stages.end(session)
         jobs.ended(job, 0)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from hiperlab import files
 from hiperlab.base.capability import EditsPicture, ShowsAttention
@@ -18,9 +22,12 @@ from hiperlab.base.method import Method
 from hiperlab.clock import Clock
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.images import to_pixels
+from hiperlab.errors import UserError
 from hiperlab.metric.rows import NEEDED
 from hiperlab.metric.table import SOURCE
+from hiperlab.model.shared_calls import Calls, together
 from hiperlab.report.attention import attention_grid
+from hiperlab.report.environment import free_memory
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
@@ -33,18 +40,38 @@ MOST_MAPPED = 3  # targets whose attention is shown
 
 
 def sample(session: Session) -> None:
-    """Draw what is missing, write samples/samples.jsonl and one grid per concept."""
-    with session.stage("sample") as found:
-        shared = {
-            "model": model_inputs(session.stack, session.cfg.precision),  # once: it reads all weights
-            "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative),
-        }
-        records = [record for group in session.groups for record in _sample_group(session, group, shared, found)]
+    """Draw what is missing, write samples/samples.jsonl and one grid per concept.
+
+    Raises:
+        UserError: an artifact is missing or does not fit.
+    """
+    for error in sample_all([session]).values():
+        raise error
+
+
+def sample_all(sessions: Sequence[Session]) -> dict[int, Exception]:
+    """Draw the missing pictures of several runs of the same model, as many concepts as possible in each U-Net call.
+
+    Returns:
+        Why a run's pictures could not be drawn, by its number; the others' are.
+    """
+    for session in sessions:
+        log.info("stage sample%s", "" if len(sessions) == 1 else f" of {session.folder.name}")
+    start = time.monotonic()
+    work = _Sampling(sessions)
+    work.run()
+    for number, session in enumerate(sessions):
+        if number in work.errors:
+            continue
+        records = work.records[number]
         if files.is_rank_zero():
-            files.write_jsonl(session.folder / "samples" / MANIFEST, records)
+            kept = [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+            files.write_jsonl(session.folder / "samples" / MANIFEST, kept)
             title = f"{session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}"
-            write_grids(session.folder, session.data.concepts, records, session.stack.size, title)
-        found["pictures"] = len(records)
+            write_grids(session.folder, session.data.concepts, kept, session.stack.size, title)
+        found = {**work.found[number], "pictures": len(records)}
+        session.end_stage("sample", found, time.monotonic() - start)
+    return work.errors
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -52,34 +79,142 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     return files.read_jsonl(folder / "samples" / MANIFEST, NEEDED)
 
 
-def _sample_group(
-    session: Session, group: list[int], shared: Mapping[str, Any], found: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Draw what is missing of one group; `shared` is what all its pictures' keys have in common."""
-    method = load_artifacts(session, group).to(session.device)
-    records = []
-    for number, index in enumerate(group):
-        own = concept_inputs(type(method), session.method_settings(), session.subjects[index], method.artifact(number))
-        records += _plan(session, index, method, {**shared, "concept": own})
+@dataclass
+class _Drawing:
+    """One group of concepts with its pictures.
 
-    def paint(batch: list[dict[str, Any]]) -> torch.Tensor:
-        return method.sample(
+    Args:
+        number: of its run.
+        session: its run.
+        group: numbers of its concepts.
+        method: with what was learnt.
+        records: one per picture.
+        missing: those that are still to be drawn.
+    """
+
+    number: int
+    session: Session
+    group: list[int]
+    method: Method
+    records: list[dict[str, Any]]
+    missing: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, most: int) -> list[dict[str, Any]]:
+        """Take out the next records, of one variant."""
+        variant = self.missing[0]["variant"]
+        batch = [record for record in self.missing if record["variant"] == variant][:most]
+        self.missing = [record for record in self.missing if record not in batch]
+        return batch
+
+    def calls(self, batch: list[dict[str, Any]]) -> Calls[Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1] of B records of one variant, as U-Net calls."""
+        session = self.session
+        return self.method.sample_calls(
             [record["text"] for record in batch],
             [record["seed"] for record in batch],
             steps=session.sampler.steps,
             guidance=session.sampler.guidance,
-            concepts=[group.index(record["concept_index"]) for record in batch],
+            concepts=[self.group.index(record["concept_index"]) for record in batch],
             sampler=session.sampler,
             variant=batch[0]["variant"],
             negative=session.cfg.sample.negative,
             batch_size=len(batch),
         )
 
-    draw_missing(session.folder, records, paint, session.cfg.sample.batch_size, found)
-    if files.is_rank_zero():
-        for index in group:
-            _attention(session, method, index, anew="seconds_per_picture" in found)
-    return [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
+
+class _Sampling:
+    """The work of `sample_all`: what waits, what was drawn, what went wrong."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self.sessions = sessions
+        self.records: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(sessions))}
+        self.found: dict[int, dict[str, Any]] = {number: {} for number in range(len(sessions))}
+        self.errors: dict[int, Exception] = {}
+        model = model_inputs(sessions[0].stack, sessions[0].cfg.precision)  # once: it reads all weights
+        self.inputs = [
+            {"model": model, "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative)}
+            for session in sessions
+        ]
+        self.waiting = [(number, group) for number, session in enumerate(sessions) for group in session.groups]
+
+    def run(self) -> None:
+        """Draw everything."""
+        while self.waiting:
+            drawings = self._next()
+            self._draw(drawings)
+            for drawing in drawings:
+                if drawing.number in self.errors:
+                    continue
+                if files.is_rank_zero():
+                    anew = "seconds_per_picture" in self.found[drawing.number]
+                    for index in drawing.group:
+                        _attention(drawing.session, drawing.method, index, anew)
+                self.records[drawing.number] += drawing.records
+
+    def _next(self) -> list[_Drawing]:
+        """Load the next group, and others that can share its calls while memory takes them."""
+        found: list[_Drawing] = []
+        used, free = 0, free_memory(self.sessions[0].device)
+        most = min(session.cfg.sample.batch_size for session in self.sessions)
+        while self.waiting and len(found) < most and (not found or used + used / len(found) < free / 4):
+            number, group = self.waiting[0]
+            session = self.sessions[number]
+            apart = bool(get_class(session.cfg.method._target_).why_alone) or _rank()[1] > 1  # type: ignore[attr-defined]
+            if found and apart:
+                break
+            del self.waiting[0]
+            if number in self.errors:
+                continue
+            try:
+                found.append(self._load(number, group))
+            except UserError as error:
+                self.errors[number] = error
+                continue
+            if apart:
+                break
+            used += sum(p.numel() * p.element_size() for p in found[-1].method.parameters() if p.requires_grad)
+        return found
+
+    def _load(self, number: int, group: list[int]) -> _Drawing:
+        session = self.sessions[number]
+        method = load_artifacts(session, group).to(session.device)
+        records = []
+        for place, index in enumerate(group):
+            own = concept_inputs(
+                type(method), session.method_settings(), session.subjects[index], method.artifact(place)
+            )
+            records += _plan(session, index, method, {**self.inputs[number], "concept": own})
+        missing = not_there(session.folder, records)
+        rank, world = _rank()
+        return _Drawing(number, session, group, method, records, missing[rank::world])
+
+    def _draw(self, drawings: list[_Drawing]) -> None:
+        """Draw the missing pictures of all, each call shared by as many as want one."""
+        total = sum(len(drawing.missing) for drawing in drawings)
+        progress = Progress(total)
+        drawn = {drawing.number for drawing in drawings if drawing.missing}
+        while at_work := [drawing for drawing in drawings if drawing.missing and drawing.number not in self.errors]:
+            most = max(1, min(each.session.cfg.sample.batch_size for each in at_work) // len(at_work))
+            batches = [drawing.take(most) for drawing in at_work]
+            pictures = together(
+                at_work[0].session.stack,
+                [drawing.calls(batch) for drawing, batch in zip(at_work, batches, strict=True)],
+                failed=lambda place, error, at_work=at_work: self._failed(at_work[place].number, error),  # type: ignore[misc]
+            )
+            for drawing, batch, drawn_ones in zip(at_work, batches, pictures, strict=True):
+                if drawn_ones is not None:
+                    for record, picture in zip(batch, to_pil(drawn_ones), strict=True):
+                        _write(drawing.session.folder, record, picture)
+            progress.more(sum(map(len, batches)))
+        for number in drawn:
+            self.found[number]["seconds_per_picture"] = progress.seconds_each
+        barrier()
+
+    def _failed(self, number: int, error: Exception) -> None:
+        """One run's mistake is its own; alone, and where memory ran out, it ends the work."""
+        if len(self.sessions) == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        self.errors[number] = error
 
 
 def _attention(session: Session, method: Method, index: int, anew: bool) -> None:
@@ -113,25 +248,56 @@ def draw_missing(
         batch_size: most records at a time.
         found: takes the seconds a picture took.
     """
-    missing = [record for record in records if not _is_there(folder, record)]
-    if len(missing) < len(records):
-        log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
+    missing = not_there(folder, records)
     rank, world = _rank()
     mine = missing[rank::world]
-    clock, done = Clock(SECONDS_BETWEEN_LINES), 0
+    progress = Progress(len(mine))
     for variant in dict.fromkeys(record["variant"] for record in mine):
         chosen = [record for record in mine if record["variant"] == variant]
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
             for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
                 _write(folder, record, picture)
-            done += len(batch)
-            if clock.due(done == len(mine)):
-                each, left = clock.elapsed / done, clock.left(done, len(mine)) or 0.0
-                log.info("drew %d of %d, %.1f s a picture, %.0f s left", done, len(mine), each, left)
+            progress.more(len(batch))
     if missing:
-        found["seconds_per_picture"] = round(clock.elapsed / max(1, len(mine)), 3)
-    if world > 1:
+        found["seconds_per_picture"] = progress.seconds_each
+    barrier()
+
+
+class Progress:
+    """Says now and then how many pictures are drawn.
+
+    Args:
+        total: how many there will be.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.clock = total, 0, Clock(SECONDS_BETWEEN_LINES)
+
+    def more(self, count: int) -> None:
+        """So many more are drawn."""
+        self.done += count
+        if self.clock.due(self.done == self.total):
+            left = self.clock.left(self.done, self.total) or 0.0
+            log.info("drew %d of %d, %.1f s a picture, %.0f s left", self.done, self.total, self.seconds_each, left)
+
+    @property
+    def seconds_each(self) -> float:
+        """What a picture took, in seconds."""
+        return round(self.clock.elapsed / max(1, self.done), 3)
+
+
+def not_there(folder: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records whose pictures are not in the run folder yet."""
+    missing = [record for record in records if not _is_there(folder, record)]
+    if len(missing) < len(records):
+        log.info("%d of %d pictures are already there", len(records) - len(missing), len(records))
+    return missing
+
+
+def barrier() -> None:
+    """Wait for the other processes, where there are any."""
+    if _rank()[1] > 1:
         torch.distributed.barrier()
 
 

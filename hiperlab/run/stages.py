@@ -42,7 +42,8 @@ def main(cfg: DictConfig) -> float | None:
                 session.update(model_note=session.stack.note)
                 if "fit" in cfg.stages:
                     fit.fit(session, signals, resume_command(session.folder))
-                after_fit(session)
+                draw(session)
+                judge(session)
             end(session)
     return session.results.get("objective")
 
@@ -164,16 +165,19 @@ def _check(session: Session) -> None:
             log.warning("%s", message)
 
 
-def after_fit(session: Session) -> None:
-    """The stages behind the fit that are asked for."""
-    stages = list(session.cfg.stages)
-    if "sample" in stages:
+def draw(session: Session) -> None:
+    """The sample stage, if it is asked for."""
+    if "sample" in session.cfg.stages:
         (sample_composed if session.kept else sample).sample(session)
+
+
+def judge(session: Session) -> None:
+    """The stages behind the pictures that are asked for."""
     if not files.is_rank_zero():
         return
-    if "score" in stages:
+    if "score" in session.cfg.stages:
         score.score(session)
-    if "summary" in stages:
+    if "summary" in session.cfg.stages:
         score.summary(session)
 
 

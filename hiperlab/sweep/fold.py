@@ -1,4 +1,4 @@
-"""Which jobs of a sweep go into one process, where their trainings share passes of the frozen network.
+"""Which jobs of a sweep go into one process, where trainings and drawings share passes of the frozen network.
 
 Jobs fold that differ only in what a training may have of its own: seed, concept, settings of the method. They must ask
 for the same model, precision, device, `fit` settings and stages.
@@ -66,11 +66,11 @@ def most_jobs(cfg: DictConfig) -> int:
 
 
 def _key(cfg: DictConfig) -> str | None:
-    """Equal for jobs that can be trained together; None for a job that trains nothing, or on several devices."""
+    """Equal for jobs that can be trained and drawn together; None for one that cannot, such as on several devices."""
     plain: dict[str, Any] = {name: _plain(OmegaConf.select(cfg, name)) for name in SAME}
     trainer = plain.get("trainer") or {}
     several = trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) not in (1, None)
-    if "fit" not in (plain.get("stages") or []) or several or (plain.get("precision") or {}).get("grad_scaler"):
+    if not {"fit", "sample"} & set(plain.get("stages") or []) or cfg.get("artifacts") or several or (plain.get("precision") or {}).get("grad_scaler"):
         return None
     if plain.get("resume") not in (None, "auto"):
         return None

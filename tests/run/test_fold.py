@@ -211,7 +211,8 @@ def test_jobs_fold_that_ask_for_the_same_training() -> None:
     assert names([same, config(fit={"batch_size": 4}), same]) == ["02", "1"]
     assert names([same, config(model={"size": 128})]) == ["0", "1"]
     for apart in (
-        config(stages=["sample"]),
+        config(stages=["score"]),
+        config(artifacts=["a.safetensors"]),
         config(trainer={"devices": 2, "num_nodes": 1}),
         config(precision={"grad_scaler": True}),
         config(resume="step-000001.ckpt"),
