@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,6 +16,7 @@ from hiperlab.base.capability import ReadsPicture
 from hiperlab.base.method import Method, Subject
 from hiperlab.data.batch import Batch
 from hiperlab.draws import normal
+from hiperlab.model.shared_calls import together
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -44,10 +46,10 @@ def trains(name: str) -> bool:
     return bool(OmegaConf.load(ROOT / "conf" / "method" / f"{name}.yaml").fit.steps)
 
 
-def build(name: str, stack: Any, subjects: list[Subject], **changes: Any) -> Method:
+def build(name: str, stack: Any, subjects: list[Subject], seed: int = 0, **changes: Any) -> Method:
     """The method around `stack`, with its published settings but for `changes` and what `quick` shortens."""
     settings = OmegaConf.merge(quick(name), changes)
-    method = instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=0)
+    method = instantiate(settings, _partial_=True)(model=stack, concepts=list(subjects), seed=seed)
     if isinstance(method, ReadsPicture):
         for index, subject in enumerate(subjects):
             method.set_reference(index, picture(subject, 0, stack.size))
@@ -97,3 +99,47 @@ def train(method: Method, steps: int, micro: int = 2, clip: float | None = None)
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+def train_together(methods: Sequence[Method], steps: Sequence[int], micro: int = 2) -> list[list[float]]:
+    """`train` for several methods whose U-Net calls are shared, each with so many steps; returns each one's losses."""
+    optimizers = [method.train().configure_optimizers() for method in methods]
+    losses: list[list[float]] = [[] for _ in methods]
+    for step in range(max(steps)):
+        going = [number for number, most in enumerate(steps) if step < most and not methods[number].finished]
+        samples = [step * micro + row for row in range(micro)]
+        works = [methods[number].training_calls(batch(list(methods[number].concepts), samples)) for number in going]
+        found = together(methods[0].model, works)
+        if found:
+            torch.stack(found).sum().backward()
+        for number, loss in zip(going, found, strict=True):
+            optimizers[number].step()
+            optimizers[number].zero_grad()
+            losses[number].append(float(loss.detach()))
+    return losses
+
+
+class Asked(NamedTuple):
+    """One call of the U-Net: its rows, whether its own weights were changed, whether the answer has a gradient."""
+
+    rows: int
+    changed: bool
+    gradient: bool
+
+
+class UNetCalls:
+    """What a stack's U-Net is asked from now on."""
+
+    def __init__(self, stack: Any, monkeypatch: Any) -> None:
+        self._found: list[Asked] = []
+        self._plain = stack.predict
+        monkeypatch.setattr(stack, "predict", self._predict)
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        self._found.append(Asked(len(latents), conditioning.offsets is not None, torch.is_grad_enabled()))
+        return self._plain(latents, timestep, conditioning)
+
+    def taken(self) -> list[Asked]:
+        """The calls since this was last asked."""
+        found, self._found = self._found, []
+        return found

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -25,15 +24,16 @@ from torch.optim import Optimizer
 
 from hiperlab import files
 from hiperlab.base.capability import EditsPicture, ReadsPicture, ShowsAttention, WordMaps
-from hiperlab.base.method import Method, Step, Subject
+from hiperlab.base.method import Method, Step, Subject, in_evaluation
 from hiperlab.data.edit import described
-from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit
+from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit_calls
 from hiperlab.edit.token_alignment import word_tokens, words
 from hiperlab.errors import DiskFullError, UserError
 from hiperlab.model.attention_control import Layer, cross_maps, layer_of
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.inversion import Inversion, invert, timesteps
+from hiperlab.model.inversion import Inversion, inversion_calls, timesteps
 from hiperlab.model.sampler import Sampler
+from hiperlab.model.shared_calls import Calls, alone
 from hiperlab.model.stack import FrozenStack, weights_digest
 from hiperlab.model.text_cache import TextCache
 
@@ -118,10 +118,10 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         """Image positions of the cross-attention maps that the inversion keeps (`cross_maps`), None for no maps."""
         return None
 
-    def start(self, seed: int) -> Tensor:
+    def start_calls(self, seed: int) -> Calls[Tensor]:
         """Where drawing starts, (1, C, H, W): the picture's inverted noise, the same for every seed."""
         if not self.noise.any():
-            self.prepare()
+            yield from self.prepare_calls()
         return self.noise[None]
 
     # ---- the inversion -----------------------------------------------------------------------------------------------
@@ -133,9 +133,16 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     def prepare(self) -> None:
         """Invert the picture unless that is done."""
+        alone(self.model, self.prepare_calls())
+
+    def prepare_calls(self) -> Calls[None]:
+        """`prepare` as U-Net calls: several pictures' inversions can share them."""
         if self._inversion is None:
             path = self._cache_path()  # once: it reads all weights
-            self._inversion = self._read(path) or self._write(path, self._invert())
+            found = self._read(path)
+            if found is None:
+                found = self._write(path, (yield from self._inversion_calls()))
+            self._inversion = found
             self.noise.copy_(self.pivot[-1])
 
     @property
@@ -162,14 +169,14 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             )
         return self._picture
 
-    @torch.no_grad()
-    def _invert(self) -> Inversion:
+    def _inversion_calls(self) -> Calls[Inversion]:
         mean = self.model.encode_moments(self._reference()[None]).chunk(2, dim=1)[0]
         latents = self.model.scale(mean).to(self.noise)
         log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
-        return invert(self.model, latents, Conditioning(self.encode([self.source])[None]), self.steps, wanted)
+        states = Conditioning(self.encode([self.source])[None])
+        return (yield from inversion_calls(self.model, latents, states, self.steps, wanted))
 
     def _cache_path(self) -> Path | None:
         """The file that keeps the inversion, named by all it depends on."""
@@ -231,13 +238,14 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def artifact(self, index: int) -> dict[str, Tensor]:
         """The inverted noise (C, H, W) and what was fitted along the path: enough to edit without the picture."""
         if self._picture is not None:
-            self.start(self.seed)
+            alone(self.model, self.start_calls(self.seed))
         return super().artifact(index)
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
+    @in_evaluation
     @torch.no_grad()
-    def sample(
+    def sample_calls(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -250,7 +258,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         variant: str = "",
         negative: str = "",
         batch_size: int = 8,
-    ) -> Tensor:
+    ) -> Calls[Tensor]:
         """Pictures (B, 3, 8H, 8W) in [0, 1] as `Method.sample`: the source text reconstructs, any other text edits.
 
         Raises:
@@ -260,11 +268,10 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         texts = [self.concepts[0].with_class_noun(prompt) for prompt in prompts]
         keys = [(text, seed if self.seeded else 0) for text, seed in zip(texts, seeds, strict=True)]
         found: dict[tuple[str, int], Tensor] = {}
-        with self._evaluating():
-            for seed in dict.fromkeys(seed for _, seed in keys):
-                wanted = dict.fromkeys(text for text, of in keys if of == seed)
-                pictures = self._draw(list(wanted), seed, guidance, negative, batch_size)
-                found |= {(text, seed): picture for text, picture in pictures.items()}
+        for seed in dict.fromkeys(seed for _, seed in keys):
+            wanted = dict.fromkeys(text for text, of in keys if of == seed)
+            pictures = yield from self._draw_calls(list(wanted), seed, guidance, negative, batch_size)
+            found |= {(text, seed): picture for text, picture in pictures.items()}
         return torch.stack([found[key] for key in keys])
 
     @torch.no_grad()
@@ -285,7 +292,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             log.warning("no attention pictures: %s", error)
             return []
         with self._evaluating():
-            pictures, edits = self._edit(texts, seed, guidance, "", keep=True)
+            pictures, edits = alone(self.model, self._edit_calls(texts, seed, guidance, "", keep=True))
         maps = edits.maps().mean(1)  # (B, s, s, N)
         return [
             WordMaps(
@@ -297,29 +304,29 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
         ]
 
-    def _draw(
+    def _draw_calls(
         self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
-    ) -> dict[str, Tensor]:
+    ) -> Calls[dict[str, Tensor]]:
         """Pictures (3, H, W) in [0, 1] by text; the source is drawn beside every batch of targets."""
         targets = [text for text in texts if text != self.source]
         room = max(1, batch_size - 1)
         found: dict[str, Tensor] = {}
         for start in range(0, max(1, len(targets)), room):
             rows = [self.source, *targets[start : start + room]]
-            pictures, _ = self._edit(rows, seed, guidance, negative)
+            pictures, _ = yield from self._edit_calls(rows, seed, guidance, negative)
             found = {**dict(zip(rows, pictures, strict=True)), **found}
         return found
 
-    def _edit(
+    def _edit_calls(
         self, rows: Sequence[str], seed: int, guidance: float, negative: str, keep: bool = False
-    ) -> tuple[Tensor, AttentionEdits]:
+    ) -> Calls[tuple[Tensor, AttentionEdits]]:
         """Pictures (B, 3, H, W) in [0, 1] of B texts, the source first, and the controls that saw their maps."""
         conditional, unconditional = self.edit_conditions(rows, negative)
-        start = self.start(seed)
+        start = yield from self.start_calls(seed)
         edits = self.p2p.edits(
             self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guidance > 1, keep
         )
-        latents = edit(
+        latents = yield from edit_calls(
             self.model,
             start.expand(len(rows), -1, -1, -1),
             self.steps,
@@ -327,14 +334,15 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             unconditional,
             guidance,
             edits,
-            self._recorded(),
+            (yield from self._recorded_calls()),
         )
         return self._decode(latents), edits
 
-    def _recorded(self) -> Tensor | None:
+    def _recorded_calls(self) -> Calls[Tensor | None]:
         """The path that the source row is held to, None for none."""
         if not self.inject_source_latents:
             return None
+        yield from self.prepare_calls()  # a loaded artifact holds the noise, not the path
         if not torch.allclose(self.pivot[-1], self.noise, atol=1e-2):
             raise UserError("the artifact is of another picture: use method.inject_source_latents=false.")
         return self.pivot
@@ -352,15 +360,6 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             )
         if steps != self.steps:
             raise UserError(f"{name} follows a path of {self.steps} steps, {steps} were asked: set sampler.steps.")
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
 
 
 def _order(layer: Layer) -> tuple[int, str]:

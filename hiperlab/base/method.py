@@ -6,11 +6,13 @@ Axes: R rows of a micro batch (concept-major), L cross-attention layers, N token
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -25,11 +27,15 @@ from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss, per_concept, weighted
 from hiperlab.model import noise as diffusion
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.sampler import Sampler, ddim, generate
-from hiperlab.model.shared_calls import Call, Calls, alone
+from hiperlab.model.sampler import Sampler, ddim, generation_calls
+from hiperlab.model.shared_calls import Call, Calls, alone, within
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.state import misfits
 from hiperlab.model.text import check_placeholder
+
+Own = TypeVar("Own", bound="Method")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,18 @@ class Step:
     samples: Tensor | None = None
     images: Tensor | None = None
     variant: str = ""
+
+
+def in_evaluation(
+    make: Callable[Concatenate[Own, Arguments], Calls[Result]],
+) -> Callable[Concatenate[Own, Arguments], Calls[Result]]:
+    """Decorates a method's `_calls` that run in evaluation mode, which is left while they wait."""
+
+    @functools.wraps(make)
+    def made(self: Own, *args: Arguments.args, **how: Arguments.kwargs) -> Calls[Result]:
+        return within(self._evaluating, make(self, *args, **how))
+
+    return made
 
 
 class Method(pl.LightningModule, ABC):
@@ -325,7 +343,6 @@ class Method(pl.LightningModule, ABC):
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str],
@@ -357,6 +374,37 @@ class Method(pl.LightningModule, ABC):
         Returns:
             (B, 3, H, W) in [0, 1], on the CPU.
         """
+        work = self.sample_calls(
+            prompts,
+            seeds,
+            steps=steps,
+            guidance=guidance,
+            concepts=concepts,
+            images=images,
+            sampler=sampler,
+            variant=variant,
+            negative=negative,
+            batch_size=batch_size,
+        )
+        return alone(self.model, work)
+
+    @in_evaluation
+    @torch.no_grad()
+    def sample_calls(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        concepts: Sequence[int] | None = None,
+        images: Tensor | None = None,
+        sampler: Sampler | None = None,
+        variant: str = "",
+        negative: str = "",
+        batch_size: int = 8,
+    ) -> Calls[Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1] as U-Net calls that other drawings may share; arguments as `sample`."""
 
         def condition(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Conditioning:
             which = torch.tensor([concepts[row] if concepts else 0 for row in rows], device=self.device)
@@ -365,10 +413,8 @@ class Method(pl.LightningModule, ABC):
             return self.condition(Step(texts, which, when, latents, images=pictures, variant=variant))
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
-        training = self.training
-        self.eval()
-        try:
-            return generate(
+        return (
+            yield from generation_calls(
                 self.model,
                 condition,
                 keys=same if images is None else list(range(len(prompts))),
@@ -381,5 +427,17 @@ class Method(pl.LightningModule, ABC):
                 time_dependent=self.time_dependent,
                 reads_latents=self.reads_latents,
             )
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Own modules in evaluation mode, then each as it was; the stack is always in it, and large to walk."""
+        parts = [module for child in self.children() if child is not self.model for module in child.modules()]
+        training = [module for module in (self, *parts) if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True

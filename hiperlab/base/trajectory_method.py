@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, TypeVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ from hiperlab.base.editing_method import EditingMethod, EditingSettings
 from hiperlab.data.batch import Batch
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.inversion import noise_calls, previous
+from hiperlab.model.shared_calls import Calls
 
 log = logging.getLogger(__name__)
-Value = TypeVar("Value")
 
 
 class PathSettings(EditingSettings):
@@ -60,13 +60,13 @@ class TrajectoryMethod(EditingMethod):
         self.register_buffer("latents", torch.zeros(self.model.latent_shape))
         self._running: Optimizer | None = None
         self._rates: list[float] = []
-        self._memory: dict[Hashable, Any] = {}
+        self._memory: dict[Hashable, Tensor] = {}
         self._above = 0
 
     # ---- what a method of this kind writes ---------------------------------------------------------------------------
 
     @abstractmethod
-    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+    def inner_loss_calls(self, step: int, latents: Tensor) -> Calls[dict[str, Tensor]]:
         """What an update at sampling step i lowers: the sum of these 0-d terms, logged as loss/<name>.
 
         Args:
@@ -78,7 +78,7 @@ class TrajectoryMethod(EditingMethod):
         """
 
     @abstractmethod
-    def guided(self, step: int, latents: Tensor) -> Tensor:
+    def guided_calls(self, step: int, latents: Tensor) -> Calls[Tensor]:
         """The guided noise (1, C, H, W) of latents z (1, C, H, W) at step i, with the parameters as they are."""
 
     @abstractmethod
@@ -107,18 +107,17 @@ class TrajectoryMethod(EditingMethod):
         """The fitted step whose parameters serve step i: itself, or the last one that training came to."""
         return min(step, int(self.path_step))
 
-    def prepare(self) -> None:
+    def prepare_calls(self) -> Calls[None]:
         """Invert the picture; training starts from its noise."""
-        super().prepare()
+        yield from super().prepare_calls()
         if int(self.path_step) == 0 and int(self.num_updates) == 0:
             self.latents.copy_(self.noise)
 
-    def remembered(self, name: Hashable, make: Callable[[], Value]) -> Value:
-        """What `make` gives, worked out once per sampling step: the latents stay the same during its updates."""
+    def remembered_calls(self, name: Hashable, make: Callable[[], Calls[Tensor]]) -> Calls[Tensor]:
+        """What the work of `make` gives, done once per sampling step: the latents are the same in all its updates."""
         if name not in self._memory:
-            self._memory[name] = make()
-        found: Value = self._memory[name]
-        return found
+            self._memory[name] = yield from make()
+        return self._memory[name]
 
     def on_fit_start(self) -> None:
         """Refuse what would make an optimizer step something else than one update.
@@ -132,14 +131,14 @@ class TrajectoryMethod(EditingMethod):
                 "fit.batch_size=1."
             )
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_calls(self, batch: Batch) -> Calls[Tensor]:
         """One inner update's loss, 0-d; the batch is not read, everything follows from the picture's path."""
-        self.prepare()
+        yield from self.prepare_calls()
         assert not self.finished, "the path has ended"
         if self._done():
-            self._advance()
+            yield from self._advance_calls()
         step = int(self.path_step)
-        losses = self.inner_losses(step, self.latents[None])
+        losses = yield from self.inner_loss_calls(step, self.latents[None])
         total = torch.stack(list(losses.values())).sum()
         self.num_updates += 1
         self.last_loss.copy_(total.detach())
@@ -152,13 +151,13 @@ class TrajectoryMethod(EditingMethod):
         return int(self.num_updates) >= self.inner_steps(step) or float(self.last_loss) < self.stop_below(step)
 
     @torch.no_grad()
-    def _advance(self) -> None:
+    def _advance_calls(self) -> Calls[None]:
         """One step of denoising with what was found; the next step starts there with a new optimizer."""
         step = int(self.path_step)
         if float(self.last_loss) >= self.stop_below(step):
             self._above += 1
         log.debug("step %d: %d updates, loss %.3g", step, int(self.num_updates), float(self.last_loss))
-        noise = self.guided(step, self.latents[None])
+        noise = yield from self.guided_calls(step, self.latents[None])
         self.latents.copy_(previous(self.model, self.latents[None], noise, self.timesteps[step], self.steps)[0])
         self._memory.clear()
         self.path_step += 1
@@ -206,8 +205,8 @@ class TrajectoryMethod(EditingMethod):
         checkpoint["state_dict"] = {RENAMED.get(name, name): value for name, value in states.items()}
         super().on_load_checkpoint(checkpoint)
 
-    def plain_noise(self, text: str, step: int, latents: Tensor) -> Tensor:
+    @torch.no_grad()
+    def plain_noise_calls(self, text: str, step: int, latents: Tensor) -> Calls[Tensor]:
         """The frozen model's noise (1, C, H, W) for a plain text at step i, without a gradient."""
-        with torch.no_grad():
-            states = Conditioning(self.encode([text])[None])
-            return predict_noise(self.model, latents, self.timesteps[step], states)
+        states = Conditioning(self.encode([text])[None])
+        return (yield from noise_calls(self.model, latents, self.timesteps[step], states))

@@ -30,7 +30,8 @@ from hiperlab.edit.token_alignment import (
 from hiperlab.errors import UserError, near
 from hiperlab.model.attention_control import Control, Layer
 from hiperlab.model.conditioning import Conditioning, concatenate
-from hiperlab.model.inversion import predict_noise, previous, timesteps
+from hiperlab.model.inversion import noise_calls, previous, timesteps
+from hiperlab.model.shared_calls import Calls, alone
 from hiperlab.model.stack import FrozenStack
 
 MODES = ("auto", "replace", "refine")
@@ -324,7 +325,6 @@ class _AtStep:
         return probabilities
 
 
-@torch.no_grad()
 def edit(
     stack: FrozenStack,
     start: Tensor,
@@ -336,6 +336,22 @@ def edit(
     pivot: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
+    """z_0 (B, C, H, W) of the source and its targets, in calls of their own; arguments as `edit_calls`."""
+    return alone(stack, edit_calls(stack, start, steps, conditional, unconditional, guidance, edits, pivot, watch))
+
+
+@torch.no_grad()
+def edit_calls(
+    stack: FrozenStack,
+    start: Tensor,
+    steps: int,
+    conditional: Callable[[int], Conditioning],
+    unconditional: Callable[[int], Conditioning],
+    guidance: float,
+    edits: AttentionEdits | None = None,
+    pivot: Tensor | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Calls[Tensor]:
     """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
     Args:
@@ -357,10 +373,11 @@ def edit(
         control = edits.at(step) if edits else None
         if guidance > 1:
             both = concatenate([unconditional(step), conditional(step)]).controlled(control)
-            without, within = predict_noise(stack, torch.cat([latents, latents]), timestep, both).chunk(2)
+            predicted = yield from noise_calls(stack, torch.cat([latents, latents]), timestep, both)
+            without, within = predicted.chunk(2)
             noise = without + guidance * (within - without)
         else:
-            noise = predict_noise(stack, latents, timestep, conditional(step).controlled(control))
+            noise = yield from noise_calls(stack, latents, timestep, conditional(step).controlled(control))
         latents = previous(stack, latents, noise, timestep, steps)
         if pivot is not None:
             latents = torch.cat([pivot[steps - 1 - step][None].to(latents), latents[1:]])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hiperlab.layer.weight_offset import WeightOffset
 from hiperlab.model import vision_loader as towers
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Added, Change, Offsets, log_cost, parameter_names, zeros
+from hiperlab.model.shared_calls import Calls, within
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.state import misfits
 from hiperlab.model.text_cache import TextCache
@@ -351,14 +353,21 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def sample(self, *args: Any, **how: Any) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] as `Method.sample`; the changed weights are worked out once for all."""
-        self._sampling, self._kept = True, None
-        try:
-            return super().sample(*args, **how)
-        finally:
-            self._sampling, self._kept = False, None
+    def sample_calls(self, *args: Any, **how: Any) -> Calls[Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1] as `Method.sample_calls`; the changed weights are worked out once for all."""
+        kept: Offsets | None = None
+
+        @contextmanager
+        def keeping() -> Iterator[None]:
+            nonlocal kept
+            self._sampling, self._kept = True, kept
+            try:
+                yield
+            finally:
+                kept = self._kept
+                self._sampling, self._kept = False, None
+
+        return within(keeping, super().sample_calls(*args, **how))
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 

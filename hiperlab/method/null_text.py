@@ -22,7 +22,8 @@ from hiperlab.base.trajectory_method import PathSettings, TrajectoryMethod
 from hiperlab.errors import UserError, near
 from hiperlab.formats import null_text as files
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.inversion import noise_calls, previous
+from hiperlab.model.shared_calls import Calls
 
 FILES = {None: "null_text_embeddings.pt", "text": "text_embeddings.pt", "negative_prompt": "null_text_embeddings.pt"}
 
@@ -73,23 +74,23 @@ class NullText(TrajectoryMethod, Exportable):
         """Copy the embedding of the step before, from which this step starts."""
         self.embeddings[step].copy_(self.embeddings[step - 1])
 
-    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+    def inner_loss_calls(self, step: int, latents: Tensor) -> Calls[dict[str, Tensor]]:
         """Mean squared distance, 0-d, of the guided step from latents (1, C, H, W) to the recorded path."""
-        noise = self._guided(step, latents)
+        noise = yield from self._guided_calls(step, latents)
         found = previous(self.model, latents, noise, self.timesteps[step], self.steps)
         return {"latent": F.mse_loss(found[0], self.pivot[self.steps - 1 - step])}
 
     @torch.no_grad()
-    def guided(self, step: int, latents: Tensor) -> Tensor:
+    def guided_calls(self, step: int, latents: Tensor) -> Calls[Tensor]:
         """The guided noise (1, C, H, W) for latents of that shape, with the embedding as it is."""
-        return self._guided(step, latents)
+        return (yield from self._guided_calls(step, latents))
 
-    def _guided(self, step: int, latents: Tensor) -> Tensor:
-        fitted = predict_noise(
-            self.model, latents, self.timesteps[step], Conditioning(self.embeddings[step : step + 1][None])
-        )
+    def _guided_calls(self, step: int, latents: Tensor) -> Calls[Tensor]:
         text = "" if self.optimise == "text" else self.source
-        fixed = self.remembered("fixed", lambda: self.plain_noise(text, step, latents))
+        # Before the call with a gradient, which other pictures' can then share.
+        fixed = yield from self.remembered_calls("fixed", lambda: self.plain_noise_calls(text, step, latents))
+        states = Conditioning(self.embeddings[step : step + 1][None])
+        fitted = yield from noise_calls(self.model, latents, self.timesteps[step], states)
         without, within = (fixed, fitted) if self.optimise == "text" else (fitted, fixed)
         return without + self.guidance * (within - without)
 

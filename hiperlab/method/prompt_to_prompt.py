@@ -15,6 +15,7 @@ from hiperlab.base.editing_method import EditingMethod
 from hiperlab.base.method import Subject
 from hiperlab.edit import prompt_to_prompt as editing
 from hiperlab.model.sampler import initial_noise
+from hiperlab.model.shared_calls import Calls
 from hiperlab.model.stack import FrozenStack
 
 
@@ -47,8 +48,9 @@ class PromptToPrompt(EditingMethod):
     def set_reference(self, index: int, picture: Tensor) -> None:
         """Leave the picture (3, H, W) alone: the source is drawn, not read."""
 
-    def start(self, seed: int) -> Tensor:
+    def start_calls(self, seed: int) -> Calls[Tensor]:
         """The seed's unit normal noise (1, C, H, W)."""
+        yield from ()  # asks nothing
         return initial_noise([seed], self.model.latent_shape).to(self.noise)
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ from hiperlab.layer.mapping import MappingNetworks, value_rows, value_states
 from hiperlab.model import vision_loader as towers
 from hiperlab.model.attention_control import Record, cross_maps
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.inversion import predict_noise, previous
+from hiperlab.model.inversion import noise_calls, previous
+from hiperlab.model.shared_calls import Calls
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.vision_tower import VisionTower
 
@@ -124,7 +125,7 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
         """Copy the network of the step before, from which this step starts."""
         self.networks.copy(step - 1, step)
 
-    def inner_losses(self, step: int, latents: Tensor) -> dict[str, Tensor]:
+    def inner_loss_calls(self, step: int, latents: Tensor) -> Calls[dict[str, Tensor]]:
         """Distances, 0-d, of the guided step to the recorded path and of its attention maps to the recorded ones.
 
         Both have weight 1 (stylediffusion.py, VaeInversion.optimization).
@@ -135,7 +136,7 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
         """
         pixels = self.map_pixels()
         record = None if pixels is None else Record(cross_maps(pixels))
-        noise = self._guided(step, latents, record)
+        noise = yield from self._guided_calls(step, latents, record)
         found = previous(self.model, latents, noise, self.timesteps[step], self.steps)
         losses = {"latent": F.mse_loss(found[0], self.pivot[self.steps - 1 - step])}
         if record is not None:
@@ -159,15 +160,16 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
         return torch.stack([self.distance(maps, wanted[layer][remaining]) for layer, maps in record.maps.items()]).sum()
 
     @torch.no_grad()
-    def guided(self, step: int, latents: Tensor) -> Tensor:
+    def guided_calls(self, step: int, latents: Tensor) -> Calls[Tensor]:
         """The guided noise (1, C, H, W) for latents of that shape, with the network as it is."""
-        return self._guided(step, latents, None)
+        return (yield from self._guided_calls(step, latents, None))
 
-    def _guided(self, step: int, latents: Tensor, record: Record | None) -> Tensor:
+    def _guided_calls(self, step: int, latents: Tensor, record: Record | None) -> Calls[Tensor]:
+        # Before the call with a gradient, which other pictures' can then share.
+        without = yield from self.remembered_calls("unconditional", lambda: self.plain_noise_calls("", step, latents))
         text = self.encode([self.source])
         states = Conditioning(text[None], self.values(step, text)[None]).controlled(record)
-        within = predict_noise(self.model, latents, self.timesteps[step], states)
-        without = self.remembered("unconditional", lambda: self.plain_noise("", step, latents))
+        within = yield from noise_calls(self.model, latents, self.timesteps[step], states)
         return without + self.guidance * (within - without)
 
     def values(self, step: int, text: Tensor) -> Tensor:

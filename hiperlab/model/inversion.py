@@ -16,6 +16,7 @@ from torch import Tensor
 from hiperlab.errors import UserError
 from hiperlab.model.attention_control import Layer, Record
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.shared_calls import Call, Calls, alone
 from hiperlab.model.stack import FrozenStack
 
 
@@ -83,6 +84,13 @@ def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int,
 def predict_noise(
     stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
 ) -> Tensor:
+    """The noise (B, C, H, W) that the U-Net sees in z, in a call of its own; arguments as `noise_calls`."""
+    return alone(stack, noise_calls(stack, latents, timestep, conditioning, level))
+
+
+def noise_calls(
+    stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
+) -> Calls[Tensor]:
     """The noise (B, C, H, W) that the U-Net sees in z at `timestep`; a predicted velocity is converted.
 
     With v = sqrt(a) eps - sqrt(1 - a) z_0 (Salimans & Ho 2022, section 4), eps = sqrt(a) v + sqrt(1 - a) z.
@@ -96,7 +104,7 @@ def predict_noise(
             below, and converts with that level as diffusers' DDIMInverseScheduler.step does.
     """
     when = torch.full((len(latents),), timestep, device=latents.device)
-    found = stack.predict(latents, when, conditioning)
+    found = yield Call(latents, when, conditioning)
     if stack.prediction_type != "v_prediction":
         return found
     here = stack.alpha_bar[timestep] if level is None else level
@@ -117,7 +125,6 @@ class Inversion:
     maps: dict[Layer, Tensor]
 
 
-@torch.no_grad()
 def invert(
     stack: FrozenStack,
     latents: Tensor,
@@ -125,6 +132,18 @@ def invert(
     steps: int,
     wanted: Callable[[Layer, int], bool] | None = None,
 ) -> Inversion:
+    """The path of B pictures in calls of their own; arguments as `inversion_calls`."""
+    return alone(stack, inversion_calls(stack, latents, conditioning, steps, wanted))
+
+
+@torch.no_grad()
+def inversion_calls(
+    stack: FrozenStack,
+    latents: Tensor,
+    conditioning: Conditioning,
+    steps: int,
+    wanted: Callable[[Layer, int], bool] | None = None,
+) -> Calls[Inversion]:
     """Run DDIM backwards with the conditional prediction alone, which is guidance 1 (NullInversion.ddim_loop).
 
     The noise of z at the level of tau_{k-1} is predicted with the upper timestep tau_k, as all public code does.
@@ -140,7 +159,7 @@ def invert(
     for timestep in timesteps(steps, stack.num_timesteps):
         record = Record(wanted) if wanted else None
         _, below = levels(stack, timestep, steps)
-        noise = predict_noise(stack, pivot[-1], timestep, conditioning.controlled(record), below)
+        noise = yield from noise_calls(stack, pivot[-1], timestep, conditioning.controlled(record), below)
         pivot.append(following(stack, pivot[-1], noise, timestep, steps))
         kept.append(record.maps if record else {})
     return Inversion(torch.stack(pivot), {layer: torch.stack([maps[layer] for maps in kept]) for layer in kept[0]})

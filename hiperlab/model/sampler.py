@@ -18,6 +18,7 @@ from hiperlab.errors import UserError, near
 from hiperlab.hub import first_line
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.noise import SCHEDULE
+from hiperlab.model.shared_calls import Call, Calls, alone
 from hiperlab.model.stack import FrozenStack
 
 
@@ -158,7 +159,6 @@ def step_with(
     return following
 
 
-@torch.no_grad()
 def denoise(
     stack: FrozenStack,
     latents: Tensor,
@@ -168,12 +168,29 @@ def denoise(
     guidance: float,
     watch: Callable[[int, Tensor], None] | None = None,
     reads_latents: bool = False,
-    generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
+    """Clean latents (B, C, H, W), scaled, in calls of their own; arguments as `denoising_calls`."""
+    return alone(
+        stack,
+        denoising_calls(latents, scheduler, condition, unconditional, guidance, watch, reads_latents),
+    )
+
+
+@torch.no_grad()
+def denoising_calls(
+    latents: Tensor,
+    scheduler: Any,
+    condition: Callable[..., Conditioning],
+    unconditional: Conditioning,
+    guidance: float,
+    watch: Callable[[int, Tensor], None] | None = None,
+    reads_latents: bool = False,
+    generators: Sequence[torch.Generator] = (),
+    apart: bool = False,
+) -> Calls[Tensor]:
     """Run the whole schedule with classifier-free guidance (Ho & Salimans 2022, eq. 6; s = w + 1).
 
     Args:
-        stack: the frozen model.
         latents: unit normal start (B, C, H, W).
         scheduler: with its timesteps set.
         condition: timestep (0-d tensor) -> conditioning of the B rows; with `reads_latents` (timestep, z_t), the
@@ -183,6 +200,7 @@ def denoise(
         watch: called with (step number, latents) after each step.
         reads_latents: whether `condition` is given z_t.
         generators: one per row, for schedulers that add noise; those that add none need none.
+        apart: whether no call is shared with others.
 
     Returns:
         Clean latents (B, C, H, W), scaled.
@@ -193,18 +211,17 @@ def denoise(
         states = condition(t, model_input) if reads_latents else condition(t)
         if guidance > 1:
             both = torch.cat([model_input, model_input])
-            out = stack.predict(both, t.expand(len(both)), concatenate([unconditional, states]))
+            out = yield Call(both, t.expand(len(both)), concatenate([unconditional, states]), apart=apart)
             without, within = out.chunk(2)
             out = without + guidance * (within - without)
         else:
-            out = stack.predict(model_input, t.expand(len(model_input)), states)
+            out = yield Call(model_input, t.expand(len(model_input)), states, apart=apart)
         latents = step_with(scheduler, out, t, latents, generators)
         if watch is not None:
             watch(number, latents)
     return latents
 
 
-@torch.no_grad()
 def generate(
     stack: FrozenStack,
     condition: Callable[..., Conditioning],
@@ -219,6 +236,40 @@ def generate(
     time_dependent: bool,
     reads_latents: bool = False,
 ) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1], on the CPU, in calls of their own; arguments as `generation_calls`."""
+    return alone(
+        stack,
+        generation_calls(
+            stack,
+            condition,
+            keys=keys,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            negative=negative,
+            batch_size=batch_size,
+            time_dependent=time_dependent,
+            reads_latents=reads_latents,
+        ),
+    )
+
+
+@torch.no_grad()
+def generation_calls(
+    stack: FrozenStack,
+    condition: Callable[..., Conditioning],
+    *,
+    keys: Sequence[Hashable],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: Sampler,
+    negative: Tensor,
+    batch_size: int,
+    time_dependent: bool,
+    reads_latents: bool = False,
+) -> Calls[Tensor]:
     """Draw one picture per row; rows of equal key share their conditioning, computed once per timestep and key.
 
     Args:
@@ -231,7 +282,7 @@ def generate(
         guidance: s.
         sampler: which scheduler.
         negative: text states of the unconditional branch, (1, N, D) for all pictures or one (N, D) for each.
-        batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one.
+        batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one, shared with nobody.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
         reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
 
@@ -256,9 +307,9 @@ def generate(
         unconditional = Conditioning(empty[None])
         states = functools.partial(condition, rows) if reads_latents else cache
         scheduler = sampler.build(stack, steps)
-        latents = denoise(
-            stack, noise, scheduler, states, unconditional, guidance,
-            reads_latents=reads_latents, generators=generators,
+        latents = yield from denoising_calls(
+            noise, scheduler, states, unconditional, guidance,
+            reads_latents=reads_latents, generators=generators, apart=sampler.adds_noise,
         )  # fmt: skip
         decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
         pictures.update(zip(rows, decoded, strict=True))

@@ -3,13 +3,15 @@
 Nothing in Stable Diffusion's U-Net mixes the rows of a batch. A training step or a drawing is written as a generator
 that yields a `Call` where it needs the U-Net and is sent the prediction; `alone` runs one of them, `together` runs
 several side by side and joins the calls that are asked for at the same time. Each gets what it would get alone (but for
-rounding), whatever the others are: other concepts, settings, methods, steps of a path.
+rounding), whatever the others are: other concepts, settings, methods, steps of a path. A function or method whose name
+ends in `_calls` makes such work.
 Axes: B rows of a call, C latent channels, H, W latent sides, L cross-attention layers, N tokens, D text width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -33,12 +35,14 @@ class Call:
         timestep: (B,) int64 in [0, 1000).
         conditioning: of the B rows.
         gradient: whether the answer is to carry a gradient; what is enabled where the call is made.
+        apart: no other rows may be in the call, because even their rounding would be seen in the result.
     """
 
     latents: Tensor
     timestep: Tensor
     conditioning: Conditioning
     gradient: bool = field(default_factory=torch.is_grad_enabled)
+    apart: bool = False
 
 
 Calls = Generator[Call, Tensor, Result]  # yields calls, is sent predictions (B, C, H, W), returns a result
@@ -63,6 +67,8 @@ def together(
     """The results of several pieces of work, in their order; calls that wait at the same time are joined.
 
     Calls with changes of the U-Net's own weights (`Conditioning.offsets`) have a U-Net of their own and stay alone.
+    Calls with a gradient wait until nobody asks for one without: those are what some trainings need before their loss
+    (the next step of a path, say), and then all losses share one call.
 
     Args:
         stack: the frozen model that all of them ask.
@@ -89,7 +95,8 @@ def together(
         advance(number, None)
     while waiting:
         groups: dict[Hashable, list[int]] = {}
-        for number, call in sorted(waiting.items()):
+        without = {number: call for number, call in waiting.items() if not call.gradient}
+        for number, call in sorted((without or waiting).items()):
             groups.setdefault(_kind(call, number), []).append(number)
         answers: dict[int, Tensor] = {}
         for numbers in groups.values():
@@ -99,10 +106,33 @@ def together(
     return [results[number] for number in range(len(works))]
 
 
+def within(context: Callable[[], AbstractContextManager[object]], work: Calls[Result]) -> Calls[Result]:
+    """The same work, whose own code runs inside a context that is left whenever it waits for an answer.
+
+    What it sets for itself, such as evaluation mode, is then not seen by what runs side by side with it.
+
+    Args:
+        context: makes the context, anew for each stretch of the work.
+        work: any.
+    """
+    prediction: Tensor | None = None
+    try:
+        while True:
+            with context():
+                try:
+                    call = work.send(prediction)  # type: ignore[arg-type]
+                except StopIteration as ended:
+                    result: Result = ended.value
+                    return result
+            prediction = yield call
+    finally:
+        work.close()
+
+
 def _kind(call: Call, number: int) -> Hashable:
     """Calls of equal kind can be joined."""
     states = call.conditioning
-    if states.offsets is not None:
+    if states.offsets is not None or call.apart:
         return number
     form = None if states.row_offsets is None else states.row_offsets.form()
     tokens = states.keys.shape[2:]

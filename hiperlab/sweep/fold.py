@@ -70,7 +70,12 @@ def _key(cfg: DictConfig) -> str | None:
     plain: dict[str, Any] = {name: _plain(OmegaConf.select(cfg, name)) for name in SAME}
     trainer = plain.get("trainer") or {}
     several = trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) not in (1, None)
-    if not {"fit", "sample"} & set(plain.get("stages") or []) or cfg.get("artifacts") or several or (plain.get("precision") or {}).get("grad_scaler"):
+    if (
+        not {"fit", "sample"} & set(plain.get("stages") or [])
+        or cfg.get("artifacts")
+        or several
+        or (plain.get("precision") or {}).get("grad_scaler")
+    ):
         return None
     if plain.get("resume") not in (None, "auto"):
         return None

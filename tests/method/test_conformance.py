@@ -18,9 +18,23 @@ from hiperlab.base.editing_method import EditingMethod
 from hiperlab.base.method import Method, Step
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.shared_calls import together
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
-from tests.composed import METHODS, ROOT, SUBJECTS, batch, build, config, kept, quick, train, trains
+from tests.composed import (
+    METHODS,
+    ROOT,
+    SUBJECTS,
+    UNetCalls,
+    batch,
+    build,
+    config,
+    kept,
+    quick,
+    train,
+    train_together,
+    trains,
+)
 
 CATS = SUBJECTS[:1]
 
@@ -180,6 +194,42 @@ def test_concept_alone_and_among_four(name, stack) -> None:
             torch.testing.assert_close(four.artifact(index)[key], value, atol=1e-5, rtol=0, msg=f"{index} {key}")
 
 
+def test_side_by_side_with_another_it_is_itself(name, stack, monkeypatch) -> None:
+    """Beside another concept of another seed, which goes on longer: losses, what is learnt and pictures.
+
+    Their calls are one wherever a step of both asks the U-Net with the weights it has.
+    """
+    stack = copy.deepcopy(stack).double()
+    asked = UNetCalls(stack, monkeypatch)
+
+    def pair() -> list[Method]:
+        return [build(name, stack, SUBJECTS[seed : seed + 1], seed=seed).double() for seed in (0, 1)]
+
+    def texts(method: Method) -> tuple[list[str], list[int]]:
+        return [f"a photo of a {method.concepts[0].placeholder}"], [1]
+
+    alone, beside, how = pair(), pair(), {"steps": 2, "guidance": 7.5}
+    if trains(name):
+        expected = [train(method, steps) for method, steps in zip(alone, (1, 2), strict=True)]
+        for mine, one in zip(train_together(beside, (1, 2)), expected, strict=True):
+            assert mine == pytest.approx(one, rel=0, abs=1e-12)
+        for mine, one in zip(beside, alone, strict=True):
+            learnt = mine.trainable_state()
+            for key, value in one.trainable_state().items():
+                # 1e-9: Adam divides by gradients that are 0 but for rounding.
+                torch.testing.assert_close(learnt[key], value, atol=1e-9, rtol=0, msg=key)
+    asked.taken()
+    drawn = [method.sample(*texts(method), **how) for method in alone]
+    single = asked.taken()
+    shared = together(stack, [method.sample_calls(*texts(method), **how) for method in beside])
+    for mine, one in zip(shared, drawn, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-6, rtol=0)  # the VAE's answer is float32
+    joint = asked.taken()
+    assert sum(call.rows for call in joint) == sum(call.rows for call in single)
+    assert len(joint) == len(single) // (1 if single[-1].changed else 2)
+    assert all(method.training for method in beside), "left as they were"
+
+
 def test_micro_batches_do_not_matter(trainee, stack) -> None:
     """Four rows at once or two and two: the same gradient. Nested dropout's coin included."""
 
@@ -195,7 +245,7 @@ def test_micro_batches_do_not_matter(trainee, stack) -> None:
 
 def test_masks_weigh_the_loss(trainee, stack) -> None:
     """A loss that counts nowhere is nothing and moves nothing; one that counts everywhere is the loss without masks."""
-    if method_class(trainee).training_step is not Method.training_step:
+    if method_class(trainee).training_calls is not Method.training_calls:
         pytest.skip("edits one picture, which has no mask for the loss")
     rows = batch(list(CATS), [0, 1])
     losses = {}

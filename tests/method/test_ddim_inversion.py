@@ -20,8 +20,8 @@ HOW = {"steps": 2, "guidance": 7.5}
 
 def test_the_inversion_is_made_once_and_read_by_the_next_run(stack, tmp_path, monkeypatch, caplog) -> None:
     calls = []
-    made = trajectory.invert
-    monkeypatch.setattr(trajectory, "invert", lambda *args: calls.append(1) or made(*args))
+    made = trajectory.inversion_calls
+    monkeypatch.setattr(trajectory, "inversion_calls", lambda *args: calls.append(1) or made(*args))
     first = build("ddim_inversion", stack, [SUBJECT], cache=str(tmp_path)).artifact(0)["noise"]
     again = build("ddim_inversion", stack, [SUBJECT], cache=str(tmp_path)).artifact(0)["noise"]
     assert len(calls) == 1 and torch.equal(first, again)

@@ -68,5 +68,6 @@ def test_a_velocity_is_the_noise_it_stands_for(stack) -> None:
         def predict(self, *_: object) -> torch.Tensor:
             return exact
 
-    found = inversion.predict_noise(Exact(), stack.add_noise(z0, noise, when), 401, None)  # type: ignore[arg-type]
+    z = stack.add_noise(z0, noise, when)
+    found = inversion.predict_noise(Exact(), z, 401, states(stack))  # type: ignore[arg-type]
     torch.testing.assert_close(found, noise, atol=1e-12, rtol=0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +14,7 @@ from hiperlab.model.attention_control import Record, cross_maps
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import Added, Offsets
 from hiperlab.model.row_offsets import RowOffsets
-from hiperlab.model.shared_calls import Call, Calls, alone, together
+from hiperlab.model.shared_calls import Call, Calls, alone, together, within
 from hiperlab.model.tiny import tiny
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -126,3 +131,78 @@ def test_controls_see_their_own_rows(stack) -> None:
             assert seen.maps.keys() == wanted.maps.keys() and seen.maps
             for layer, maps in wanted.maps.items():
                 torch.testing.assert_close(seen.maps[layer], maps, atol=1e-12, rtol=0)
+
+
+def test_calls_that_must_stay_apart_do(stack, sizes) -> None:
+    """Rounding differs in a shared call, and a sampler that adds noise makes it grow."""
+    calls = [call(0, 1), call(1, 1), replace(call(2, 2), apart=True)]
+
+    def work(mine: Call) -> Calls[torch.Tensor]:
+        return (yield mine)
+
+    expected = alone(stack, work(calls[2]))
+    sizes.clear()
+    found = together(stack, map_works(work, calls))
+    assert sizes == [2, 2] and torch.equal(found[2], expected)
+
+
+def test_losses_wait_for_those_who_are_not_ready(stack, sizes) -> None:
+    """Two that first have questions without a gradient, one and three of them, still share the call of their losses."""
+
+    def work(seed: int, before: int) -> Calls[torch.Tensor]:
+        step = call(seed, 1)
+        yield from quietly(step, before)
+        return (yield step).square().sum()
+
+    @torch.no_grad()
+    def quietly(step: Call, count: int) -> Calls[None]:
+        for _ in range(count):
+            yield Call(step.latents, step.timestep, step.conditioning)
+
+    makers = [(0, 0), (1, 1), (2, 3)]
+    expected = [alone(stack, work(*each)) for each in makers]
+    sizes.clear()
+    found = together(stack, [work(*each) for each in makers])
+    assert sizes == [2, 1, 1, 3]
+    for mine, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=1e-12)
+
+
+def test_a_context_is_left_while_a_work_waits(stack) -> None:
+    """Also when it is given up, or fails."""
+    inside: list[str] = []
+    seen: list[tuple[str, list[str]]] = []
+
+    @contextmanager
+    def entered(name: str) -> Iterator[None]:
+        inside.append(name)
+        try:
+            yield
+        finally:
+            inside.remove(name)
+
+    def work(name: str, calls: int) -> Calls[str]:
+        try:
+            for _ in range(calls):
+                seen.append((name, list(inside)))
+                yield call(0, 1)
+            seen.append((name, list(inside)))
+            if calls == 3:
+                raise ValueError(name)
+            return name
+        finally:
+            seen.append((f"{name} over", list(inside)))
+
+    def contexts(*works: tuple[str, int]) -> list[Calls[str]]:
+        return [within(partial(entered, name), work(name, calls)) for name, calls in works]
+
+    assert together(stack, contexts(("a", 1), ("b", 2))) == ["a", "b"]
+    assert all(found == [name.split(" ")[0]] for name, found in seen) and len(seen) == 7 and not inside
+    with pytest.raises(ValueError, match="c"):
+        alone(stack, contexts(("c", 3))[0])
+    assert not inside
+    (given_up,) = contexts(("d", 1))
+    next(given_up)
+    assert not inside
+    given_up.close()
+    assert seen[-1][0] == "d over" and not inside

@@ -33,6 +33,7 @@ from hiperlab.model import inversion
 from hiperlab.model.attention_control import cross_maps
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import Inversion, invert, previous
+from hiperlab.model.shared_calls import Calls, alone
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.vision_tower import VisionTower, preprocess
 from tests.composed import build as compose
@@ -213,7 +214,7 @@ def run(made: Any, gradients: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         found["counts"][step] += 1
-    noise = made.guided(made.steps - 1, made.latents[None])
+    noise = alone(made.model, made.guided_calls(made.steps - 1, made.latents[None]))
     found["latents"].append(previous(made.model, made.latents[None], noise, made.timesteps[-1], made.steps)[0])
     return found
 
@@ -264,7 +265,7 @@ def test_inner_teacher_forced(root, eyes) -> None:
             made.begin(step)
         made._memory.clear()
         made.zero_grad()
-        terms = made.inner_losses(step, latents)
+        terms = alone(made.model, made.inner_loss_calls(step, latents))
         first = sum(counts[:step])
         for name, theirs in (("latent", "rec"), ("attention", "attn")):
             close(f"sd inner loss_{theirs}", terms[name].detach()[None], g[f"loss_{theirs}"][first : first + 1], 7e-6)
@@ -276,7 +277,7 @@ def test_inner_teacher_forced(root, eyes) -> None:
         with torch.no_grad():
             for name, value in after.items():
                 own[name][step].copy_(value[0])
-        noise = made.guided(step, latents)
+        noise = alone(made.model, made.guided_calls(step, latents))
         moved = previous(made.model, latents, noise, made.timesteps[step], steps)
         close("sd inner latent_cur", moved, g["latent_cur"][step : step + 1], 1.3e-4)
 
@@ -322,8 +323,12 @@ def test_each_term_alone(root, eyes) -> None:
     close_gradients("sd noattn grad", found["gradients"][0, 0], g, "grad.i0.j0.", 5e-5)
     g = golden.pick(g, "attnonly.")
     made = style(root, eyes, recorded="inner_noattn", epsilon=-1.0)
-    both = made.inner_losses
-    made.inner_losses = lambda *given: {"attention": both(*given)["attention"]}
+    both = made.inner_loss_calls
+
+    def attention_only(*given: Any) -> Calls[dict[str, Tensor]]:
+        return {"attention": (yield from both(*given))["attention"]}
+
+    made.inner_loss_calls = attention_only
     named = (re.match(r"grad\.i(\d+)\.j(\d+)\.", name) for name in g)
     recorded = sorted({(int(match[1]), int(match[2])) for match in named if match})
     found = run(made, recorded)
