@@ -182,15 +182,16 @@ class TrajectoryMethod(EditingMethod):
 
     def on_fit_end(self) -> None:
         """Say how far and how well the path was followed."""
+        name = self.concepts[0].name
         if int(self.path_step) < self.steps - 1:
             log.warning(
-                "training ended at step %d of the path's %d: those behind take what it found. fit.steps=%d would do.",
-                int(self.path_step), self.steps, sum(self.inner_steps(step) for step in range(self.steps)),
+                "%s: training ended at step %d of the path's %d: those behind take what it found. fit.steps=%d would "
+                "do.", name, int(self.path_step), self.steps, sum(self.inner_steps(step) for step in range(self.steps)),
             )  # fmt: skip
         if self._above:
             log.warning(
-                "%d of %d steps of the path ended above the loss at which they count as followed: the reconstruction "
-                "may differ from the picture.", self._above, self.steps,
+                "%s: %d of %d steps of the path ended above the loss at which they count as followed: the "
+                "reconstruction may differ from the picture.", name, self._above, self.steps,
             )  # fmt: skip
 
     # ---- keeping -----------------------------------------------------------------------------------------------------

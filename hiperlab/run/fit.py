@@ -306,7 +306,7 @@ def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_com
     rows, accumulate = split_batch(session.cfg.fit.batch_size, micro, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
     data = trainee.data(rows, accumulate)
-    begin(trainee, rows, trainer.world_size)
+    begin([trainee], rows, trainer.world_size)
     start = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -132,15 +132,17 @@ class Session:
 
     @cached_property
     def groups(self) -> list[list[int]]:
-        """Concept numbers trained together: all at once, or one by one for methods that cannot stack them."""
+        """Concept numbers of each method: all of one, or one each where a method does not stack them.
+
+        Also where an earlier version had not stacked them when this run began.
+        """
         everything = list(range(len(self.data.concepts)))
-        stacks = get_class(self.cfg.method._target_).stacks_concepts  # type: ignore[attr-defined]
+        method = get_class(self.cfg.method._target_)
         begun = [c.name for c in self.data.concepts if (self.folder / "checkpoints" / c.name).is_dir()]
-        if stacks and not begun:
+        if method.stacks_concepts and not begun:  # type: ignore[attr-defined]
             return [everything]
-        if len(everything) > 1:
-            why = "was begun so by an earlier version" if stacks else "takes one concept at a time"
-            log.warning("%s %s: the run goes one by one.", self.cfg.method._target_, why)
+        if len(everything) > 1 and method.why_alone:  # type: ignore[attr-defined]
+            log.warning("%s: %s. The concepts go one by one.", method.__name__, method.why_alone)  # type: ignore[attr-defined]
         return [[index] for index in everything]
 
     @cached_property

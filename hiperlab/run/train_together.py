@@ -201,8 +201,7 @@ def train_together(trainees: Sequence[Trainee], micro: int | None, stop: StopCal
     cfg = trainees[0].session.cfg
     rows, accumulate = split_batch(cfg.fit.batch_size, micro, 1)
     each = [trainee.data(rows, accumulate) for trainee in trainees]
-    for trainee in trainees:
-        begin(trainee, rows, 1)
+    begin(trainees, rows, 1)
     starts = [trainee.start for trainee in trainees]
     views = Views(trainees)
     module = SideBySide(

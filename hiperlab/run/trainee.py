@@ -167,18 +167,22 @@ def enrol(session: Session, group: list[int], resume: str | None) -> Trainee:
     return Trainee(session, group, method, checkpoints, start)
 
 
-def begin(trainee: Trainee, rows: int, world: int) -> None:
-    """Keep what this training is asked, and say what begins."""
-    session, cfg = trainee.session, trainee.session.cfg
-    session.update(micro_batch_size=rows, world_size=world)
-    remember(session, fresh=trainee.start is None)
-    if trainee.start is not None:
-        log.info("resuming from %s of %d steps", trainee.start.stem, cfg.fit.steps)
-    log.info(
-        "%s: %s trainable parameters per concept, %d steps of %d images (%d at a time, %d process%s)",
-        type(trainee.method).__name__, f"{trainee.parameters_per_concept:,}", cfg.fit.steps, cfg.fit.batch_size, rows,
-        world, "" if world == 1 else "es",
-    )  # fmt: skip
+def begin(trainees: Sequence[Trainee], rows: int, world: int) -> None:
+    """Keep what these trainings are asked, and say what begins."""
+    said = []
+    for trainee in trainees:
+        session, cfg = trainee.session, trainee.session.cfg
+        session.update(micro_batch_size=rows, world_size=world)
+        remember(session, fresh=trainee.start is None)
+        if trainee.start is not None:
+            said.append(f"resuming from {trainee.start.stem} of {cfg.fit.steps} steps")
+        said.append(
+            f"{type(trainee.method).__name__}: {trainee.parameters_per_concept:,} trainable parameters per concept, "
+            f"{cfg.fit.steps} steps of {cfg.fit.batch_size} images ({rows} at a time, {world} "
+            f"process{'' if world == 1 else 'es'})"
+        )
+    for line in dict.fromkeys(said):
+        log.info("%s", line)
 
 
 def make_trainer(session: Session, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> pl.Trainer:
