@@ -120,7 +120,7 @@ def train_together(methods: Sequence[Method], steps: Sequence[int], micro: int =
 
 
 class Asked(NamedTuple):
-    """One call of the U-Net: its rows, whether its own weights were changed, whether the answer has a gradient."""
+    """One call of the U-Net: its rows, whether it had weights of its own, whether the answer has a gradient."""
 
     rows: int
     changed: bool
@@ -136,7 +136,8 @@ class UNetCalls:
         monkeypatch.setattr(stack, "predict", self._predict)
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Any) -> torch.Tensor:
-        self._found.append(Asked(len(latents), conditioning.offsets is not None, torch.is_grad_enabled()))
+        own = conditioning.offsets is not None and conditioning.row_offsets is None
+        self._found.append(Asked(len(latents), own, torch.is_grad_enabled()))
         return self._plain(latents, timestep, conditioning)
 
     def taken(self) -> list[Asked]:

@@ -125,8 +125,8 @@ class Method(pl.LightningModule, ABC):
         seed: of initialisation and of every draw during training.
     """
 
-    stacks_concepts: ClassVar[bool] = True  # False: every concept has a method of its own
-    why_alone: ClassVar[str] = ""  # why its U-Net calls cannot be shared with other trainings'; empty if they can
+    stacks_concepts: ClassVar[bool] = True  # False: one object has room for one concept
+    why_alone: ClassVar[str] = ""  # why no U-Net call of its training can be shared with others', for people to read
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values

@@ -139,11 +139,10 @@ class CustomDiffusion(RareTokenMethod):
         _, _, slots = tokens.occurrences()
         states = self.model.hidden_states(tokens, self.word[slots][None])
         keys = self.model.normalise_text(states)
-        if len(self.concepts) == 1:
-            return Conditioning(keys, offsets=self.offsets(), detach_first=True)
+        alone = self.offsets() if len(self.concepts) == 1 else None
         changes = {name.replace("/", "."): (delta,) for name, delta in self.kv.items()}
         offsets = RowOffsets(changes, torch.ones_like(self.word[:, 0]), step.concept)
-        return Conditioning(keys, detach_first=True, row_offsets=offsets)
+        return Conditioning(keys, offsets=alone, detach_first=True, row_offsets=offsets)
 
     def composition_part(self, step: Step) -> Part:
         """The texts with the new word before the class noun, and its vector (1, 1, 1, D)."""

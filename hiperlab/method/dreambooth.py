@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 class DreamBooth(RareTokenMethod):
     """Every weight of the U-Net gets an offset, which is fine-tuning it; prompts say "sks dog" for the placeholder.
 
+    No call is shared with other trainings (`why_alone`): each has a U-Net of its own.
+
     Args:
         model: the frozen stack.
         concepts: what is personalised.
@@ -46,7 +48,7 @@ class DreamBooth(RareTokenMethod):
         prior: class pictures that hold the class.
     """
 
-    why_alone = "it trains the U-Net's own weights, so every training has a U-Net of its own"
+    why_alone = "all weights of its U-Net change, so that no other training can use its passes"
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
 

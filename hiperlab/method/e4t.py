@@ -56,7 +56,8 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
     """A word that is e_c + s E(picture, U-Net's view of z_t), in a U-Net whose q, k, v weights are W (1 + delta).
 
     The encoder runs at every step on the picture and the noisy latents, so a word differs by row and by step. Both
-    U-Net passes of a step share one set of changed weights. Tuning fits the whole U-Net as offsets besides.
+    U-Net passes of a step share one set of changed weights. Tuning fits the whole U-Net as offsets besides. No call is
+    shared with other trainings (`why_alone`): each has a U-Net of its own.
 
     Args:
         model: the frozen stack.
@@ -81,8 +82,8 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
         export_files: also write the reimplementation's files, the picture tower included.
     """
 
-    why_alone = "it changes the U-Net's own weights, so every training has a U-Net of its own"
     stacks_concepts = False  # rows of one U-Net call share its weights
+    why_alone = "the weights of its U-Net change throughout, so that no other training can use its passes"
     time_dependent = True
     reads_latents = True
     fixed_settings = ("encoder", "encoder_unet", "embed_scale")

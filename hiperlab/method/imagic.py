@@ -48,7 +48,8 @@ class Imagic(Method, EditsPicture, Exportable):
     """Phase A fits all rows of the target text's embedding, phase B the weights of the U-Net with that embedding fixed.
 
     The weights are fitted as offsets that stand in for the frozen ones during a call; the stack never changes. The
-    phase follows from the sample number, so a resumed run goes on in the right one.
+    phase follows from the sample number, so a resumed run goes on in the right one. Several pictures' trainings share
+    calls in phase A; in phase B each has a U-Net of its own.
 
     Args:
         model: the frozen stack.

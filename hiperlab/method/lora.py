@@ -141,11 +141,10 @@ class LoRA(RareTokenMethod):
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self._strength(step.variant)
         states = self._encode(self.texts(step), step.concept, strength)[None]
-        if len(self.concepts) == 1:
-            return Conditioning(states, offsets=self.offsets("unet", 0, strength))
         changes = {f"{name}.weight": pair for name, pair in self._pairs("unet").items()}
         scale = strength * self.alpha / self.rank
-        return Conditioning(states, row_offsets=RowOffsets(changes, scale, step.concept))
+        alone = self.offsets("unet", 0, strength) if len(self.concepts) == 1 else None
+        return Conditioning(states, offsets=alone, row_offsets=RowOffsets(changes, scale, step.concept))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""

@@ -24,7 +24,8 @@ class Conditioning:
         keys: (L, B, N, D) states that the key projections read; L is 1 (shared) or the number of layers.
         values: same shape, read by the value projections; None means the keys serve both.
         offsets: changes of U-Net weights, for all rows of the call; None leaves the bare U-Net.
-        row_offsets: offsets beside the U-Net's layers, each row's own; None for none.
+        row_offsets: offsets beside the U-Net's layers, each row's own; None for none. Where both are given they are the
+            same change, and a call of its own takes `offsets`, a shared one these.
         detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
         control: reads and changes the call's attention maps; it knows the call's rows by their number, so it is given
             to the conditioning of a whole call, last of all.

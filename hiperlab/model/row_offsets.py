@@ -41,11 +41,15 @@ class RowOffsets:
         return tuple((name, *(tuple(each.shape[1:]) for each in tensors)) for name, tensors in self.changes.items())
 
     def same(self, other: RowOffsets) -> bool:
-        """Whether both are of the same layers and the same memory, for whatever rows."""
-        return self.changes.keys() == other.changes.keys() and all(
-            mine.data_ptr() == theirs.data_ptr()
-            for name, tensors in self.changes.items()
-            for mine, theirs in zip(tensors, other.changes[name], strict=True)
+        """Whether both are of the same layers, the same memory and the same factors, for whatever rows."""
+        return (
+            self.changes.keys() == other.changes.keys()
+            and all(
+                mine.data_ptr() == theirs.data_ptr()
+                for name, tensors in self.changes.items()
+                for mine, theirs in zip(tensors, other.changes[name], strict=True)
+            )
+            and torch.equal(self.scale, other.scale)
         )
 
     @contextmanager

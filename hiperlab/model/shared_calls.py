@@ -66,7 +66,8 @@ def together(
 ) -> list[Result | None]:
     """The results of several pieces of work, in their order; calls that wait at the same time are joined.
 
-    Calls with changes of the U-Net's own weights (`Conditioning.offsets`) have a U-Net of their own and stay alone.
+    Calls with changes of the U-Net's own weights (`Conditioning.offsets`) have a U-Net of their own and stay alone,
+    unless they say how to do without (`Conditioning.row_offsets`).
     Calls with a gradient wait until nobody asks for one without: those are what some trainings need before their loss
     (the next step of a path, say), and then all losses share one call.
 
@@ -132,7 +133,7 @@ def within(context: Callable[[], AbstractContextManager[object]], work: Calls[Re
 def _kind(call: Call, number: int) -> Hashable:
     """Calls of equal kind can be joined."""
     states = call.conditioning
-    if states.offsets is not None or call.apart:
+    if call.apart or (states.offsets is not None and states.row_offsets is None):
         return number
     form = None if states.row_offsets is None else states.row_offsets.form()
     tokens = states.keys.shape[2:]
@@ -146,7 +147,7 @@ def _answers(stack: FrozenStack, calls: Sequence[Call]) -> list[Tensor]:
             return [stack.predict(calls[0].latents, calls[0].timestep, calls[0].conditioning)]
         counts = [len(call.latents) for call in calls]
         controls = [call.conditioning.control for call in calls]
-        states = concatenate([replace(call.conditioning, control=None) for call in calls])
+        states = concatenate([replace(call.conditioning, control=None, offsets=None) for call in calls])
         if any(control is not None for control in controls):
             states = states.controlled(_Controls(controls, counts))
         latents = torch.cat([call.latents for call in calls])

@@ -274,7 +274,7 @@ class FrozenStack(nn.Module):
         dtype = next(self.unet.parameters()).dtype
         states = conditioning.to(dtype)
         inputs: dict[str, Any] = {"encoder_hidden_states": states, "return_dict": False}
-        beside = conditioning.row_offsets
+        beside = conditioning.row_offsets if conditioning.offsets is None else None
         if conditioning.offsets is None and conditioning.control is None and beside is None:
             out = self._predictor(latents.to(dtype), timestep, **inputs)[0]
         else:  # not through torch.compile: swapped weights would be compiled anew at every step, a control is no graph

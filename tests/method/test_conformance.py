@@ -197,7 +197,7 @@ def test_concept_alone_and_among_four(name, stack) -> None:
 def test_side_by_side_with_another_it_is_itself(name, stack, monkeypatch) -> None:
     """Beside another concept of another seed, which goes on longer: losses, what is learnt and pictures.
 
-    Their calls are one wherever a step of both asks the U-Net with the weights it has.
+    Where both ask the U-Net with the weights it has, their calls are one; a method for which they never are says why.
     """
     stack = copy.deepcopy(stack).double()
     asked = UNetCalls(stack, monkeypatch)
@@ -211,7 +211,10 @@ def test_side_by_side_with_another_it_is_itself(name, stack, monkeypatch) -> Non
     alone, beside, how = pair(), pair(), {"steps": 2, "guidance": 7.5}
     if trains(name):
         expected = [train(method, steps) for method, steps in zip(alone, (1, 2), strict=True)]
-        for mine, one in zip(train_together(beside, (1, 2)), expected, strict=True):
+        asked.taken()
+        found = train_together(beside, (1, 2))
+        assert sum(call.gradient for call in asked.taken()) == (3 if method_class(name).why_alone else 2)
+        for mine, one in zip(found, expected, strict=True):
             assert mine == pytest.approx(one, rel=0, abs=1e-12)
         for mine, one in zip(beside, alone, strict=True):
             learnt = mine.trainable_state()

@@ -172,3 +172,20 @@ def test_a_method_may_be_drawn_twice_at_once(stack) -> None:
     for mine, one in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, one, atol=1e-4, rtol=0)
     assert all(module.training for child in method.children() if child is not stack for module in child.modules())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_variants_of_one_method_share_calls_and_stay_apart(count, double, asked) -> None:
+    """The same matrices at two strengths: each row has its own factor."""
+    method = build("lora", double, SUBJECTS[:count], strength=[1.0, 0.3]).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for up in method.up.values():  # type: ignore[operator, union-attr]
+            up.copy_(0.3 * torch.randn(up.shape, generator=generator))
+    how: dict[str, Any] = {"prompts": ["a <c>"], "seeds": [3], "steps": 2, "guidance": 7.5}
+    expected = [method.sample(variant=variant, **how) for variant in method.variants]
+    asked.taken()
+    found = together(double, [method.sample_calls(variant=variant, **how) for variant in method.variants])
+    assert rows(asked.taken()) == [4, 4]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert float((found[0] - found[1]).abs().max()) > 1e-2

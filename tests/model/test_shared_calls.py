@@ -116,6 +116,26 @@ def test_only_calls_of_one_kind_are_joined(stack, sizes) -> None:
     assert found[0].requires_grad and not found[2].requires_grad
 
 
+def test_changed_weights_that_can_be_had_beside_the_layers_are_shared(stack, sizes) -> None:
+    """Alone a call takes them into the weights, bit for bit; two that differ go together, each row with its own."""
+    delta = torch.zeros_like(stack.unet.get_parameter(LAYER)) + 0.1
+    which, one = torch.zeros(2, dtype=torch.long), torch.ones(1, dtype=torch.float64)
+
+    def work(k: int, **how) -> Calls[torch.Tensor]:
+        return chain(k, 2, 1, offsets=Offsets({LAYER: Added(k * delta)}), **how)
+
+    def both(k: int) -> Calls[torch.Tensor]:
+        return work(k, row_offsets=RowOffsets({LAYER: (k * delta[None],)}, one, which))
+
+    expected = [alone(stack, work(k)) for k in (1, 2)]
+    assert all(torch.equal(alone(stack, both(k)), wanted) for k, wanted in zip((1, 2), expected, strict=True))
+    sizes.clear()
+    found = together(stack, [both(1), both(2)])
+    assert sizes == [4]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(found[0], alone(stack, chain(1, 2, 1)), atol=1e-3)
+
+
 def test_controls_see_their_own_rows(stack) -> None:
     def records() -> list[Record | None]:
         return [Record(cross_maps(16)), None, Record(cross_maps(64))]
