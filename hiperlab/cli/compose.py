@@ -31,6 +31,7 @@ from hiperlab.errors import UserError, near
 
 STAGES = ("fit", "sample", "score", "summary")
 EXTRAS = {  # the module that a launcher or sweeper needs -> what installs it
+    "hydra_plugins.hiperlab_submitit": ("slurm", "hydra/launcher=submitit_*"),
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra/launcher=submitit_*"),
     "hydra_plugins.hiperlab_optuna": ("optuna", "hydra/sweeper=optuna"),
 }
@@ -130,7 +131,7 @@ def check_plugins(cfg: DictConfig) -> None:
         if package not in EXTRAS:
             continue
         extra, choice = EXTRAS[package]
-        needed = "optuna" if extra == "optuna" else package
+        needed = "optuna" if extra == "optuna" else "hydra_plugins.hydra_submitit_launcher"
         if importlib.util.find_spec(needed) is None:
             raise UserError(f"{choice} needs an extra that is not installed: pip install 'hiperlab[{extra}]'.")
 

@@ -30,6 +30,7 @@ from hiperlab.errors import StoppedError, UserError
 from hiperlab.sweep import outcome as sweep
 from hiperlab.sweep.fold import folded
 from hiperlab.sweep.job import Job, Running, make_job, outcome, start
+from hiperlab.sweep.submitted import mates
 
 HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on every system
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number is not None]
@@ -281,11 +282,11 @@ class FreshProcesses(Launcher):
 
 
 def foreign_job(cfg: DictConfig) -> float | None:
-    """What submitit and the basic launcher run: the same fresh process, whatever process they run it in.
+    """What submitit and the basic launcher run: a fresh process of the job and its mates, whatever process it is in.
 
     A failed job returns None and is recorded; raising here would take the other jobs with it.
     """
     hydra_cfg = HydraConfig.get()
     job = make_job(hydra_cfg, cfg, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
-    done = run_jobs([[job]], Path(str(hydra_cfg.sweep.dir)), Devices([], None))
+    done = run_jobs([mates(job)], Path(str(hydra_cfg.sweep.dir)), Devices([], None))
     return done[0].objective

@@ -229,10 +229,13 @@ def test_fold_is_auto_off_or_a_number(value) -> None:
         most_jobs(config(fold=value))
 
 
-def test_a_sweep_folds_by_itself(tmp_path) -> None:
+@pytest.mark.parametrize("launcher", ["process", "submitit_local"])
+def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
     """Through `-m`: one process, three run folders; the second command has nothing to do."""
+    if launcher != "process":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [
-        "-m", *SMALL, "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1", "sweep=seeds", f"outputs_dir='{tmp_path}'",
+        "-m", *SMALL, f"hydra/launcher={launcher}", "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1", "sweep=seeds", f"outputs_dir='{tmp_path}'",
     ]  # fmt: skip
     assert main(command) == 0
     folder = tmp_path / "sweeps" / "seeds"
