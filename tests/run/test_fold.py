@@ -235,7 +235,8 @@ def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
     if launcher != "process":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [
-        "-m", *SMALL, f"hydra/launcher={launcher}", "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1", "sweep=seeds", f"outputs_dir='{tmp_path}'",
+        "-m", *SMALL, f"hydra/launcher={launcher}", "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1",
+        "sweep=seeds", f"outputs_dir='{tmp_path}'",
     ]  # fmt: skip
     assert main(command) == 0
     folder = tmp_path / "sweeps" / "seeds"
