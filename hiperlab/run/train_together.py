@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
@@ -146,9 +147,13 @@ class _Watch(Checkpoint):
         """Each with its own optimizer; its metrics go to its loggers."""
         assert isinstance(pl_module, SideBySide)
         self._show(pl_module, "on_before_optimizer_step", lambda number: (pl_module.optimizer_of(number),))
-        for number in pl_module.active:
+        each = {number: pl_module.method(number).step_metrics() for number in pl_module.active}
+        if not each:
+            return
+        values = iter(torch.stack([value for found in each.values() for value in found.values()]).tolist())  # one wait
+        for number, found in each.items():
             view = self.views.all[number]
-            metrics = {name: value.item() for name, value in pl_module.method(number).step_metrics().items()}
+            metrics = {name: next(values) for name in found}
             view.callback_metrics.update(metrics)
             for logger in view.loggers:
                 logger.log_metrics(metrics, trainer.global_step)
