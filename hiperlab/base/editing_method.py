@@ -143,7 +143,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             if found is None:
                 found = self._write(path, (yield from self._inversion_calls()))
             self._inversion = found
-            self.noise.copy_(self.pivot[-1])
+            if not self.noise.any():  # a loaded artifact's stays: it may be of another picture, see `_recorded_calls`
+                self.noise.copy_(self.pivot[-1])
 
     @property
     def inversion(self) -> Inversion:

@@ -76,3 +76,17 @@ def test_word_maps_cover_every_word(stack) -> None:
     for each in found:
         assert each.words == tuple(each.text.split(" ")) and each.maps.shape == (5, 8, 8)
         assert each.picture.shape == (3, 128, 128) and (each.maps > 0).all()
+
+
+def test_a_held_source_is_of_the_artifacts_picture(stack) -> None:
+    """The path is of the picture that the data has now, the noise of the one that the artifact was made with."""
+    kept = build("ddim_inversion", stack, [SUBJECT]).artifact(0)
+    other = build("ddim_inversion", stack, [SUBJECT], inject_source_latents=True)
+    other.set_reference(0, picture(SUBJECT, 1, stack.size))
+    other.load_artifact(0, kept)
+    for _ in range(2):
+        with pytest.raises(UserError, match="of another picture"):
+            other.sample(["a dog on a mat"], [0], **HOW)
+    other.set_reference(0, picture(SUBJECT, 0, stack.size))
+    other.load_artifact(0, kept)
+    assert other.sample(["a dog on a mat"], [0], **HOW).isfinite().all()
