@@ -37,7 +37,10 @@ class RowOffsets:
         return RowOffsets(self.changes, self.scale, self.which[index.to(self.which.device)])
 
     def form(self) -> Hashable:
-        """Names and shapes of the changes but for the number of concepts: rows of equal form can share a call."""
+        """Equal for offsets whose rows can share a call: pairs of any layers and ranks, or whole deltas."""
+        kinds = {len(tensors) for tensors in self.changes.values()}
+        if len(kinds) == 1:
+            return kinds.pop()
         return tuple((name, *(tuple(each.shape[1:]) for each in tensors)) for name, tensors in self.changes.items())
 
     def same(self, other: RowOffsets) -> bool:
@@ -134,9 +137,30 @@ def joined(parts: Sequence[tuple[RowOffsets | None, int]]) -> RowOffsets | None:
         if part is None and count != len(together):
             raise ValueError(f"{count} rows without offsets beside {len(together)} rows with")
         which.append(together if part is None else next(remaining))
-    changes, scale = own[0].changes, own[0].scale
-    if len(distinct) > 1:
-        kinds = {name: zip(*(known.changes[name] for known in distinct), strict=True) for name in changes}
-        changes = {name: tuple(torch.cat(pieces) for pieces in each) for name, each in kinds.items()}
-        scale = torch.cat([known.scale for known in distinct])
-    return RowOffsets(changes, scale, torch.cat(which))
+    if len(distinct) == 1:
+        return RowOffsets(own[0].changes, own[0].scale, torch.cat(which))
+    names = dict.fromkeys(name for known in distinct for name in known.changes)
+    changes = {name: _side_by_side(name, distinct) for name in names}
+    return RowOffsets(changes, torch.cat([known.scale for known in distinct]), torch.cat(which))
+
+
+def _side_by_side(name: str, offsets: Sequence[RowOffsets]) -> tuple[Tensor, ...]:
+    """The changes of one parameter for all concepts: zeros where one has none, or a smaller rank."""
+    every = [known.changes[name] for known in offsets if name in known.changes]
+    rank = max(tensors[0].shape[1] for tensors in every)
+    found = []
+    for known in offsets:
+        tensors = known.changes.get(name) or tuple(
+            each.new_zeros(len(known.scale), *each.shape[1:]) for each in every[0]
+        )
+        if len(tensors) == 2:  # A (K, r, in, ...) and B (K, out, r, ...)
+            tensors = _padded(tensors[0], 1, rank), _padded(tensors[1], 2, rank)
+        found.append(tensors)
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+
+
+def _padded(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """The tensor with zeros behind it along an axis, so that it is `length` long there."""
+    shape = list(tensor.shape)
+    shape[axis] = length - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor

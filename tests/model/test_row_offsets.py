@@ -146,6 +146,24 @@ def test_offsets_of_different_memory_share_a_call(stack, pairs) -> None:
     torch.testing.assert_close(together[4:8], stack.predict(latents, when, theirs), atol=1e-10, rtol=0)
 
 
+def test_other_layers_and_ranks_share_a_call(stack, pairs) -> None:
+    """What one has no change of, or a smaller rank, is zeros to it."""
+    latents, when, states = inputs()
+    low = {name: each for name, each in pairs.items() if len(each) == 2}
+    whole = {name: each for name, each in pairs.items() if len(each) == 1}
+    for kind in (low, whole):
+        names = list(kind)
+        first = {name: kind[name] for name in names[:-1]}
+        second = {name: tuple(tensor.detach() * 1.5 for tensor in kind[name]) for name in names[1:]}
+        if kind is low:
+            second = {name: (down[:, :2], up[:, :, :2]) for name, (down, up) in second.items()}
+        mine = Conditioning(states, row_offsets=RowOffsets(first, SCALE, WHICH))
+        theirs = Conditioning(states.flip(1), row_offsets=RowOffsets(second, SCALE.flip(0), WHICH))
+        both = stack.predict(latents.repeat(2, 1, 1, 1), when.repeat(2), concatenate([mine, theirs]))
+        torch.testing.assert_close(both[:4], stack.predict(latents, when, mine), atol=1e-10, rtol=0)
+        torch.testing.assert_close(both[4:], stack.predict(latents, when, theirs), atol=1e-10, rtol=0)
+
+
 def test_the_offset_is_worked_out_in_the_more_precise_type() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(8, 8, bias=False).bfloat16()

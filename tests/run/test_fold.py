@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 
 from hiperlab.errors import UserError
+from hiperlab.model.stack import FrozenStack
 from hiperlab.run import fit
 from hiperlab.run.folded import run_folded
 from hiperlab.run.main import main
@@ -175,6 +178,32 @@ def test_out_of_memory_halves_the_passes(together, tmp_path, monkeypatch) -> Non
     assert sizes == [4, 2, 2]
     for name in JOBS:
         assert_learnt_the_same(tmp_path / name, together / name)
+
+
+def test_kept_concepts_are_drawn_in_shared_calls(lone, tmp_path, monkeypatch) -> None:
+    """A grid of artifacts, prompts and seeds: the U-Net is asked as often as for one of them."""
+    sizes: list[int] = []
+    predict = FrozenStack.predict
+
+    def counted(self: FrozenStack, latents: torch.Tensor, *how: Any) -> torch.Tensor:
+        sizes.append(len(latents))
+        return predict(self, latents, *how)
+
+    monkeypatch.setattr(FrozenStack, "predict", counted)
+    kept = {name: next((lone / name / "artifacts").glob("*.safetensors")) for name in ("ti", "neti")}
+    for name, path in kept.items():
+        monkeypatch.setitem(JOBS, name, [*JOBS[name], f"artifact='{path}'"])
+    asked = ["stages=[sample]", "sample.prompts=2", "sample.seeds=[0,1]"]
+    assert fold(tmp_path / "both", list(kept), *asked)[0] == 0
+    assert sizes == [16, 16], "two steps: guidance's 2 x 2 artifacts x 2 prompts x 2 seeds"
+    for name in kept:
+        assert alone(tmp_path / "apart", name, *asked) == 0
+        drawn = sorted((tmp_path / "both" / name / "samples").rglob("*.png"))
+        assert len(drawn) == 4
+        for path in drawn:
+            other = tmp_path / "apart" / path.relative_to(tmp_path / "both")
+            one, two = (np.asarray(Image.open(each)).astype(int) for each in (path, other))
+            assert np.abs(one - two).max() <= 1
 
 
 # ---- which jobs go together ------------------------------------------------------------------------------------------
