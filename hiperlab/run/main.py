@@ -27,7 +27,7 @@ from hiperlab.cli.flags import arguments, show, shows
 from hiperlab.cli.help import help_text
 from hiperlab.cli.model_defaults import line
 from hiperlab.cli.overrides import values
-from hiperlab.cli.process import config_dir, guarded
+from hiperlab.cli.process import collector_paused, config_dir, guarded
 from hiperlab.cli.run_dir import HANDED, choose_run_dir, with_earlier
 from hiperlab.cli.targets import trusted
 from hiperlab.errors import UserError
@@ -119,4 +119,5 @@ def _run(hydra: Any, request: Any, cfg: Any) -> int:
 def _job() -> Callable[[Any], Any]:
     """The function that runs a composed config: hiperlab.run.stages.main, or what HIPERLAB_JOB names."""
     module, _, function = os.environ.get(JOB, "hiperlab.run.stages:main").partition(":")
-    return getattr(importlib.import_module(module), function)
+    with collector_paused():
+        return getattr(importlib.import_module(module), function)
