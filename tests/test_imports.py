@@ -21,7 +21,7 @@ ROOT = Path(hiperlab.__file__).parent
 _ENTRY = re.compile(r"(hiperlab(?:\.\w+)+):\w+")  # "module:function", as an entry point is named
 _FOLDER = re.compile(r"(hiperlab(?:\.\w+)+)\.")  # the head of f"hiperlab.miniature.{stage}"
 # Libraries that are large or extras, and that most runs never need.
-HEAVY = ("cv2", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
+HEAVY = ("cv2", "matplotlib", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
 HEAVY += ("diffusers.loaders", "hiperlab.world.draw")  # they load peft and skia
 # Loaded by nothing on the way to the first training step: what draws, scores, logs to W&B or compiles brings them.
 UNUSED = ("cv2", "diffusers.pipelines.stable_diffusion", "onnxruntime", "open_clip", "optuna", "pandas", "scipy")
