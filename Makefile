@@ -4,11 +4,16 @@ export OMP_WAIT_POLICY := PASSIVE
 FOLDER ?= hiperlab/weights/mini
 PRESET ?= gpu
 PYTHON ?= $(RUN) python
+OUT ?= outputs/gpu-check
+# PYTHON names an interpreter, or, for wheels, the version that they are for
+VERSION := $(or $(filter 3.%,$(PYTHON)),3.12)
+WHEELS := $(RUN) python -m pip download -q --no-deps --only-binary=:all: --python-version $(VERSION) \
+	-c .ci/constraints.txt -d .whl
 
-.PHONY: help setup format check test test-fast smoke notebook miniature miniature-wheels miniature-report clean
+.PHONY: help setup format check test test-fast smoke notebook gpu-check wheels miniature miniature-wheels miniature-report clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup:  ## make or update .venv
 	$(RUN)
@@ -41,10 +46,18 @@ miniature-report:  ## measure the bars of the shipped miniature, or of FOLDER=<e
 miniature:  ## train the miniature's U-Net and decoder on a GPU, in ten minutes (PRESET=cpu: in hours)
 	$(PYTHON) -m hiperlab.miniature preset=$(PRESET) stages=[data,latents,unet,decoder,export] $(ARGS)
 
-miniature-wheels:  ## collect into .whl/ what a GPU machine without network lacks (Python 3.12)
-	$(RUN) python -m pip wheel -q --no-deps -w .whl antlr4-python3-runtime==4.9.3
-	$(RUN) python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl \
-	  diffusers hydra-core omegaconf pytorch-lightning open_clip_torch ftfy wcwidth importlib_metadata skia-python
+gpu-check:  ## is it right and how fast on this GPU, in eight minutes; OUT=<folder> (hiperlab/bench/GPU.md)
+	$(PYTHON) -m hiperlab.bench.gpu_check --out $(OUT) $(ARGS)
+
+wheels:  ## collect into .whl/ what gpu-check needs on a machine without network, PYTHON=3.12
+	$(RUN) python -m pip wheel -q --no-deps -c .ci/constraints.txt -w .whl antlr4-python3-runtime
+	$(WHEELS) diffusers hydra-core omegaconf pytorch-lightning peft open_clip_torch \
+	  importlib_metadata zipp requests urllib3 certifi charset-normalizer idna
+	@du -sh .whl
+
+miniature-wheels: wheels  ## and what drawing the world and training the miniature need
+	$(WHEELS) ftfy wcwidth skia-python
+	@du -sh .whl
 
 clean:  ## remove caches (never outputs)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -45,7 +45,10 @@ def make() -> None:
         subprocess.run([python, "-m", "ensurepip"], **quiet)  # type: ignore[call-overload]
     subprocess.run([python, "-m", "pip", "install", "-q", "uv"], **quiet)  # type: ignore[call-overload]
     has_uv = subprocess.run([python, "-m", "uv", "--version"], **quiet).returncode == 0  # type: ignore[call-overload]
-    installer = ["-m", "uv", "pip", "install", "-q", "--python", python] if has_uv else ["-m", "pip", "install", "-q"]
+    # Bytecode now, as pip does unasked: where Python may not write any later (PYTHONDONTWRITEBYTECODE, a folder that is
+    # read-only), every start would compile 4,500 modules anew, 9 of 15 seconds.
+    compiled = ["-m", "uv", "pip", "install", "-q", "--compile-bytecode", "--python", python]
+    installer = compiled if has_uv else ["-m", "pip", "install", "-q"]
     if subprocess.run([python, *installer, *target]).returncode:
         sys.exit("hiperlab: the environment could not be made; the lines above say why.")
     STAMP.write_text(wanted())

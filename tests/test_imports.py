@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch  # noqa: F401 - as in a notebook
+
 import hiperlab
+from hiperlab.cli.process import collector_paused
 
 ROOT = Path(hiperlab.__file__).parent
 _ENTRY = re.compile(r"(hiperlab(?:\.\w+)+):\w+")  # "module:function", as an entry point is named
 _FOLDER = re.compile(r"(hiperlab(?:\.\w+)+)\.")  # the head of f"hiperlab.miniature.{stage}"
 # Libraries that are large or extras, and that most runs never need.
-HEAVY = ("cv2", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
+HEAVY = ("cv2", "matplotlib", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
 HEAVY += ("diffusers.loaders", "hiperlab.world.draw")  # they load peft and skia
+# Loaded by nothing on the way to the first training step: what draws, scores, logs to W&B or compiles brings them.
+UNUSED = ("cv2", "diffusers.pipelines.stable_diffusion", "onnxruntime", "open_clip", "optuna", "pandas", "scipy")
+UNUSED += ("skia", "sklearn", "tensorboard", "timm", "torch._inductor.compile_fx", "torch.onnx", "wandb")
 # What answers --help, --version or a mistake within a second: torch and the rooms above come in only when they run.
 QUICK = ("hiperlab.cli.", "hiperlab.run.main", "hiperlab.sweep.", "hiperlab.miniature.main", "hiperlab.bench.main")
 
@@ -122,6 +132,36 @@ def test_late_imports_spare_something_heavy() -> None:
         if each.late and not f"{each.target}.".startswith(tuple(f"{heavy}." for heavy in HEAVY))
     ]
     assert not hidden, "\n".join(hidden)
+
+
+def loaded(code: str) -> set[str]:
+    """All modules that a fresh process has once it ran `code`; it may say nothing on stderr, and a failure raises."""
+    code += "\nimport sys; print('\\n' + ' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.slow
+def test_a_run_imports_only_what_trains() -> None:
+    """Seconds of every start: torch, Lightning, diffusers and what these load; with nothing left for the collector."""
+    run = loaded(
+        "import gc\nfrom hiperlab.run.main import _job\n_job()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    )
+    floor = loaded("import hydra.main, torch, pytorch_lightning\nfrom diffusers import AutoencoderKL, DDPMScheduler")
+    assert {"hiperlab.run.stages", "torch"} <= run
+    ours = run - floor
+    assert not ours & set(UNUSED)
+    assert {name.partition(".")[0] for name in ours} - {name.partition(".")[0] for name in floor} <= {"hiperlab", "PIL"}
+
+
+def test_the_collector_goes_on_where_torch_is_loaded() -> None:
+    """In a notebook rubbish may wait that holds models: it must not be kept for good."""
+    frozen = gc.get_freeze_count()
+    with collector_paused():
+        assert gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 def at_import(tree: ast.AST) -> Iterator[ast.AST]:

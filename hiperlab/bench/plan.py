@@ -46,6 +46,7 @@ def plan(
     random: bool,
     overrides: Sequence[str],
     concepts: Sequence[int] = (1,),
+    even_only: bool = True,
 ) -> list[Job]:
     """A job for each method and number of concepts.
 
@@ -56,33 +57,55 @@ def plan(
         random: whether the model has random weights instead of its files.
         overrides: further settings, as the door takes them.
         concepts: numbers of concepts that share each pass.
+        even_only: refuse methods whose steps are not alike.
 
     Raises:
         UserError: a name or setting is unknown, a method cannot be timed, or the model's shape cannot be built.
     """
-    if uneven := [name for name in methods if name in UNEVEN]:
+    if even_only and (uneven := [name for name in methods if name in UNEVEN]):
         raise UserError(f"method={uneven[0]}: its steps are not alike, so a few of them do not time it. Leave it out.")
     if not methods:
         raise UserError("--methods names none: give ti, or ti,lora.")
     if random and model not in RANDOM:
         raise UserError(f"--random builds {' and '.join(RANDOM)}, not {model}: leave it out, or --model {RANDOM[-1]}.")
+    found = composed(methods, model, precision, overrides)
+    jobs = [
+        Job(name, model, precision, cfg, _published_steps(name), number)
+        for name, cfg in zip(methods, found, strict=True)
+        for number in concepts
+    ]
+    if random:
+        for cfg in found:
+            _random(cfg)
+    return jobs
+
+
+def composed(methods: Sequence[str], model: str, precision: str, overrides: Sequence[str]) -> list[DictConfig]:
+    """Each method's configuration with its published settings, reading and keeping nothing on disk.
+
+    Args:
+        methods: members of conf/method, any of them.
+        model: a member of conf/model.
+        precision: a member of conf/precision.
+        overrides: further settings, as the door takes them.
+
+    Raises:
+        UserError: a name or setting is unknown.
+    """
     request = Request(config_dir(), None, "config", list(overrides))
+    found = []
     try:
         hydra = open_hydra(request)
-        jobs = []
         for name in methods:
             groups = [f"method={name}", f"model={model}", f"precision={precision}"]
             lines = [*groups, "defaults_from=published", *overrides]
             cfg = compose(hydra, request, lines)
             check_config(cfg, request, hydra, lines)
-            jobs += [Job(name, model, precision, cfg, _published_steps(name), number) for number in concepts]
+            _in_memory(cfg)
+            found.append(cfg)
     finally:
         GlobalHydra.instance().clear()
-    for job in jobs:
-        _in_memory(job.cfg)
-        if random:
-            _random(job.cfg)
-    return jobs
+    return found
 
 
 def _published_steps(method: str) -> int:

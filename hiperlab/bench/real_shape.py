@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
@@ -58,3 +58,13 @@ def parts() -> tuple[CLIPTextModel, AutoencoderKL, Any]:
         cross_attention_dim=768, norm_num_groups=32,
     )  # fmt: skip
     return text, vae, unet
+
+
+def vit_b16() -> CLIPVisionModel:
+    """A picture tower in the shape of OpenAI's ViT-B/16 (86 million parameters), which StyleDiffusion reads with."""
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+            patch_size=16,
+        )
+    )  # fmt: skip

@@ -67,7 +67,7 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
     Returns:
         What the file holds.
     """
-    _quiet()
+    quiet()
     _check(jobs)
     cfg, dtype = jobs[0].cfg, getattr(torch, jobs[0].cfg.precision.unet)
     found: dict[str, Any] = {"environment": environment(), "amounts": asdict(amounts), "rows": []}
@@ -100,7 +100,7 @@ def _check(jobs: Sequence[Job]) -> None:
             raise UserError(f"method={job.method} takes one concept at a time: leave it or --concepts out.")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Bars of files that load in a moment, and torch's news for Lightning, would stand between the lines."""
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from hiperlab.errors import UserError
 
 PARTS = ("text", "unet", "backward", "optimizer", "rest")
 KEY = ("method", "model", "size", "precision", "batch", "concepts")  # rows that agree in these are the same work
+OTHERS = ("startup_s", "ceiling_tflops", "diffusers")  # figures of no row
 NAME = 17  # letters of the longest method's name
 COLUMNS = {  # title -> (width, key, format)
     "batch": (5, "batch", "d"),
@@ -86,25 +87,35 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Rows that both have, and how many times as long a step takes now: below 1 is faster.
+    """Every figure that both have, and how many times as large it is now; a step_ms below 1 is faster.
 
     Raises:
         UserError: they have no row in common.
     """
     first = {tuple(row[key] for key in KEY): row for row in before["rows"]}
-    said = [_pair(KEY, "before", "now", "ratio")]
-    for row in now["rows"]:
-        key = tuple(row[name] for name in KEY)
-        if key in first:
-            old, new = first[key]["step_ms"], row["step_ms"]
-            said.append(_pair(key, f"{old:.1f}", f"{new:.1f}", f"{new / old:.3f}"))
-    if len(said) == 1:
+    both = [(key, first[key], row) for row in now["rows"] if (key := tuple(row[name] for name in KEY)) in first]
+    if not both:
         raise UserError("the two files have no row in common (method, model, size, precision, batch, concepts).")
-    return "\n".join(said)
+    said = [_pair(KEY, "figure", "before", "now", "ratio")]
+    for key, old, new in both:
+        said += _ratios(key, {name: value for name, value in old.items() if name not in KEY}, new)
+    old, new = ({name: found[name] for name in OTHERS if name in found} for found in (before, now))
+    return "\n".join([*said, *_ratios([""] * len(KEY), old, new)])
 
 
-def _pair(key: Sequence[Any], before: str, now: str, ratio: str) -> str:
+def _ratios(key: Sequence[Any], before: Mapping[str, Any], now: Mapping[str, Any], head: str = "") -> Iterator[str]:
+    """A line for each number that both have, at any depth: "parts_ms.unet"."""
+    for name, old in before.items():
+        new, label = now.get(name), f"{head}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _ratios(key, old, new, f"{label}.")
+        elif isinstance(old, int | float) and isinstance(new, int | float):
+            ratio = f"{new / old:.3f}" if old else "-"
+            yield _pair(key, label, f"{old:.4g}", f"{new:.4g}", ratio)
+
+
+def _pair(key: Sequence[Any], figure: str, before: str, now: str, ratio: str) -> str:
     """A line of the comparison."""
     method, model, size, precision, batch, concepts = key
     name = f"{method:<{NAME}}  {model:<8}  {size:>4}  {precision:<9}  {batch:>5}  {concepts:>8}"
-    return f"{name}  {before:>9}  {now:>9}  {ratio:>6}"
+    return f"{name}  {figure:<20}  {before:>9}  {now:>9}  {ratio:>6}"

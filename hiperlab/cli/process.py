@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 a failure (traceback), 2 a mistake in what was asked (one 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -28,6 +30,26 @@ def config_dir() -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise UserError(f"hiperlab's conf folder is neither in {PACKAGE} nor beside it. Install hiperlab again.")
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """For the imports of a fresh process: what they make stays, so it is never looked through for garbage.
+
+    A sixth of the time that torch, Lightning and diffusers take to import goes into collections that find nothing.
+    Where torch is there already (a notebook, a second run of one process) nothing is paused: little is left to import,
+    and freezing would keep whatever rubbish waits to be collected, models too.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # libraries that count what is left at the end (nanobind) would call it leaked
 
 
 def guarded(program: Callable[[list[str]], int], argv: list[str]) -> int:

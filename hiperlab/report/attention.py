@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -23,6 +22,8 @@ def heat(picture: Image.Image, map: Tensor) -> Image.Image:
     levels = Image.fromarray((scaled * 255).round().byte().cpu().numpy()).resize(
         picture.size, Image.Resampling.BILINEAR
     )
+    import matplotlib
+
     colours = matplotlib.colormaps["inferno"](np.asarray(levels))[..., :3]
     grey = np.asarray(picture.convert("L"), dtype=float)[..., None] / 255
     mixed = _SHARE * colours + (1 - _SHARE) * grey

@@ -21,7 +21,7 @@ from hiperlab import __version__
 from hiperlab.cli.compose import Request, compose
 from hiperlab.cli.flags import arguments, show, shows
 from hiperlab.cli.help import help_text
-from hiperlab.cli.process import guarded
+from hiperlab.cli.process import collector_paused, guarded
 from hiperlab.run.asked import asked, places, within_run
 from hiperlab.sweep.job import FOLDED, JOB, follow_parent
 from hiperlab.sweep.main import run_sweep
@@ -45,8 +45,8 @@ def _main(argv: list[str]) -> int:
         return 0
     follow_parent()
     if argv[:1] == [FOLDED]:
-        from hiperlab.run.folded import run_folded
-
+        with collector_paused():
+            from hiperlab.run.folded import run_folded
         return run_folded(Path(argv[1]))
     args = arguments(argv)
     if args.help:
@@ -76,4 +76,5 @@ def _run(hydra: Any, request: Request, cfg: Any) -> int:
 def _job() -> Callable[[Any], Any]:
     """The function that runs a composed config: hiperlab.run.stages.main, or what HIPERLAB_JOB names."""
     module, _, function = os.environ.get(JOB, "hiperlab.run.stages:main").partition(":")
-    return getattr(importlib.import_module(module), function)
+    with collector_paused():
+        return getattr(importlib.import_module(module), function)

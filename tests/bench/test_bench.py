@@ -204,7 +204,7 @@ def test_start_up_is_timed(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(timing.subprocess, "run", start)
     found = timing.start_up(2)
-    assert len(asked) == 4 and ["-c", "import hiperlab.run.stages"] in asked
+    assert len(asked) == 4 and "import hiperlab.run.stages" in asked[-1][-1]
     assert found["door"] >= 0.2 > found["stages"] >= 0.02
 
 
@@ -327,14 +327,24 @@ def test_a_file_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: Any
 
 
 def test_compare(file: Path, tmp_path: Path, capsys: Any) -> None:
+    """Every figure of every row, at any depth, and those of no row."""
     found = json.loads(file.read_text())
     for each, factor in zip(found["rows"], (0.5, 3.0), strict=True):
         each["step_ms"] *= factor
+    found["rows"][0]["parts_ms"]["unet"] *= 2
+    found["diffusers"]["ratio"] *= 1.25
+    found["rows"][1]["trainable_parameters"] = None  # not measured there
     now = tmp_path / "now.json"
     now.write_text(json.dumps(found))
     assert main(["--compare", str(file), str(now)]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [(line[0], line[-1]) for line in printed] == [("ti", "0.500"), ("lora", "3.000")]
+    ratios = {(line[0], line[-4]): line[-1] for line in printed}
+    assert (ratios["ti", "step_ms"], ratios["lora", "step_ms"]) == ("0.500", "3.000")
+    assert ratios["ti", "parts_ms.unet"] == "2.000" and ratios["lora", "parts_ms.unet"] == "1.000"
+    assert ratios["ti", "pictures_per_s"] == "1.000" and ratios["ti", "trainable_parameters"] == "1.000"
+    assert ("lora", "trainable_parameters") not in ratios
+    assert ratios["diffusers.ratio", "diffusers.ratio"] == "1.250"
+    assert ratios["ceiling_tflops", "ceiling_tflops"] == "1.000"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"method": "ti"}]}', '{"rows": 3}'])
