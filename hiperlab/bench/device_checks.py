@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 
 from hiperlab.bench.plan import composed
 from hiperlab.bench.trainee import Trainee, open_stack, picture, prompt
+from hiperlab.model.cuda_graphs import SEEN
 from hiperlab.model.stack import FrozenStack
 from hiperlab.run.main import main as run
 
@@ -72,12 +73,18 @@ def _reference(method: str) -> tuple[float, Tensor]:
     return gradient(Work(method, "fp32", "cpu"))
 
 
-def trainee(work: Work, stack: FrozenStack) -> Trainee:
-    """The method ready to train, its numbers moved away from what it starts from: offsets that are zero hide much."""
-    made = Trainee(work.cfg, stack)
+def trainee(work: Work, stack: FrozenStack, concepts: int = 1) -> Trainee:
+    """Methods ready to train, their numbers moved away from what they start from: offsets that are zero hide much.
+
+    Args:
+        work: what is checked.
+        stack: the frozen model.
+        concepts: how many, each with a method of its own.
+    """
+    made = Trainee(work.cfg, stack, concepts, folded=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in made.method.parameters():
+        for parameter in (each for method in made.methods for each in method.parameters()):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.05)
     return made
@@ -89,11 +96,17 @@ def gradient(work: Work, stack: FrozenStack | None = None) -> tuple[float, Tenso
     float16's loss is scaled and its gradient divided again, as a run does it: small ones would be lost.
     """
     made = trainee(work, stack or open_stack(work.cfg))
-    loss = made.method.training_step(next(made.batches), 0)
+    return _gradient(work, made)
+
+
+def _gradient(work: Work, made: Trainee, shared: bool = True) -> tuple[float, Tensor]:
+    loss = made.loss(shared)
     scaler = torch.amp.GradScaler(made.device.type, init_scale=2.0**12, enabled=bool(work.cfg.precision.grad_scaler))
     scaler.scale(loss).backward()
-    scaler.unscale_(made.optimizer)
-    found = [p.grad for p in made.method.parameters() if p.requires_grad and p.grad is not None]
+    for optimizer in made.optimizers:
+        scaler.unscale_(optimizer)
+    every = (each for method in made.methods for each in method.parameters())
+    found = [p.grad for p in every if p.requires_grad and p.grad is not None]
     return float(loss.detach()), torch.cat([each.double().cpu().flatten() for each in found])
 
 
@@ -160,6 +173,27 @@ def compiling(method: str, backend: str) -> dict[str, Any]:
     return within(found, {"loss": LOSS["fp32"], "gradient": GRADIENT["fp32"]})
 
 
+def graphing(method: str) -> dict[str, Any]:
+    """A step whose U-Net calls are replayed CUDA graphs against one without."""
+    work = Work(method, "fp32", "auto")
+    stack = open_stack(work.cfg)
+    stack.optimise(channels_last=False, compile=False, gradient_checkpointing=False, cuda_graphs=True)
+    for _ in range(SEEN):
+        gradient(work, stack)
+    found = compared(gradient(work, stack), gradient(work))
+    if stack.graphs is None or not any(stack.graphs.graphs.values()):
+        raise CheckError("nothing was recorded")
+    return within(found, {"loss": LOSS["fp32"], "gradient": GRADIENT["fp32"]})
+
+
+def sharing(method: str) -> dict[str, Any]:
+    """A step of two trainings that share their passes against one in which each has its own, both on the device."""
+    work = Work(method, "fp32", "auto")
+    stack = open_stack(work.cfg)
+    shared, own = (_gradient(work, trainee(work, stack, 2), shared) for shared in (True, False))
+    return within(compared(shared, own), {"loss": LOSS["fp32"], "gradient": GRADIENT["fp32"]})
+
+
 def pictures(method: str) -> dict[str, Any]:
     """Two pictures of two steps on the device against the CPU's, in float64, where rounding hides nothing."""
     here, there = (_drawn(Work(method, "fp32", trainer)) for trainer in ("auto", "cpu"))
@@ -169,7 +203,7 @@ def pictures(method: str) -> dict[str, Any]:
 def _drawn(work: Work) -> Tensor:
     """Pictures (2, 3, H, W) in [0, 1], float64, on the CPU."""
     stack = open_stack(work.cfg).double()
-    method = trainee(work, stack).method.double()
+    method = trainee(work, stack).methods[0].double()
     return method.sample([prompt(0), "a dog"], [1, 2], steps=2, guidance=4.0).double()
 
 

@@ -39,6 +39,7 @@ from hiperlab.errors import UserError
 from hiperlab.report.environment import environment
 
 BUDGET = 450.0  # seconds; with the imports and the last piece's end it stays below eight minutes
+GRAPHED = ("ti", "neti")  # methods whose calls are checked as CUDA graphs: keys alone, and values of their own
 GRACE = 20.0  # seconds after the budget until a process that hangs is ended
 
 
@@ -54,6 +55,7 @@ class Scale:
         amounts: of one row.
         compile_backend: of the check of torch.compile.
         resumed: precisions in which a run is stopped and resumed.
+        cuda_graphs: whether they are checked and timed; they need a GPU.
         overrides: further settings of what is timed.
     """
 
@@ -64,6 +66,7 @@ class Scale:
     amounts: Amounts
     compile_backend: str
     resumed: tuple[str, ...]
+    cuda_graphs: bool
     overrides: tuple[str, ...] = ("fit.batch_size=1",)
 
     def job(self, method: str, concepts: int = 1, *more: str) -> Job:
@@ -73,9 +76,9 @@ class Scale:
 
 
 ALL = tuple(sorted(path.stem for path in (config_dir() / "method").glob("*.yaml")))
-FULL = Scale(ALL, "sd15", True, (1, 4, 16, 32), Amounts(10, 3, 4, 10, 0), "inductor", ("fp32", "bf16", "fp16"))
+FULL = Scale(ALL, "sd15", True, (1, 4, 16, 32), Amounts(10, 3, 4, 10, 0), "inductor", ("fp32", "bf16", "fp16"), True)
 TOY = Scale(
-    ("lora", "null_text", "ti"), "tiny", False, (1, 4), Amounts(1, 1, 1, 1, 0), "eager", ("fp16",),
+    ("lora", "null_text", "ti"), "tiny", False, (1, 4), Amounts(1, 1, 1, 1, 0), "eager", ("fp16",), False,
     ("fit.batch_size=1", "model.size=64"),
 )  # fmt: skip
 
@@ -182,6 +185,12 @@ def checks(scale: Scale, folder: Path) -> Iterator[Piece]:
             yield Piece(f"training {precision}: {method}", 30, do(device_checks.training, method, precision))
     for method in some:
         yield Piece(f"gradient checkpointing: {method}", 30, do(device_checks.checkpointing, method))
+    for method in some:
+        if shares(method):
+            yield Piece(f"shared passes: {method}", 30, do(device_checks.sharing, method))
+    if scale.cuda_graphs:
+        for method in GRAPHED:
+            yield Piece(f"CUDA graphs: {method}", 60, do(device_checks.graphing, method))
 
 
 # ---- how fast is it? -------------------------------------------------------------------------------------------------
@@ -204,6 +213,7 @@ def speeds(scale: Scale, found: dict[str, Any]) -> Iterator[Piece]:
             with _tower(scale.random and method == "style_diffusion") as more:
                 made = row(scale.job(method, concepts, *more), stack(), amounts, found["ceiling_tflops"])
         finally:
+            stack().graphs = None
             stack().unet.to(memory_format=torch.contiguous_format)
             stack()._set_predictor(stack().unet)
         if switches:
@@ -218,16 +228,22 @@ def speeds(scale: Scale, found: dict[str, Any]) -> Iterator[Piece]:
     def speed(name: str, limit: float, work: Any) -> Piece:
         return Piece(f"speed bf16: {name}", limit, work, must_end=False)
 
+    def graphed(concepts: int) -> Any:
+        return lambda: measure("ti", concepts, cuda_graphs=True)
+
     yield speed(f"{scale.model} and its ceiling", 90, rate)
     first, last = scale.concepts[0], scale.concepts[-1]
     order = [(method, first) for method in ("ti", "lora")]
     order += [(method, number) for number in scale.concepts[::-1] for method in ("lora", "ti") if number != first]
     order += [(method, first) for method in ("hiper", "neti", "style_diffusion")]
     order += [(method, number) for method in ("neti", "hiper") for number in (last, *scale.concepts[1:-1])]
+    order += [("style_diffusion", number) for number in scale.concepts[1:]]
     for place, (method, number) in enumerate(order):
         if place == 2:
             yield speed("ti beside diffusers", 40, beside_diffusers)
-        if number == 1 or stacks(method):
+            for some in (first, scale.concepts[1]) if scale.cuda_graphs else ():
+                yield speed(f"ti, {some} a pass, CUDA graphs", 40, graphed(some))
+        if number == 1 or shares(method):
             yield speed(f"{method}, {number} a pass", 40, functools.partial(measure, method, number))
     middle = scale.concepts[1]
     yield speed(f"ti, {middle} a pass, channels last", 30, lambda: measure("ti", middle, channels_last=True))
@@ -248,10 +264,10 @@ def _tower(needed: bool) -> Iterator[list[str]]:
         yield [f"method.tower='{folder}'"]
 
 
-def stacks(method: str) -> bool:
-    """Whether several of its concepts share a pass."""
+def shares(method: str) -> bool:
+    """Whether several of its trainings share a pass."""
     target = OmegaConf.load(config_dir() / "method" / f"{method}.yaml").method._target_
-    return bool(get_class(target).stacks_concepts)  # type: ignore[attr-defined]
+    return not get_class(target).why_alone  # type: ignore[attr-defined]
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as hiperlab.run's [fp32]")
     add("--batch", type=_from(1), help="pictures a step [each method's published number]")
     add("--concepts", type=_numbers, default=[1], help="concepts that share each pass, such as 1,4,16 [1]")
+    add(
+        "--folded", action="store_true", help="each concept is a training of its own, as jobs of a sweep in one process"
+    )
     add("--steps", type=_from(1), default=20, help="timed steps [20]")
     add("--warmup", type=_from(1), default=3, help="steps before them; pictures are encoded in the first [3]")
     add("--pictures", type=_from(0), default=2, help="pictures drawn at a time; 0 draws none [2]")

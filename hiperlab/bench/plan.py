@@ -29,6 +29,7 @@ class Job:
         published_steps: optimizer steps of one concept, as the method's yaml has them; a model's own budget
             (model=tiny: 60) says nothing about the method.
         concepts: how many share each pass of the frozen U-Net.
+        folded: each of them has a method of its own, as jobs of a sweep.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Job:
     cfg: DictConfig
     published_steps: int
     concepts: int = 1
+    folded: bool = False
 
 
 def plan(
@@ -47,6 +49,7 @@ def plan(
     overrides: Sequence[str],
     concepts: Sequence[int] = (1,),
     even_only: bool = True,
+    folded: bool = False,
 ) -> list[Job]:
     """A job for each method and number of concepts.
 
@@ -58,6 +61,7 @@ def plan(
         overrides: further settings, as the door takes them.
         concepts: numbers of concepts that share each pass.
         even_only: refuse methods whose steps are not alike.
+        folded: whether each concept has a method of its own.
 
     Raises:
         UserError: a name or setting is unknown, a method cannot be timed, or the model's shape cannot be built.
@@ -70,7 +74,7 @@ def plan(
         raise UserError(f"--random builds {' and '.join(RANDOM)}, not {model}: leave it out, or --model {RANDOM[-1]}.")
     found = composed(methods, model, precision, overrides)
     jobs = [
-        Job(name, model, precision, cfg, _published_steps(name), number)
+        Job(name, model, precision, cfg, _published_steps(name), number, folded)
         for name, cfg in zip(methods, found, strict=True)
         for number in concepts
     ]

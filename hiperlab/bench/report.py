@@ -29,7 +29,7 @@ from hiperlab.bench.timing import (
     start_up,
     watched,
 )  # fmt: skip
-from hiperlab.bench.trainee import Trainee, open_stack, prompt
+from hiperlab.bench.trainee import Trainee, open_stack
 from hiperlab.cli.targets import trusted
 from hiperlab.errors import UserError
 from hiperlab.model.stack import FrozenStack
@@ -90,14 +90,15 @@ def measure(jobs: Sequence[Job], baseline: Job | None, amounts: Amounts, out: Pa
 
 
 def _check(jobs: Sequence[Job]) -> None:
-    """Refuse several concepts of a method that takes one at a time.
+    """Refuse several concepts of a method whose trainings cannot share a pass.
 
     Raises:
         UserError: naming it.
     """
     for job in jobs:
-        if job.concepts > 1 and not get_class(job.cfg.method._target_).stacks_concepts:  # type: ignore[attr-defined]
-            raise UserError(f"method={job.method} takes one concept at a time: leave it or --concepts out.")
+        why = get_class(job.cfg.method._target_).why_alone  # type: ignore[attr-defined]
+        if job.concepts > 1 and why:
+            raise UserError(f"method={job.method}: {why}. Leave it or --concepts out.")
 
 
 def quiet() -> None:
@@ -131,7 +132,7 @@ def row(job: Job, stack: FrozenStack, amounts: Amounts, ceiling_tflops: float) -
         ceiling_tflops: what the device can do at most, 10^12 operations a second.
     """
     forget_peak()
-    trainee = Trainee(job.cfg, stack, job.concepts)
+    trainee = Trainee(job.cfg, stack, job.concepts, job.folded)
     for _ in range(amounts.warmup):
         trainee.step()
     typical = median(seconds(trainee.step, trainee.device) for _ in range(amounts.steps))
@@ -146,8 +147,11 @@ def row(job: Job, stack: FrozenStack, amounts: Amounts, ceiling_tflops: float) -
         "precision": job.precision,
         "batch": trainee.rows,
         "concepts": job.concepts,
+        "folded": job.folded,
         "published_steps": job.published_steps,
-        "trainable_parameters": sum(p.numel() for p in trainee.method.parameters() if p.requires_grad),
+        "trainable_parameters": sum(
+            p.numel() for method in trainee.methods for p in method.parameters() if p.requires_grad
+        ),
         "step_ms": 1000 * typical,
         "samples_per_s": job.concepts * trainee.rows / typical,
         "concepts_per_hour": job.concepts * 3600 / (typical * job.published_steps),
@@ -169,7 +173,8 @@ def split(trainee: Trainee, steps: int) -> dict[str, float]:
     The rest is draws, losses, and encoding pictures where a method does that anew (Custom Diffusion's augmentation).
     """
     parts = Parts(trainee.device)
-    with watched(parts, [(trainee.method, "condition", "text"), (trainee.stack, "predict", "unet")]):
+    texts = [(method, "condition", "text") for method in trainee.methods]
+    with watched(parts, [*texts, (trainee.stack, "predict", "unet")]):
         for _ in range(steps):
             with parts(REST):
                 trainee.step(parts)
@@ -179,18 +184,9 @@ def split(trainee: Trainee, steps: int) -> dict[str, float]:
 def drawn_per_second(job: Job, trainee: Trainee, amounts: Amounts) -> float:
     """Pictures a second, drawn together with the run's sampler and guidance, decoded; the second call counts."""
     sampler = instantiate(job.cfg.sampler, steps=amounts.sampler_steps)
-    concepts = [number % job.concepts for number in range(amounts.pictures)]
 
     def draw() -> None:
-        trainee.method.sample(
-            [prompt(number) for number in concepts],
-            list(range(amounts.pictures)),
-            concepts=concepts,
-            steps=sampler.steps,
-            guidance=sampler.guidance,
-            sampler=sampler,
-            batch_size=amounts.pictures,
-        )
+        trainee.draw(amounts.pictures, steps=sampler.steps, guidance=sampler.guidance, sampler=sampler)
 
     draw()
     return amounts.pictures / seconds(draw, trainee.device)

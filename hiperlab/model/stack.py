@@ -21,6 +21,7 @@ from hiperlab.model import noise as diffusion
 from hiperlab.model import text as clip
 from hiperlab.model.attention import install_attention
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.cuda_graphs import CudaGraphs
 from hiperlab.model.offsets import Offsets, checkpointed
 
 
@@ -140,6 +141,7 @@ class FrozenStack(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self._set_predictor(self.unet)
+        self.graphs: CudaGraphs | None = None
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
@@ -182,8 +184,18 @@ class FrozenStack(nn.Module):
         """Stay in evaluation mode whatever the module around it does."""
         return super().train(False)
 
-    def optimise(self, *, channels_last: bool, compile: bool, gradient_checkpointing: bool) -> FrozenStack:
-        """Speed and memory switches that change results by rounding only."""
+    def optimise(
+        self, *, channels_last: bool, compile: bool, gradient_checkpointing: bool, cuda_graphs: bool = False
+    ) -> FrozenStack:
+        """Speed and memory switches that change results by rounding only.
+
+        Raises:
+            UserError: CUDA graphs without CUDA, or together with a switch that they cannot be recorded with.
+        """
+        if cuda_graphs and (compile or gradient_checkpointing):
+            raise UserError("model.optimise.cuda_graphs=true goes with neither compile nor gradient_checkpointing.")
+        if cuda_graphs and not torch.cuda.is_available():
+            raise UserError("model.optimise.cuda_graphs=true, but torch sees no GPU here. Leave it out.")
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
@@ -191,6 +203,7 @@ class FrozenStack(nn.Module):
         if compile:
             torch._dynamo.config.recompile_limit = 64  # sixteen processors differ in their index; the limit is 8
             self._set_predictor(torch.compile(self.unet))
+        self.graphs = CudaGraphs(self._call) if cuda_graphs else None
         return self
 
     def _set_predictor(self, predictor: Any) -> None:
@@ -272,18 +285,26 @@ class FrozenStack(nn.Module):
                 in for weights and its control for attention maps during this call only; the U-Net never changes.
         """
         dtype = next(self.unet.parameters()).dtype
-        states = conditioning.to(dtype)
-        inputs: dict[str, Any] = {"encoder_hidden_states": states, "return_dict": False}
-        beside = conditioning.row_offsets if conditioning.offsets is None else None
-        if conditioning.offsets is None and conditioning.control is None and beside is None:
-            out = self._predictor(latents.to(dtype), timestep, **inputs)[0]
-        else:  # not through torch.compile: swapped weights would be compiled anew at every step, a control is no graph
-            weights = conditioning.offsets.weights(self.unet) if conditioning.offsets else {}
-            if conditioning.control is not None:
-                inputs["cross_attention_kwargs"] = {"control": conditioning.control}
-            with beside.beside(self.unet) if beside else nullcontext():
-                out = functional_call(self.unet, weights, (latents.to(dtype), timestep), inputs)[0]
+        states, latents = conditioning.to(dtype), latents.to(dtype)
+        replays = states.offsets is None and states.control is None and latents.is_cuda
+        answer = self.graphs if self.graphs is not None and replays else self._call
+        out = answer(latents, timestep, states)
         return out if dtype == torch.float64 else out.float()
+
+    def _call(self, latents: Tensor, timestep: Tensor, states: Conditioning) -> Tensor:
+        """The U-Net's output (B, C, H, W) in its own type; arguments as `predict`, in that type."""
+        inputs: dict[str, Any] = {"encoder_hidden_states": states, "return_dict": False}
+        beside = states.row_offsets if states.offsets is None else None
+        if states.offsets is None and states.control is None and beside is None:
+            out: Tensor = self._predictor(latents, timestep, **inputs)[0]
+            return out
+        # Not through torch.compile: swapped weights would be compiled anew at every step, a control is no graph.
+        weights = states.offsets.weights(self.unet) if states.offsets else {}
+        if states.control is not None:
+            inputs["cross_attention_kwargs"] = {"control": states.control}
+        with beside.beside(self.unet) if beside else nullcontext():
+            changed: Tensor = functional_call(self.unet, weights, (latents, timestep), inputs)[0]
+        return changed
 
     def add_noise(self, z0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """z_t (B, C, H, W) from clean latents z0, unit normal noise of that shape, timesteps (B,) in [0, 1000).

@@ -85,13 +85,13 @@ def test_several_concepts_share_a_pass(tmp_path: Path, capsys: Any) -> None:
     assert three["unet_forward_gflop"] > 2.5 * alone["unet_forward_gflop"]
     assert three["samples_per_s"] == pytest.approx(3 * 1000 / three["step_ms"])
     trainee = Trainee(job("lora", "fit.batch_size=2").cfg, tiny(seed=0, size=64), 2)
-    rows = next(trainee.batches)
+    (rows,) = next(trainee.batches)
     assert rows.concept.tolist() == [0, 0, 1, 1] and rows.sample.tolist() == [0, 1, 0, 1]
-    assert next(trainee.batches).sample.tolist() == [2, 3, 2, 3]
+    assert next(trainee.batches)[0].sample.tolist() == [2, 3, 2, 3]
     capsys.readouterr()
     assert main([*QUICK, "--methods", "lora,dreambooth", "--concepts", "2", "model.size=64"]) == 2
     said = capsys.readouterr()
-    assert "method=dreambooth takes one concept at a time" in said.err and "samples/s" not in said.out
+    assert "method=dreambooth: all weights of its U-Net change" in said.err and "samples/s" not in said.out
 
 
 def test_numbers_fit_together(file: Path) -> None:
@@ -180,12 +180,12 @@ def test_watching_changes_nothing(small: Any) -> None:
         plain.step()
     split(watched, 2)
     torch.testing.assert_close(plain.step(), watched.step(), rtol=0, atol=0)
-    assert "condition" not in vars(watched.method) and "predict" not in vars(small)
+    assert "condition" not in vars(watched.methods[0]) and "predict" not in vars(small)
 
 
 def test_every_step_has_draws_of_its_own(small: Any) -> None:
     trainee = Trainee(job("ti", "fit.batch_size=3").cfg, small)
-    assert [next(trainee.batches).sample.tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [next(trainee.batches)[0].sample.tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
     assert len({float(trainee.step()) for _ in range(3)}) == 3
 
 

@@ -15,7 +15,7 @@ import torch
 
 from hiperlab.bench import device_checks, gpu_check, pieces
 from hiperlab.bench.device_checks import CheckError, apart, within
-from hiperlab.bench.gpu_check import ALL, FULL, TOY, checks, main, speeds, table, trained
+from hiperlab.bench.gpu_check import ALL, FULL, GRAPHED, TOY, checks, main, speeds, table, trained
 from hiperlab.bench.pieces import Piece
 from hiperlab.cli.targets import trusted
 from tests.bench.test_bench import numbers
@@ -75,6 +75,8 @@ def test_every_method_is_checked_first(tmp_path: Path) -> None:
     assert names[: len(some)] == [f"training fp32: {name}" for name in some]
     assert {f"pictures fp64: {name}" for name in ALL} <= set(names)
     assert {f"training fp16: {name}" for name in some} <= set(names)
+    assert {"shared passes: null_text", "CUDA graphs: ti", "speed bf16: ti, 4 a pass, CUDA graphs"} <= set(names)
+    assert not {"shared passes: dreambooth", "shared passes: e4t"} & set(names)
     for method in ("ti", "lora", "neti", "hiper"):
         assert {f"speed bf16: {method}, {number} a pass" for number in (1, 4, 16, 32)} <= set(names)
     assert names[-2:] == ["torch.compile (inductor): ti", "speed bf16: ti, 4 a pass, compiled"]
@@ -213,6 +215,20 @@ def test_training_on_a_gpu(method: str) -> None:
     with trusted(["hiperlab.bench"]):
         device_checks.training(method, "fp32")
         device_checks.checkpointing(method)
+        device_checks.sharing(method)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", GRAPHED)
+def test_cuda_graphs_on_a_gpu(method: str) -> None:
+    with trusted(["hiperlab.bench"]):
+        device_checks.graphing(method)
+
+
+@pytest.mark.parametrize("method", ["ti", "lora"])
+def test_shared_passes(method: str) -> None:
+    with trusted(["hiperlab.bench"]):
+        assert device_checks.sharing(method)["gradient"] < device_checks.GRADIENT["fp32"]
 
 
 @needs_gpu
