@@ -32,6 +32,7 @@ from hiperlab.model.shared_calls import Call, Calls, alone, within
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.state import misfits
 from hiperlab.model.text import check_placeholder
+from hiperlab.optim.fused import fused
 
 Own = TypeVar("Own", bound="Method")
 Result = TypeVar("Result")
@@ -261,7 +262,7 @@ class Method(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer over `param_groups`."""
-        return self._optimizer(self.param_groups())
+        return fused(self._optimizer(self.param_groups()))
 
     def configure_gradient_clipping(
         self,
