@@ -183,10 +183,10 @@ class _Training:
         """Whether its passes can be shared: one process, no gradient scaler (it skips everybody's step)."""
         cfg = self.sessions[piece.number].cfg
         method = get_class(cfg.method._target_)
-        single = (
-            cfg.trainer.devices in (1, "1", "auto") and cfg.trainer.num_nodes == 1 and not cfg.precision.grad_scaler
-        )
-        return single and not method.why_alone and hooks_are_forwarded(method)  # type: ignore[attr-defined]
+        one = cfg.trainer.devices in (1, "1") or (cfg.trainer.devices == "auto" and torch.cuda.device_count() < 2)
+        single = one and cfg.trainer.num_nodes == 1 and cfg.trainer.strategy == "auto"
+        shareable = not method.why_alone and hooks_are_forwarded(method)  # type: ignore[attr-defined]
+        return bool(single and shareable and not cfg.precision.grad_scaler)
 
     def _step(self, piece: _Piece) -> int:
         """The step it goes on from: only trainings at the same step share passes."""

@@ -70,6 +70,7 @@ def _key(cfg: DictConfig) -> str | None:
     plain: dict[str, Any] = {name: _plain(OmegaConf.select(cfg, name)) for name in SAME}
     trainer = plain.get("trainer") or {}
     several = trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) not in (1, None)
+    several = several or trainer.get("strategy", "auto") != "auto"
     if (
         not {"fit", "sample"} & set(plain.get("stages") or [])
         or cfg.get("artifacts")
