@@ -200,7 +200,7 @@ class _Training:
         return max(1, min(piece.most or MOST_ROWS, MOST_ROWS // (rows * len(piece.group))))
 
     def _enrolled(self, pieces: list[_Piece]) -> list[tuple[int, Trainee]]:
-        """The pieces' methods with the numbers of their runs, while memory takes them; others wait again.
+        """The pieces' methods with the numbers of their runs, while memory takes them; others leave and wait again.
 
         Raises:
             UserError: of a single piece.
@@ -210,6 +210,7 @@ class _Training:
         for place, piece in enumerate(pieces):
             if found and used + used / len(found) > free / 4:
                 self.waiting = pieces[place:] + self.waiting
+                del pieces[place:]
                 break
             try:
                 trainee = enrol(self.sessions[piece.number], list(piece.group), piece.resume)
@@ -232,14 +233,17 @@ class _Training:
         """
         enrolled = self._enrolled(pieces)
         ready = [each for each in enrolled if not each[1].method.finished]
-        for number, trainee in enrolled if len(ready) == 1 else [each for each in enrolled if each not in ready]:
+        if len(ready) > 1:
+            self._train_together(ready, pieces[0].micro)
+        others = enrolled if len(ready) < 2 else [each for each in enrolled if each not in ready]
+        for number, trainee in others:
             self.rows[number].append(_alone(trainee, pieces[0].micro, self.signals, self.command))
-        if len(ready) < 2:
-            return
+
+    def _train_together(self, ready: list[tuple[int, Trainee]], micro: int | None) -> None:
         trainees = [trainee for _, trainee in ready]
         stop = StopCallback(self.signals, trainees[0].checkpoints, self.command)
         start = time.monotonic()
-        module, views = train_together(trainees, pieces[0].micro, stop)
+        module, views = train_together(trainees, micro, stop)
         stop.raise_if_stopped()
         seconds = time.monotonic() - start
         for place, (number, trainee) in enumerate(ready):
