@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hiperlab import files
 from hiperlab.cli.compose import compose
 from hiperlab.cli.flags import arguments
+from hiperlab.cli.overrides import values
 from hiperlab.cli.process import told
 from hiperlab.cli.targets import trusted
 from hiperlab.errors import StoppedError, UserError
@@ -101,9 +102,9 @@ class _Jobs:
     def say(self, job: _Job, text: str) -> None:
         """A line in the job's own log, and in this process's."""
         print(f"{job.name}: {text}", file=sys.stderr, flush=True)
-        folder = next(word.removeprefix("run_dir=").strip("'\"") for word in job.argv if word.startswith("run_dir="))
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with (Path(folder) / "job.log").open("a", encoding="utf-8") as file:
+        folder = Path(values([word for word in job.argv if word.startswith("run_dir=")])["run_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "job.log").open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
 
@@ -121,20 +122,20 @@ def run_folded(path: Path) -> int:
     """
     jobs = _Jobs(path)
     with ExitStack() as locks, StopSignals() as signals:
-        for job in jobs.all:
-            with jobs.guarded(job):
-                _begin(job, locks)
-                if job.session is None:
-                    jobs.ended(job, 0)
         try:
+            for job in jobs.all:
+                with jobs.guarded(job):
+                    _begin(job, locks)
+                    if job.session is None:
+                        jobs.ended(job, 0)
             _load(jobs)
             _shared(jobs, "fit", lambda sessions: fit_all(sessions, signals, "the sweep's command"))
             _shared(jobs, "sample", sample_all)
             for job in jobs.at_work:
                 _finish(jobs, job)
-        except StoppedError:
-            for job in jobs.at_work:  # those whose turn had not come
-                with suppress(StoppedError), jobs.guarded(job), _marked(job):
+        except BaseException as error:
+            for job in jobs.at_work:  # none of them may be left as running
+                with suppress(type(error)), jobs.guarded(job), _marked(job):
                     raise
             raise
     return int(any(jobs.codes.values()))

@@ -163,6 +163,20 @@ def test_a_mistake_in_one_job_stops_that_one(tmp_path, monkeypatch) -> None:
     assert "nonsense" in (tmp_path / "wrong" / "job.log").read_text()
 
 
+def test_what_ends_the_process_is_written_into_every_run(tmp_path, monkeypatch) -> None:
+    def breaks(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fit, "train_together", breaks)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fold(tmp_path, ["ti", "lora"], "stages=[fit]")
+    assert json.loads((tmp_path / "jobs.codes").read_text()) == {"ti": 1, "lora": 1}
+    for name in ("ti", "lora"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["status"] == "failed" and "illegal memory access" in results["error"]
+        assert "illegal memory access" in (tmp_path / name / "job.log").read_text()
+
+
 def test_out_of_memory_halves_the_passes(together, tmp_path, monkeypatch) -> None:
     sizes: list[int] = []
     whole = fit.train_together
