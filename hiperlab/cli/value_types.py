@@ -51,6 +51,10 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "seed": _whole(0),
     "outputs_dir": Range("a folder's path", lambda value: isinstance(value, str) and bool(value)),
     "run_dir": Range("a folder's path, or null", lambda value: isinstance(value, str) and bool(value), null=True),
+    "fold": Range(
+        "auto, off, or the most jobs of one process, e.g. fold=8",
+        lambda value: value in ("auto", "off") or value is False or _whole(1).holds(value),
+    ),
     "fit.steps": _whole(0),
     "fit.batch_size": _whole(1),
     "fit.micro_batch_size": _whole(1, null=True),
@@ -80,8 +84,8 @@ RANGES = {  # a method's own numbers are checked by its constructor
 }
 ANYWHERE = {"seed": _whole(0), "width": _whole(1)}  # by the last part of a key
 HYDRAS_OWN = ("._convert_", "._partial_", "._recursive_")
-# Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several.
-FREE = ("trainer.", "data.identity_seed")
+# Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several; fold=auto or fold=8.
+FREE = ("trainer.", "data.identity_seed", "fold")
 
 
 def group_lines(lines: Sequence[str], groups: set[str], loader: ConfigLoader) -> list[str]:

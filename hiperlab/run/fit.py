@@ -20,11 +20,11 @@ from hiperlab.base.side_by_side import hooks_are_forwarded
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.hub import first_line
 from hiperlab.report.checkpoint import step_of
-from hiperlab.report.environment import command, free_memory, peak_memory
+from hiperlab.report.environment import free_memory, peak_memory
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.signals import StopCallback, StopSignals
 from hiperlab.run.resume import checkpoint_folder, starting_point
-from hiperlab.run.session import Session
+from hiperlab.run.session import Session, parts, speaks_for
 from hiperlab.run.train_together import train_together
 from hiperlab.run.trainee import Trainee, as_published, begin, enrol, first_pixels, make_trainer, split_batch
 
@@ -97,17 +97,26 @@ def fit_all(sessions: Sequence[Session], signals: StopSignals, resume_command: s
         StoppedError: told to stop; everything is saved.
     """
     for session in sessions:
-        log.info("stage fit%s", "" if len(sessions) == 1 else f" of {session.folder.name}")
+        with speaks_for(session.folder):
+            log.info("stage fit")
     start = time.monotonic()
     training = _Training(sessions, signals, resume_command)
     training.run()
+    elapsed = time.monotonic() - start
+    shares = parts([_own_seconds(training.rows[number]) for number in range(len(sessions))])
     for number, session in enumerate(sessions):
         if number not in training.errors:
             rows = training.rows[number]
-            if files.is_rank_zero():
-                _write_card(session, rows)
-            session.end_stage("fit", _summed_up(session, rows), time.monotonic() - start)
+            with speaks_for(session.folder):
+                if files.is_rank_zero():
+                    _write_card(session, rows)
+                session.end_stage("fit", _summed_up(session, rows), elapsed * shares[number])
     return training.errors
+
+
+def _own_seconds(rows: list[dict[str, Any]]) -> float:
+    """What a run's training took: of a pass that several share, its part."""
+    return sum(row["train_seconds"] / row["shared_by"] for row in rows)
 
 
 def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
     found["finished"] = all(row["finished"] for row in rows)
     found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
-    found["train_seconds"] = round(sum(row["train_seconds"] / row["shared_by"] for row in rows), 2)
+    found["train_seconds"] = round(_own_seconds(rows), 2)
     if (shared := max(row["shared_by"] for row in rows)) > 1:
         found["shared_by"] = shared
     found["loss"] = rows[-1]["loss"]
@@ -237,7 +246,8 @@ class _Training:
             self._train_together(ready, pieces[0].micro)
         others = enrolled if len(ready) < 2 else [each for each in enrolled if each not in ready]
         for number, trainee in others:
-            self.rows[number].append(_alone(trainee, pieces[0].micro, self.signals, self.command))
+            with speaks_for(trainee.session.folder):
+                self.rows[number].append(_alone(trainee, pieces[0].micro, self.signals, self.command))
 
     def _train_together(self, ready: list[tuple[int, Trainee]], micro: int | None) -> None:
         trainees = [trainee for _, trainee in ready]
@@ -330,6 +340,7 @@ def _row(
     trainee: Trainee, steps: int, world: int, accumulate: int, seconds: float, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """What became of a piece."""
+    before = trainee.session.results.get("stages", {}).get("fit", {}).get("loss")
     return {
         "steps": steps,
         "finished": trainee.method.finished,
@@ -338,7 +349,7 @@ def _row(
         "accumulate": accumulate,
         "trainable_parameters": trainee.parameters_per_concept * len(trainee.group),
         "train_seconds": seconds,
-        "loss": metrics.get("loss"),
+        "loss": metrics.get("loss", before),  # of a training that was at its end already
     }
 
 
@@ -362,7 +373,7 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
 def _write_card(session: Session, rows: list[dict[str, Any]]) -> None:
     written = [each for row in rows for each in row["written"]]
     name, stack = session.cfg.method._target_.rsplit(".", 1)[-1], session.stack
-    text = artifact.card(name, stack.base, stack.note, rows[0]["steps"], command(), written)
+    text = artifact.card(name, stack.base, stack.note, rows[0]["steps"], str(session.results["command"]), written)
     files.atomic_write(session.folder / "artifacts" / "README.md", text)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from hiperlab.run import stages
 from hiperlab.run.asked import asked, within_run
 from hiperlab.run.fit import fit_all
 from hiperlab.run.sample import sample_all
-from hiperlab.run.session import Session, configure_logging, open_session
+from hiperlab.run.session import Session, configure_logging, open_session, speaks_for
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class _Jobs:
         if job.hydra is not None:
             HydraConfig.instance().cfg = job.hydra
         try:
-            with trusted(job.allowed):
+            with trusted(job.allowed), speaks_for(job.session.folder) if job.session else nullcontext():
                 yield
         except Exception as error:
             text, code = told(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from hiperlab.report.environment import free_memory
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
-from hiperlab.run.session import Session
+from hiperlab.run.session import Session, parts, speaks_for
 
 log = logging.getLogger(__name__)
 MANIFEST = "samples.jsonl"
@@ -56,10 +57,13 @@ def sample_all(sessions: Sequence[Session]) -> dict[int, Exception]:
         Why a run's pictures could not be drawn, by its number; the others' are.
     """
     for session in sessions:
-        log.info("stage sample%s", "" if len(sessions) == 1 else f" of {session.folder.name}")
+        with speaks_for(session.folder):
+            log.info("stage sample")
     start = time.monotonic()
     work = _Sampling(sessions)
     work.run()
+    elapsed = time.monotonic() - start
+    shares = parts([float(work.drawn[number]) for number in range(len(sessions))])
     for number, session in enumerate(sessions):
         if number in work.errors:
             continue
@@ -69,8 +73,11 @@ def sample_all(sessions: Sequence[Session]) -> dict[int, Exception]:
             files.write_jsonl(session.folder / "samples" / MANIFEST, kept)
             title = f"{session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}"
             write_grids(session.folder, session.data.concepts, kept, session.stack.size, title)
-        found = {**work.found[number], "pictures": len(records)}
-        session.end_stage("sample", found, time.monotonic() - start)
+        before = session.results.get("stages", {}).get("sample", {}).get("seconds_per_picture")
+        kept_speed = {} if before is None else {"seconds_per_picture": before}  # where all pictures were there already
+        found = {**kept_speed, **work.found[number], "pictures": len(records)}
+        with speaks_for(session.folder):
+            session.end_stage("sample", found, elapsed * shares[number])
     return work.errors
 
 
@@ -130,6 +137,7 @@ class _Sampling:
         self.records: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(sessions))}
         self.found: dict[int, dict[str, Any]] = {number: {} for number in range(len(sessions))}
         self.errors: dict[int, Exception] = {}
+        self.drawn: Counter[int] = Counter()  # pictures of each run
         model = model_inputs(sessions[0].stack, sessions[0].cfg.precision)  # once: it reads all weights
         self.inputs = [
             {"model": model, "sampler": sampler_inputs(session.sampler, session.cfg.sample.negative)}
@@ -192,6 +200,8 @@ class _Sampling:
         """Draw the missing pictures of all, each call shared by as many as want one."""
         total = sum(len(drawing.missing) for drawing in drawings)
         progress = Progress(total)
+        for drawing in drawings:
+            self.drawn[drawing.number] += len(drawing.missing)
         drawn = {drawing.number for drawing in drawings if drawing.missing}
         while at_work := [drawing for drawing in drawings if drawing.missing and drawing.number not in self.errors]:
             most = max(1, min(each.session.cfg.sample.batch_size for each in at_work) // len(at_work))

@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -337,20 +338,54 @@ def write_settings(session: Session, overrides: list[str]) -> None:
     files.write_json(session.folder / "environment.json", environment())
 
 
+_SPEAKER: ContextVar[Path | None] = ContextVar("the run that a log line is about", default=None)
+
+
+@contextmanager
+def speaks_for(folder: Path) -> Iterator[None]:
+    """Inside, log lines are about one of the runs of this process: no other's run.log has them."""
+    token = _SPEAKER.set(folder)
+    try:
+        yield
+    finally:
+        _SPEAKER.reset(token)
+
+
+def parts(amounts: Sequence[float]) -> list[float]:
+    """Each amount's part of their sum, equal ones where all are zero."""
+    total = sum(amounts)
+    return [amount / total if total else 1 / len(amounts) for amount in amounts]
+
+
 def configure_logging(*folders: Path) -> None:
-    """Our lines to the terminal and to each run folder's run.log; libraries only when they warn."""
+    """Our lines to the terminal and to each run folder's run.log; libraries only when they warn.
+
+    With several runs, the terminal names the one that a line is about (`speaks_for`).
+    """
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+
+    def shown(record: logging.LogRecord) -> bool:
+        about = _SPEAKER.get()
+        record.about = f"{about.name}: " if about is not None and len(folders) > 1 else ""
+        return record.name.startswith("hiperlab") or record.levelno >= logging.WARNING
+
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    terminal.addFilter(lambda record: record.name.startswith("hiperlab") or record.levelno >= logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(about)s%(message)s", "%H:%M:%S"))
+    terminal.addFilter(shown)
     root.addHandler(terminal)
     for folder in folders if files.is_rank_zero() else ():
         file = logging.FileHandler(folder / "run.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        file.addFilter(partial(_is_about, folder))
         root.addHandler(file)
     root.setLevel(logging.WARNING)
     logging.getLogger("hiperlab").setLevel(logging.INFO if files.is_rank_zero() else logging.WARNING)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", module="pytorch_lightning.*")  # torch's news for Lightning
+
+
+def _is_about(folder: Path, record: logging.LogRecord) -> bool:
+    """Whether a line belongs into a run's log: it is about that run, or about all."""
+    return _SPEAKER.get() in (None, folder)

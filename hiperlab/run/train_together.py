@@ -16,7 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
@@ -29,6 +29,7 @@ from hiperlab.errors import StoppedError
 from hiperlab.report.checkpoint import AtomicCheckpointIO
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.signals import StopCallback
+from hiperlab.run.session import speaks_for
 from hiperlab.run.trainee import Trainee, begin, make_trainer, split_batch
 
 log = logging.getLogger(__name__)
@@ -104,11 +105,12 @@ class _Watch(Checkpoint):
 
     Args:
         views: the Trainer as each sees it.
-        watchers: of each method.
+        trainees: what is trained.
     """
 
-    def __init__(self, views: Views, watchers: Sequence[Sequence[Callback]]) -> None:
-        self.views, self.watchers = views, watchers
+    def __init__(self, views: Views, trainees: Sequence[Trainee]) -> None:
+        self.views, self.watchers = views, [trainee.watchers() for trainee in trainees]
+        self.folders = [trainee.session.folder for trainee in trainees]
         self._seen = 0
 
     def _show(self, module: SideBySide, hook: str, given: Callable[[int], tuple[Any, ...]]) -> None:
@@ -120,11 +122,12 @@ class _Watch(Checkpoint):
     @contextmanager
     def _guarded(self, module: SideBySide, number: int) -> Iterator[None]:
         """A method that is stopped by its own watcher leaves; the others go on."""
-        try:
-            yield
-        except StoppedError as error:
-            log.error("%s: %s", module.method(number).concepts[0].name, error)
-            module.leave(number, error)
+        with speaks_for(self.folders[number]):
+            try:
+                yield
+            except StoppedError as error:
+                log.error("%s", error)
+                module.leave(number, error)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first batch."""
@@ -179,6 +182,11 @@ class _Watch(Checkpoint):
                 module.leave(number)
 
 
+def _name(trainee: Trainee) -> str:
+    """A training by its run and what it learns."""
+    return f"{trainee.session.folder.name} ({', '.join(subject.name for subject in trainee.method.concepts)})"
+
+
 class _Batches(pl.LightningDataModule):
     """A list of each method's own batches."""
 
@@ -214,12 +222,12 @@ def train_together(trainees: Sequence[Trainee], micro: int | None, stop: StopCal
         read=lambda number: AtomicCheckpointIO().load_checkpoint(starts[number]),
     )
     views.module = module
-    watch = _Watch(views, [trainee.watchers() for trainee in trainees])
+    watch = _Watch(views, trainees)
     trainer = make_trainer(trainees[0].session, [stop, watch, StepProgress()], [])
     trainer.accumulate_grad_batches = accumulate
     log.info(
         "%d trainings share their passes: %s",
-        len(trainees), ", ".join(subject.name for trainee in trainees for subject in trainee.method.concepts),
+        len(trainees), ", ".join(map(_name, trainees)),
     )  # fmt: skip
     status = "failed"
     try:

@@ -32,7 +32,7 @@ from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.wandb_logger import GuardedWandb
 from hiperlab.run.disk_space import check_space
 from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
-from hiperlab.run.session import Session
+from hiperlab.run.session import Session, speaks_for
 
 log = logging.getLogger(__name__)
 
@@ -169,20 +169,25 @@ def enrol(session: Session, group: list[int], resume: str | None) -> Trainee:
 
 def begin(trainees: Sequence[Trainee], rows: int, world: int) -> None:
     """Keep what these trainings are asked, and say what begins."""
-    said = []
+    said: dict[str, list[Path]] = {}
     for trainee in trainees:
         session, cfg = trainee.session, trainee.session.cfg
+        lines = []
         session.update(micro_batch_size=rows, world_size=world)
         remember(session, fresh=trainee.start is None)
         if trainee.start is not None:
-            said.append(f"resuming from {trainee.start.stem} of {cfg.fit.steps} steps")
-        said.append(
+            lines.append(f"resuming from {trainee.start.stem} of {cfg.fit.steps} steps")
+        lines.append(
             f"{type(trainee.method).__name__}: {trainee.parameters_per_concept:,} trainable parameters per concept, "
             f"{cfg.fit.steps} steps of {cfg.fit.batch_size} images ({rows} at a time, {world} "
             f"process{'' if world == 1 else 'es'})"
         )
-    for line in dict.fromkeys(said):
-        log.info("%s", line)
+        for line in lines:
+            said.setdefault(line, []).append(session.folder)
+    for line, folders in said.items():
+        for folder in dict.fromkeys(folders):  # once a run, whatever the number of its trainings
+            with speaks_for(folder):
+                log.info("%s", line)
 
 
 def make_trainer(session: Session, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> pl.Trainer:

@@ -58,11 +58,19 @@ def most_jobs(cfg: DictConfig) -> int:
     if asked == "off" or asked is False:  # what YAML makes of an unquoted off
         return 1
     if asked == "auto":
-        rows = OmegaConf.select(cfg, "fit.batch_size", default=1)
-        return max(1, MOST_ROWS // max(1, int(rows)))
+        rows = int(OmegaConf.select(cfg, "fit.batch_size", default=1)) * _concepts(cfg)
+        return max(1, MOST_ROWS // max(1, rows))
     if isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
         return asked
     raise UserError(f"fold={asked}: expected auto, off, or the most jobs of one process (fold=8).")
+
+
+def _concepts(cfg: DictConfig) -> int:
+    """How many concepts a job learns, as far as its settings say: the longest list of what data can be asked for."""
+    asked = [
+        OmegaConf.select(cfg, f"data.{name}") for name in ("concepts", "edits", "identity_seed", "subject", "item")
+    ]
+    return max(len(each) if OmegaConf.is_list(each) else 1 for each in asked)
 
 
 def _key(cfg: DictConfig) -> str | None:

@@ -127,6 +127,7 @@ class Running:
     starts: dict[str, int]
     codes: Path | None = None
     started: float = field(default_factory=time.monotonic)
+    count: int = 1  # jobs that it began with
     told: float | None = None  # when it was told to stop because of its time limit
 
     def send_signal(self, number: int) -> None:
@@ -161,8 +162,14 @@ class Running:
         """What became of each job, read from exit codes and results.json."""
         if self.codes is None:
             return [self._outcome(self.jobs[0], code, stopping)]
-        codes = json.loads(self.codes.read_text(encoding="utf-8")) if self.codes.is_file() else {}
+        codes = self.ended()
         return [self._outcome(job, codes.get(job.name, code or 1), stopping) for job in self.jobs]
+
+    def ended(self) -> dict[str, int]:
+        """Exit codes of the jobs of a process of several that have ended, by name."""
+        if self.codes is None or not self.codes.is_file():
+            return {}
+        return dict(json.loads(self.codes.read_text(encoding="utf-8")))
 
     def _outcome(self, job: Job, code: int, stopping: bool) -> sweep.Outcome:
         folder, status, error = job.folder, "failed", ""
@@ -183,7 +190,7 @@ class Running:
             error = f"killed by {signal.Signals(-code).name}"
         else:
             error = said or f"exit code {code}"
-        seconds = time.monotonic() - self.started
+        seconds = (time.monotonic() - self.started) / self.count  # each one's part
         value = sweep.objective(folder) if status == "finished" else None
         return outcome(job, status, seconds, error, value)
 
@@ -219,7 +226,7 @@ def start(jobs: list[Job], gpus: list[str] | None) -> Running:
         env=environment(gpus),
         start_new_session=True,
     )
-    return Running(jobs, gpus or [], process, log, starts, codes)
+    return Running(jobs, gpus or [], process, log, starts, codes, count=len(jobs))
 
 
 def fold(jobs: list[Job]) -> tuple[list[str], Path, Path]:

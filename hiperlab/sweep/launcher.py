@@ -125,6 +125,7 @@ class JobPool:
         self.grace_s = grace_s
         self.signal: int | None = None
         self.running: list[Running] = []
+        self.waiting: list[list[Job]] = []
         self.done: dict[str, sweep.Outcome] = {}
 
     def on_signal(self, number: int) -> None:
@@ -142,19 +143,18 @@ class JobPool:
         every = [job for group in groups for job in group]
         names = list(dict.fromkeys(job.name for job in every))  # the same point twice is one job
         total = len(names)
-        waiting = []
         for group in groups:
             own = list({job.name: job for job in group if job.name in names}.values())
             names = [name for name in names if name not in {job.name for job in own}]
-            waiting += [own] if own else []
+            self.waiting += [own] if own else []
         with listening(self.on_signal):
-            while waiting or self.running:
+            while self.waiting or self.running:
                 if self.signal is None:
-                    waiting = [jobs for jobs in waiting if not self._begin(jobs, total)]
-                elif waiting:
-                    for job in (job for jobs in waiting for job in jobs):
+                    self.waiting = [jobs for jobs in self.waiting if not self._begin(jobs, total)]
+                elif self.waiting:
+                    for job in (job for jobs in self.waiting for job in jobs):
                         self._end(outcome(job, "not started"), total)
-                    waiting = []
+                    self.waiting = []
                 for running in list(self.running):
                     self._check_on(running, total)
                 if self.running:
@@ -197,6 +197,12 @@ class JobPool:
         running.end()
         self.running.remove(running)
         self.devices.give_back(running.gpus)
+        if code < 0 and len(running.jobs) > 1 and running.told is None and self.signal is None:
+            again = [job for job in running.jobs if job.name not in running.ended()]
+            why = f"killed by {signal.Signals(-code).name}"
+            print(f"a process of {len(running.jobs)} jobs was {why}: {len(again)} go on in one each", flush=True)
+            self.waiting += [[job] for job in again]
+            running.jobs = [job for job in running.jobs if job not in again]
         for ended in running.outcomes(code, self.signal is not None):
             self._end(ended, total)
 

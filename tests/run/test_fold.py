@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from hiperlab.model.stack import FrozenStack
 from hiperlab.run import fit
 from hiperlab.run.folded import run_folded
 from hiperlab.run.main import main
+from hiperlab.sweep import outcome as sweep
 from hiperlab.sweep.fold import folded, most_jobs
 from hiperlab.sweep.job import Job
+from hiperlab.sweep.job import fold as fold_process
+from hiperlab.sweep.launcher import Devices, run_jobs
 
 SMALL = [
     "model=tiny", "model.size=128", "data.resolution=128", "logger=csv", "trainer=cpu", "fit.steps=4",
@@ -119,7 +123,11 @@ def test_each_is_what_it_would_be_alone(lone, together, name) -> None:
     assert results["stages"]["fit"]["loss"] == pytest.approx(before["stages"]["fit"]["loss"], rel=1e-4)
     assert "--folded" not in results["command"].split() and str(together / name) in results["command"]
     said = (together / name / "run.log").read_text()
-    assert "stage sample" in said and "share their passes" in said
+    assert said.count("stage sample\n") == said.count("stage fit\n") == 1 and "share their passes" in said
+    card = (together / name / "artifacts" / "README.md").read_text()
+    assert "--folded" not in card and str(together / name) in card
+    seconds = [json.loads((together / each / "results.json").read_text())["seconds"]["fit"] for each in JOBS]
+    assert len(set(seconds)) == 1 or max(seconds) < sum(seconds), "parts of the whole"
 
 
 def test_stopped_half_way_each_goes_on_together_or_alone(together, tmp_path) -> None:
@@ -153,6 +161,7 @@ def test_one_that_breaks_is_named_and_the_others_go_on(together, tmp_path, monke
     assert not (tmp_path / "wild" / "samples").exists()
     for name in ("ti", "lora"):
         assert_learnt_the_same(tmp_path / name, together / name)
+        assert "loss is nan" not in (tmp_path / name / "run.log").read_text()
 
 
 def test_a_mistake_in_one_job_stops_that_one(tmp_path, monkeypatch) -> None:
@@ -220,6 +229,31 @@ def test_kept_concepts_are_drawn_in_shared_calls(lone, tmp_path, monkeypatch) ->
             assert np.abs(one - two).max() <= 1
 
 
+def test_jobs_of_a_process_that_dies_go_on_in_one_each(tmp_path, monkeypatch) -> None:
+    """The first process kills itself; what it had ended counts, the others are started anew."""
+    monkeypatch.setenv(sweep.INVOCATION, "test")
+    dies = (
+        "import json, os, sys; json.dump({'a': 0}, open(sys.argv[1].replace('request', 'codes'), 'w')); "
+        "sys.stdout.flush(); os.kill(os.getpid(), 9)"
+    )
+    lives = "import json, sys; json.dump({'status': 'finished'}, open(sys.argv[1], 'w'))"
+    jobs = []
+    for name in ("a", "b", "c"):
+        results = tmp_path / name / "results.json"
+        jobs.append(Job(name, [], tmp_path / name, [sys.executable, "-c", lives, str(results), "hiperlab.run"], []))
+    (tmp_path / "a").mkdir()
+    folded_command = fold_process
+
+    def dying(given: list[Job]) -> Any:
+        command, codes, log = folded_command(given)
+        (tmp_path / "a" / "results.json").write_text(json.dumps({"status": "finished"}))
+        return [sys.executable, "-c", dies, command[-1]], codes, log
+
+    monkeypatch.setattr("hiperlab.sweep.job.fold", dying)
+    ended = run_jobs([jobs], tmp_path, Devices([], None))
+    assert [(each.job, each.status) for each in ended] == [("a", "finished"), ("b", "finished"), ("c", "finished")]
+
+
 # ---- which jobs go together ------------------------------------------------------------------------------------------
 
 
@@ -252,6 +286,7 @@ def test_jobs_fold_that_ask_for_the_same_training() -> None:
     assert names([same] * 6) == ["0123", "45"], "32 images a pass"
     assert names([same] * 4, devices=2) == ["01", "23"], "every device gets work"
     assert names([same, config(fit={"batch_size": 4}), same]) == ["02", "1"]
+    assert names([config(data={"concepts": ["cats", "puppy"]})] * 4) == ["01", "23"], "two concepts of 8 pictures each"
     assert names([same, config(model={"size": 128})]) == ["0", "1"]
     for apart in (
         config(stages=["score"]),
@@ -267,9 +302,17 @@ def test_jobs_fold_that_ask_for_the_same_training() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "some", 1.5])
-def test_fold_is_auto_off_or_a_number(value) -> None:
+def test_fold_is_auto_off_or_a_number(value, capsys) -> None:
     with pytest.raises(UserError, match="fold="):
         most_jobs(config(fold=value))
+    assert main([f"fold={value}", "model=tiny"]) == 2
+    assert "expected auto, off, or the most jobs of one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["auto", "off", "8"])
+def test_the_door_takes_what_fold_may_be(value, capsys) -> None:
+    assert main([f"fold={value}", "model=tiny", "--cfg", "job"]) == 0
+    assert f"fold: {value}\n" in capsys.readouterr().out.replace("'", "")
 
 
 @pytest.mark.parametrize("launcher", ["process", "submitit_local"])
