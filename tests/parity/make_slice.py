@@ -4,7 +4,8 @@ The slice lets a fresh clone check the core numbers (positional encoding, mapper
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
-offsets and both encoders; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
+offsets and both encoders; of golden/dti the optimizer, the gradients and the files; and, of the twin's text encoder,
+all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     _mapping()
     _p2p()
     _e4t()
+    _dti()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -84,6 +86,18 @@ def _e4t() -> None:
         shutil.copyfile(golden.folder("e4t") / name, target / name)
 
 
+def _dti() -> None:
+    """The slice of golden/dti: the optimizer, both runs' gradients and directions, the files; no network reads them."""
+    source, target = golden.folder("dti"), golden.SLICE / "dti"
+    everything = load_file(source / "golden.safetensors")
+    kept = {name: value for name, value in everything.items() if name.startswith("o.") or name.split(".")[-1] in _DTI}
+    target.mkdir(exist_ok=True)
+    save_file(kept, target / "golden.safetensors")
+    shutil.copyfile(source / "meta.json", target / "meta.json")
+    for folder in source.glob("saved_*"):
+        shutil.copytree(folder, target / folder.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
 def _mapping() -> None:
     """The slice of golden/stylediffusion's mapping network: a picture, its tokens, what the network makes of them."""
     target = golden.SLICE / "stylediffusion"
@@ -111,6 +125,7 @@ _E4T = (
     "a_weight_offsets.safetensors", "c_encoder.safetensors", "c2_encoder_paper.safetensors",
     "init_encoder.safetensors", "meta.json",
 )  # fmt: skip
+_DTI = ("direction_start", "prior", "scale", "grad", "direction_after", "v_after", "learned")
 _LORA = {
     "h_lora.safetensors": ("layer.", "text."),
     "h_text_model_prefix.safetensors": ("text_encoder.",),
