@@ -23,6 +23,7 @@ from hiperlab.base.capability import Composable, Exportable
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
+from hiperlab.layer.initial_words import token_ids
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import inner, numbered_slots
@@ -73,7 +74,8 @@ class DirectionalTextualInversion(Method, Composable, Exportable):
         if not 0 <= kappa < math.inf:
             raise UserError(f"method.kappa={kappa} is out of range. Choose a number, 0 or more; the paper uses 1e-4.")
         vocabulary: Tensor = inner(model.text).embeddings.token_embedding.weight.detach().float()
-        rows = _rows_of([initializer or concept.word for concept in concepts], model, vocabulary)
+        ids = token_ids(model.tokenizer, [initializer or concept.word for concept in concepts])
+        rows = vocabulary[ids.to(vocabulary.device)]  # (K, V, D)
         self.kappa, num_vectors = kappa, rows.shape[1]
         norms = vocabulary.norm(dim=1)
         m = float(getattr(norms[norms > 0], magnitude)())
@@ -137,20 +139,3 @@ class DirectionalTextualInversion(Method, Composable, Exportable):
             raise UserError(f"{path.name} holds a row of zeros, which has no direction. Load a trained concept.")
         self.magnitude[index].copy_(norms)
         self.direction[index].copy_(rows / norms)
-
-
-def _rows_of(words: Sequence[str], model: FrozenStack, vocabulary: Tensor) -> Tensor:
-    """The vocabulary's rows (K, V, D) of each concept's initial words; the number of tokens is theirs.
-
-    Raises:
-        UserError: words have no tokens, or not as many as another concept's.
-    """
-    ids = [model.tokenizer(each, add_special_tokens=False)["input_ids"] for each in words]
-    counts = [len(each) for each in ids]
-    if not all(1 <= count <= 60 for count in counts) or len(set(counts)) > 1:
-        found = ", ".join(f"{word!r} {count}" for word, count in zip(words, counts, strict=True))
-        raise UserError(
-            f"initial words have {found} tokens: one run needs the same number, 1 to 60, for all of its concepts. Set "
-            "method.initializer, or train them apart."
-        )
-    return vocabulary[torch.tensor(ids, device=vocabulary.device)]
