@@ -23,12 +23,15 @@ def filled(method: Any, prompts: Sequence[str], placeholder_ids: Sequence[int]) 
 
 
 def _text(tokenizer: Any, row: list[int], placeholder_ids: list[int], placeholder: str) -> str:
+    def plain(tokens: list[int]) -> str:
+        return "".join(tokenizer.convert_ids_to_tokens(tokens)).replace("</w>", " ").strip()
+
     parts: list[str] = []
     words: list[int] = []
     for token in row[1 : row.index(tokenizer.eos_token_id)]:
         if token not in placeholder_ids:
             words.append(token)
         elif token == placeholder_ids[0]:
-            parts.append(tokenizer.decode(words).strip())
+            parts.append(plain(words))
             words = []
-    return f" {placeholder} ".join([*parts, tokenizer.decode(words).strip()]).strip()
+    return f" {placeholder} ".join([*parts, plain(words)]).strip()
