@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -96,8 +97,7 @@ def _dti() -> None:
     target.mkdir(exist_ok=True)
     save_file(kept, target / "golden.safetensors")
     shutil.copyfile(source / "meta.json", target / "meta.json")
-    for folder in source.glob("saved_*"):
-        shutil.copytree(folder, target / folder.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    _saved(source, target)
 
 
 def _cross_initialization() -> None:
@@ -109,8 +109,7 @@ def _cross_initialization() -> None:
     save_file(kept, target / "golden.safetensors")
     for name in ("meta.json", "names.txt"):
         shutil.copyfile(source / name, target / name)
-    for folder in source.glob("saved_*"):
-        shutil.copytree(folder, target / folder.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    _saved(source, target)
     texts = [*meta["names"], *(" ".join(run.get("initialize_tokens", [])) for run in meta["runs"].values())]
     words = [torch.tensor(ids, dtype=torch.long) for ids in clip_tokenizer()(texts)["input_ids"]]
     used = torch.cat([*words, *(value.flatten() for name, value in kept.items() if name.endswith("input_ids"))])
@@ -119,6 +118,13 @@ def _cross_initialization() -> None:
     ids = used.unique()
     ids = ids[ids < len(table)]
     save_file({"ids": ids, "rows": table[ids].clone()}, target / "vocabulary.safetensors")
+
+
+def _saved(source: Path, target: Path) -> None:
+    """The authors' own files, in folders that can be written to wherever they were copied from."""
+    for path in source.glob("saved_*/*"):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
 
 
 def _mapping() -> None:

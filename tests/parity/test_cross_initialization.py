@@ -108,7 +108,8 @@ def test_settings_are_the_recorded_ones(twin, root, meta) -> None:
     for run in runs(meta):
         how = meta["runs"][run]
         group = build(twin, root, meta, run).configure_optimizers().param_groups[0]
-        assert group["lr"] == how["effective_lr"] == how["learning_rate"] * how["train_batch_size"]
+        factor = how["train_batch_size"] * how.get("gradient_accumulation_steps", 1) if how["scale_lr"] else 1
+        assert group["lr"] == how["effective_lr"] == pytest.approx(how["learning_rate"] * factor)
         for key in ("amsgrad", "maximize", "weight_decay", "eps"):
             assert group[key] == how["adamw"][key], key
 
