@@ -39,8 +39,10 @@ MASK = "-masklabel"  # end of a mask's name in OneTrainer's layout
 OnBad = Literal["stop", "skip"]
 # How a picture that is not square becomes one: "squeeze" resizes it straight to the square; "square" cuts the largest
 # centred square first (both bicubic, NeTI's training/dataset.py); "middle" and "random" resize the short side,
-# bilinear, then cut there (torchvision's Resize, CenterCrop, RandomCrop in DreamBooth's and HiPer's scripts).
-Crop = Literal["squeeze", "square", "middle", "random"]
+# bilinear, then cut there (torchvision's Resize, CenterCrop, RandomCrop in DreamBooth's and HiPer's scripts);
+# "random_cubic" is "random" with bicubic resizing (datasets.py of DTI's authors).
+Crop = Literal["squeeze", "square", "middle", "random", "random_cubic"]
+RANDOM: tuple[Crop, ...] = ("random", "random_cubic")
 
 
 class ImageProblem(ValueError):
@@ -181,7 +183,7 @@ def to_pixels(image: Image.Image, size: int, crop: Crop, flip: bool) -> Tensor:
     Args:
         image: RGB.
         size: side of the result in pixels.
-        crop: how it becomes square; where "random" stands, the middle is cut.
+        crop: how it becomes square; where it is random, the middle is cut.
         flip: mirror left and right (after resizing, as the authors do).
 
     Returns:
@@ -199,9 +201,10 @@ def in_range(levels: Tensor) -> Tensor:
 def to_levels(image: Image.Image, size: int, crop: Crop) -> Tensor:
     """A picture scaled as `crop` says, uint8 (C, H, W): its short side is `size`, the long one is not `cut` yet."""
     w, h = image.size
-    if crop in ("middle", "random"):
+    if crop in ("middle", *RANDOM):
         long = int(size * max(w, h) / min(w, h))  # as torchvision's Resize
-        image = image.resize((size, long) if w <= h else (long, size), Image.Resampling.BILINEAR)
+        how = Image.Resampling.BICUBIC if crop == "random_cubic" else Image.Resampling.BILINEAR
+        image = image.resize((size, long) if w <= h else (long, size), how)
     else:
         if crop == "square":
             side = min(w, h)

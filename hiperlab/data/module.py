@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import cut, in_range, to_levels
+from hiperlab.data.images import RANDOM, cut, in_range, to_levels
 from hiperlab.data.masks import read_mask
 from hiperlab.draws import generator, integers, uniform
 from hiperlab.errors import UserError
@@ -83,7 +83,7 @@ class MicroBatches(Dataset[Batch]):
         assert dataset.crop is not None and dataset.flip is not None, "the method's published ones go in first"
         self.dataset, self.seed, self.size = dataset, seed, size
         self.rows, self.rank, self.world = rows, rank, world
-        self.random_crop, self.flip = dataset.crop == "random", dataset.flip
+        self.random_crop, self.flip = dataset.crop in RANDOM, dataset.flip
         self.masked = any(concept.masks for concept in dataset.concepts)
         self.cache = _PixelCache(dataset, size)
 

@@ -23,15 +23,16 @@ from hiperlab.formats.disguises import disguise
 
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 MOST_BYTES = 64 * 1024**2  # of an embedding: 77 vectors of width 2048 are 0.6 MB
-NUMBERED = re.compile(r"(.+?)>?(?:_(\d+))?>?")  # a word and which of its vectors
+NUMBERED = re.compile(r"(.+?)>?(?:_v?(\d+))?>?")  # a word and which of its vectors
 
 
 def read(path: Path) -> Tensor:
     """The learnt vectors (V, D), float32, of any embedding file that is around.
 
     Accepts a dict with one key and a tensor [D] or [V, D] (diffusers, `emb_params`), one with a word's vectors under
-    numbered keys (`<cat>`, `<cat>_1`, ..., as diffusers names the tokens of several vectors), `string_to_param` with
-    any single key (CompVis, A1111), and a bare tensor.
+    numbered keys (`<cat>`, `<cat>_1`, ..., as diffusers names the tokens of several vectors, or `<cat>_v0`, ..., as
+    Cross Initialization's train_cross_init.py does), `string_to_param` with any single key (CompVis, A1111), and a
+    bare tensor.
 
     Raises:
         UserError: there is no file, it is broken or unsafe, or it holds something else.
@@ -81,7 +82,7 @@ def _single(content: Any) -> Tensor | None:
 
 
 def _numbered(found: Mapping[str, Tensor]) -> Tensor | None:
-    """The vectors of one word under `<cat>`, `<cat>_1`, ... (or `<cat_1>`) in their order, (V, D)."""
+    """The vectors of one word under `<cat>`, `<cat>_1`, ... (or `<cat_1>`, `<cat>_v0`) in their order, (V, D)."""
     parts = [NUMBERED.fullmatch(key) for key in found]
     rows = {int(part[2] or 0): value.reshape(-1) for part, value in zip(parts, found.values(), strict=True) if part}
     complete = sorted(rows) == list(range(len(found)))

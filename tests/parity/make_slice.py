@@ -4,13 +4,16 @@ The slice lets a fresh clone check the core numbers (positional encoding, mapper
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
-offsets and both encoders; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
+offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
+golden/cross_initialization starts, texts, gradients and files; and, of the twin's text encoder, all but the embedding
+rows that no golden prompt uses.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -33,6 +36,8 @@ def main() -> None:
     _mapping()
     _p2p()
     _e4t()
+    _dti()
+    _cross_initialization()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -84,6 +89,44 @@ def _e4t() -> None:
         shutil.copyfile(golden.folder("e4t") / name, target / name)
 
 
+def _dti() -> None:
+    """The slice of golden/dti: the optimizer, both runs' gradients and directions, the files; no network reads them."""
+    source, target = golden.folder("dti"), golden.SLICE / "dti"
+    everything = load_file(source / "golden.safetensors")
+    kept = {name: value for name, value in everything.items() if name.startswith("o.") or name.split(".")[-1] in _DTI}
+    target.mkdir(exist_ok=True)
+    save_file(kept, target / "golden.safetensors")
+    shutil.copyfile(source / "meta.json", target / "meta.json")
+    _saved(source, target)
+
+
+def _cross_initialization() -> None:
+    """The slice of golden/cross_initialization: starts, texts, gradients, files, and the vocabulary rows they use."""
+    source, target = golden.folder("cross_initialization"), golden.SLICE / "cross_initialization"
+    everything, meta = load_file(source / "golden.safetensors"), golden.config(source / "meta.json")
+    kept = {name: value for name, value in everything.items() if name.split(".")[-1] in _CROSS}
+    target.mkdir(exist_ok=True)
+    save_file(kept, target / "golden.safetensors")
+    for name in ("meta.json", "names.txt"):
+        shutil.copyfile(source / name, target / name)
+    _saved(source, target)
+    texts = [*meta["names"], *(" ".join(run.get("initialize_tokens", [])) for run in meta["runs"].values())]
+    words = [torch.tensor(ids, dtype=torch.long) for ids in clip_tokenizer()(texts)["input_ids"]]
+    used = torch.cat([*words, *(value.flatten() for name, value in kept.items() if name.endswith("input_ids"))])
+    state = load_file(golden.folder("tiny-sd14") / "text_encoder" / "model.safetensors")
+    table = next(value for name, value in state.items() if name.endswith("token_embedding.weight"))
+    ids = used.unique()
+    ids = ids[ids < len(table)]
+    save_file({"ids": ids, "rows": table[ids].clone()}, target / "vocabulary.safetensors")
+
+
+def _saved(source: Path, target: Path) -> None:
+    """The authors' own files, in folders that can be written to wherever they were copied from."""
+    for path in source.glob("saved_*/*"):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
+
+
 def _mapping() -> None:
     """The slice of golden/stylediffusion's mapping network: a picture, its tokens, what the network makes of them."""
     target = golden.SLICE / "stylediffusion"
@@ -111,6 +154,8 @@ _E4T = (
     "a_weight_offsets.safetensors", "c_encoder.safetensors", "c2_encoder_paper.safetensors",
     "init_encoder.safetensors", "meta.json",
 )  # fmt: skip
+_DTI = ("direction_start", "prior", "scale", "grad", "direction_after", "v_after", "learned")
+_CROSS = ("init", "input_ids", "states_0", "distance", "grad", "rows_after")
 _LORA = {
     "h_lora.safetensors": ("layer.", "text."),
     "h_text_model_prefix.safetensors": ("text_encoder.",),
