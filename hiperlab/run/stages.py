@@ -83,6 +83,8 @@ def recorded(session: Session) -> Iterator[None]:
         stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
         with contextlib.suppress(DiskFullError):  # then the error itself says so
             session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
+        if not stopped and "wandb" in vars(session):  # begun: W&B would take it for a run that ended well
+            session.wandb.finish(exit_code=1)
         if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
             raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
         raise

@@ -338,3 +338,13 @@ def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
     assert main(command) == 0
     rows = json.loads((folder / "sweep.json").read_text())["jobs"]
     assert [row["status"] for row in rows] == ["skipped"] * 3
+
+
+def test_a_failed_run_is_failed_in_wandb_too(tmp_path, monkeypatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(
+        "hiperlab.report.wandb_logger.GuardedWandb.finish", lambda self, exit_code=0: ended.append(exit_code)
+    )
+    monkeypatch.setitem(JOBS, "wild", ["method=ti", "data=puppy", "method.optimizer.lr=1e30"])
+    assert alone(tmp_path, "wild", "stages=[fit]") == 1
+    assert ended == [1]
