@@ -37,6 +37,7 @@ from hiperlab.model.stack import FrozenStack
 MODES = ("auto", "replace", "refine")
 LARGEST_SELF = 32**2  # positions: larger self-attention maps are never exchanged
 BLEND_START = 0.2  # share of the steps before local blending begins
+Move = Callable[[int, Tensor, Tensor], Tensor]  # step, latents and guided noise (B, C, H, W) -> the step's result
 
 
 class PromptToPrompt:
@@ -351,6 +352,7 @@ def edit_calls(
     edits: AttentionEdits | None = None,
     pivot: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
+    move: Move | None = None,
 ) -> Calls[Tensor]:
     """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
@@ -364,6 +366,7 @@ def edit_calls(
         edits: whose maps follow; None leaves every row alone.
         pivot: (T+1, C, H, W): after each step row 0 becomes the recorded path of the picture; None leaves it free.
         watch: called with (step, latents) after each step.
+        move: another step than DDIM's, before blending; None for DDIM's.
 
     Returns:
         z_0 (B, C, H, W), scaled.
@@ -378,7 +381,7 @@ def edit_calls(
             noise = without + guidance * (within - without)
         else:
             noise = yield from noise_calls(stack, latents, timestep, conditional(step).controlled(control))
-        latents = previous(stack, latents, noise, timestep, steps)
+        latents = move(step, latents, noise) if move else previous(stack, latents, noise, timestep, steps)
         if pivot is not None:
             latents = torch.cat([pivot[steps - 1 - step][None].to(latents), latents[1:]])
         if edits:
