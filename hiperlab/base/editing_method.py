@@ -125,6 +125,10 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             yield from self.prepare_calls()
         return self.noise[None]
 
+    def is_guided(self, guidance: float) -> bool:
+        """Whether `denoise_calls` asks for unconditional rows, too."""
+        return guidance > 1
+
     def denoise_calls(
         self,
         start: Tensor,
@@ -188,9 +192,13 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             )
         return self._picture
 
-    def _inversion_calls(self) -> Calls[Inversion]:
+    def picture_latents(self) -> Tensor:
+        """z_0 (1, C, H, W), scaled: the mean of the VAE's posterior of the picture."""
         mean = self.model.encode_moments(self._reference()[None]).chunk(2, dim=1)[0]
-        latents = self.model.scale(mean).to(self.noise)
+        return self.model.scale(mean).to(self.noise)
+
+    def _inversion_calls(self) -> Calls[Inversion]:
+        latents = self.picture_latents()
         log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
@@ -350,7 +358,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         conditional, unconditional = self.edit_conditions(rows, negative)
         start = yield from self.start_calls(seed)
         edits = self.p2p.edits(
-            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guidance > 1, keep
+            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], self.is_guided(guidance), keep
         )
         many = start.expand(len(rows), -1, -1, -1)
         latents = yield from self.denoise_calls(many, conditional, unconditional, guidance, edits)

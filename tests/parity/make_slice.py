@@ -4,8 +4,8 @@ The slice lets a fresh clone check the core numbers (positional encoding, mapper
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
-offsets and both encoders; of golden/direct_inversion the picture and the tokens; and, of the twin's text encoder, all
-but the embedding rows that no golden prompt uses.
+offsets and both encoders; of golden/direct_inversion the picture and the tokens; of golden/edit_friendly_ddpm the
+picture and diffused latents; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def _edits() -> None:
             shutil.copyfile(source / file, target / file)
 
 
-_EDITS = {"direct_inversion": ("image", "input_ids")}
+_EDITS = {
+    "direct_inversion": ("image", "input_ids"),
+    "edit_friendly_ddpm": ("pixel_values", "latent0", "main.noise", "main.xts_drawn"),
+}
 _P2P = (
     "replace.", "refine.", "alpha_time.", "equalizer", "in.", "big_", "out.replace.", "stored.replace.",
     "out.refine_reweight.", "stored.refine_reweight.",
