@@ -89,7 +89,7 @@ class EditFriendly(EditingMethod):
         mode: "plain" (theirs: our_inv), without attention control, or "p2p" (theirs: p2pinv).
         skip: share in [0, 1) of the steps left out at the noisiest end; more is closer to the picture.
         guidance_source: w of the inversion and of the source row; the targets have the sampler's.
-        eta: above 0, one number or T of them, ascending from the picture.
+        eta: above 0, in a list of one, for all steps, or of T, ascending from the picture.
         eta_form: "linear" or "squared", see `coefficients`.
         self_pixels: image positions of the largest self-attention maps that are exchanged.
 
@@ -114,7 +114,7 @@ class EditFriendly(EditingMethod):
         mode: str,
         skip: float,
         guidance_source: float,
-        eta: float | Sequence[float],
+        eta: Sequence[float],
         eta_form: str,
         self_pixels: int,
     ) -> None:
@@ -129,14 +129,14 @@ class EditFriendly(EditingMethod):
             p2p = PromptToPrompt("refine", 0.0, 0.0, 0.0, None, None, None, None, 0.3, False, p2p.map_pixels, False)
         super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=False, cache=None)
         self.mode, self.skip, self.guidance_source = mode, float(skip), float(guidance_source)
-        self.eta = float(eta) if isinstance(eta, (int, float)) else [float(each) for each in eta]
+        self.eta = [float(each) for each in eta]
         self.eta_form, self.self_pixels = eta_form, self_pixels
         self.made = max(1, steps - round(skip * steps))
         self._check_eta()
         self.register_buffer("maps", torch.zeros(self.made, *model.latent_shape))
 
     def _check_eta(self) -> None:
-        etas = [self.eta] * self.steps if isinstance(self.eta, float) else self.eta
+        etas = self.eta * self.steps if len(self.eta) == 1 else self.eta
         if len(etas) != self.steps:
             raise UserError(
                 f"method.eta has {len(etas)} numbers, the path {self.steps} steps: give one for each, or one."

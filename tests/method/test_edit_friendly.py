@@ -133,9 +133,9 @@ def test_attention_is_taken_over_in_p2p_only(double) -> None:
         ({"mode": "both"}, "method.mode='both' is unknown"),
         ({"eta_form": "cubed"}, "method.eta_form='cubed' is unknown"),
         ({"skip": 1.0}, "no share of the steps"),
-        ({"eta": 0.0}, "method.eta=0.0"),
+        ({"eta": [0.0]}, "method.eta=0.0"),
         ({"eta": [1.0, 1.0]}, "2 numbers, the path 4 steps"),
-        ({"eta": 3.0}, "at most 1"),
+        ({"eta": [3.0]}, "at most 1"),
     ],
 )
 def test_settings_are_checked(changes, message, stack) -> None:

@@ -83,10 +83,11 @@ def method(
     if edit is not None and "self_replace_max_pixels" in edit:
         settings["self_pixels"] = edit["self_replace_max_pixels"]
     stack = golden.twin(size, source)
+    etas = inversion["eta"] if isinstance(inversion["eta"], list) else [inversion["eta"]]
     text = inversion["prompt"] if "prompt" in inversion else inversion["prompts"][0]
     made = build(
         "edit_friendly", stack if kind == torch.float32 else copy.deepcopy(stack), [Subject("it", "<it>", "cat", text)],
-        steps=inversion["steps"], guidance_source=inversion["guidance_source"], eta=inversion["eta"], **settings,
+        steps=inversion["steps"], guidance_source=inversion["guidance_source"], eta=etas, **settings,
     )  # fmt: skip
     made.source = text  # also an empty one, which a data set cannot give
     return made.to(kind)
