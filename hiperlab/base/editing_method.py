@@ -73,6 +73,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     stacks_concepts = False
     seeded = False
+    inversion_guidance = 1.0  # w along the inversion; at 1 the source text alone is asked
     training_settings = ("optimizer", "cache")  # the cache is a place, not a choice
     sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "inject_source_latents", "cache")
 
@@ -124,6 +125,27 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             yield from self.prepare_calls()
         return self.noise[None]
 
+    def is_guided(self, guidance: float) -> bool:
+        """Whether `denoise_calls` asks for unconditional rows, too."""
+        return guidance > 1
+
+    def denoise_calls(
+        self,
+        start: Tensor,
+        conditional: Conditions,
+        unconditional: Conditions,
+        guidance: float,
+        edits: AttentionEdits | None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Calls[Tensor]:
+        """z_0 (B, C, H, W) of the source and its targets, drawn from `start` (B, C, H, W) as `edit_calls` does."""
+        pivot = yield from self._recorded_calls()
+        return (
+            yield from edit_calls(
+                self.model, start, self.steps, conditional, unconditional, guidance, edits, pivot, watch
+            )
+        )
+
     # ---- the inversion -----------------------------------------------------------------------------------------------
 
     def set_reference(self, index: int, picture: Tensor) -> None:
@@ -170,14 +192,23 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             )
         return self._picture
 
-    def _inversion_calls(self) -> Calls[Inversion]:
+    def picture_latents(self) -> Tensor:
+        """z_0 (1, C, H, W), scaled: the mean of the VAE's posterior of the picture."""
         mean = self.model.encode_moments(self._reference()[None]).chunk(2, dim=1)[0]
-        latents = self.model.scale(mean).to(self.noise)
+        return self.model.scale(mean).to(self.noise)
+
+    def _inversion_calls(self) -> Calls[Inversion]:
+        latents = self.picture_latents()
         log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
         states = Conditioning(self.encode([self.source])[None])
-        return (yield from inversion_calls(self.model, latents, states, self.steps, wanted))
+        if self.inversion_guidance == 1:
+            return (yield from inversion_calls(self.model, latents, states, self.steps, wanted))
+        empty = Conditioning(self.encode([""])[None])
+        return (
+            yield from inversion_calls(self.model, latents, states, self.steps, wanted, empty, self.inversion_guidance)
+        )
 
     def _cache_path(self) -> Path | None:
         """The file that keeps the inversion, named by all it depends on."""
@@ -191,6 +222,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             picture, self.source, self.steps, model.size, model.scheduler_config, kinds, str(self.noise.dtype),
             self.map_pixels(), weights_digest(parts),
         ]  # fmt: skip
+        if self.inversion_guidance != 1:  # not at 1, so that files of earlier versions are found
+            settings.append(self.inversion_guidance)
         name = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:20]
         return self.cache / f"{name}.safetensors"
 
@@ -325,18 +358,10 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         conditional, unconditional = self.edit_conditions(rows, negative)
         start = yield from self.start_calls(seed)
         edits = self.p2p.edits(
-            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], guidance > 1, keep
+            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], self.is_guided(guidance), keep
         )
-        latents = yield from edit_calls(
-            self.model,
-            start.expand(len(rows), -1, -1, -1),
-            self.steps,
-            conditional,
-            unconditional,
-            guidance,
-            edits,
-            (yield from self._recorded_calls()),
-        )
+        many = start.expand(len(rows), -1, -1, -1)
+        latents = yield from self.denoise_calls(many, conditional, unconditional, guidance, edits)
         return self._decode(latents), edits
 
     def _recorded_calls(self) -> Calls[Tensor | None]:

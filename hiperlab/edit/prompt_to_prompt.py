@@ -35,8 +35,9 @@ from hiperlab.model.shared_calls import Calls, alone
 from hiperlab.model.stack import FrozenStack
 
 MODES = ("auto", "replace", "refine")
-LARGEST_SELF = 32**2  # positions: larger self-attention maps are never exchanged
+LARGEST_SELF = 32**2  # positions: by default, larger self-attention maps are never exchanged
 BLEND_START = 0.2  # share of the steps before local blending begins
+Move = Callable[[int, Tensor, Tensor], Tensor]  # step, latents and guided noise (B, C, H, W) -> the step's result
 
 
 class PromptToPrompt:
@@ -215,6 +216,7 @@ class AttentionEdits:
         keep: add up the maps also where nothing is blended.
 
     Attributes:
+        largest_self: image positions of the largest self-attention maps that are exchanged.
         sums: the edited cross-attention maps (B, heads, S, N) by layer, added up over the steps so far.
     """
 
@@ -232,6 +234,7 @@ class AttentionEdits:
         self.pairs, self.steps, self.pixels, self.threshold = list(pairs), steps, pixels, threshold
         self.self_until, self.uncond_until = int(steps * tau_s), int(steps * tau_u)
         self.guided = guided
+        self.largest_self = LARGEST_SELF
         self.blends = any(pair.region is not None for pair in pairs)
         self.stores = keep or self.blends
         self.sums: dict[Layer, Tensor] = {}
@@ -301,7 +304,7 @@ class _AtStep:
         if layer.cross:
             return self.edits_cross or self._is_stored(layer, pixels)
         exchanged = self.step < max(self.edits.self_until, self.edits.uncond_until if self.edits.guided else 0)
-        return exchanged and pixels <= LARGEST_SELF
+        return exchanged and pixels <= self.edits.largest_self
 
     def _is_stored(self, layer: Layer, pixels: int) -> bool:
         return self.edits.stores and pixels == self.edits.pixels and layer.place != "mid"
@@ -347,40 +350,45 @@ def edit_calls(
     steps: int,
     conditional: Callable[[int], Conditioning],
     unconditional: Callable[[int], Conditioning],
-    guidance: float,
+    guidance: float | Tensor,
     edits: AttentionEdits | None = None,
     pivot: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
+    move: Move | None = None,
+    skip: int = 0,
 ) -> Calls[Tensor]:
     """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
     Args:
         stack: the frozen model.
-        start: z_T (B, C, H, W), the same for all rows of one source.
+        start: z_T (B, C, H, W), the same for all rows of one source; with `skip` the latents at that step.
         steps: T.
         conditional: step 0 .. T-1 -> conditioning of the B rows.
         unconditional: the same of guidance's other branch; not asked where guidance is 1 or less.
-        guidance: w in e_u + w (e_c - e_u).
+        guidance: w in e_u + w (e_c - e_u), the same for all rows or one for each, (B, 1, 1, 1).
         edits: whose maps follow; None leaves every row alone.
         pivot: (T+1, C, H, W): after each step row 0 becomes the recorded path of the picture; None leaves it free.
         watch: called with (step, latents) after each step.
+        move: another step than DDIM's, before blending; None for DDIM's.
+        skip: steps left out at the noisiest end; step 0 is the first that is made.
 
     Returns:
         z_0 (B, C, H, W), scaled.
     """
-    latents = start
-    for step, timestep in enumerate(reversed(timesteps(steps, stack.num_timesteps))):
+    latents, guided = start, bool(torch.as_tensor(guidance > 1).any())
+    path = timesteps(steps, stack.num_timesteps)[: steps - skip][::-1]
+    for step, timestep in enumerate(path):
         control = edits.at(step) if edits else None
-        if guidance > 1:
+        if guided:
             both = concatenate([unconditional(step), conditional(step)]).controlled(control)
             predicted = yield from noise_calls(stack, torch.cat([latents, latents]), timestep, both)
             without, within = predicted.chunk(2)
             noise = without + guidance * (within - without)
         else:
             noise = yield from noise_calls(stack, latents, timestep, conditional(step).controlled(control))
-        latents = previous(stack, latents, noise, timestep, steps)
+        latents = move(step, latents, noise) if move else previous(stack, latents, noise, timestep, steps)
         if pivot is not None:
-            latents = torch.cat([pivot[steps - 1 - step][None].to(latents), latents[1:]])
+            latents = torch.cat([pivot[len(path) - 1 - step][None].to(latents), latents[1:]])
         if edits:
             latents = edits.blend(step, latents)
         if watch is not None:

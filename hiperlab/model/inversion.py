@@ -143,8 +143,10 @@ def inversion_calls(
     conditioning: Conditioning,
     steps: int,
     wanted: Callable[[Layer, int], bool] | None = None,
+    unconditional: Conditioning | None = None,
+    guidance: float = 1.0,
 ) -> Calls[Inversion]:
-    """Run DDIM backwards with the conditional prediction alone, which is guidance 1 (NullInversion.ddim_loop).
+    """Run DDIM backwards, by default with the conditional prediction alone: guidance 1 (NullInversion.ddim_loop).
 
     The noise of z at the level of tau_{k-1} is predicted with the upper timestep tau_k, as all public code does.
 
@@ -153,13 +155,18 @@ def inversion_calls(
         latents: z_0 (B, C, H, W), scaled.
         conditioning: of B rows: the source texts.
         steps: T.
-        wanted: which attention maps to keep.
+        wanted: which attention maps to keep, of the conditional prediction.
+        unconditional: of guidance's other branch, B rows; None for guidance 1.
+        guidance: w in e_u + w (e_c - e_u), where `unconditional` is given.
     """
     pivot, kept = [latents], []
     for timestep in timesteps(steps, stack.num_timesteps):
         record = Record(wanted) if wanted else None
         _, below = levels(stack, timestep, steps)
         noise = yield from noise_calls(stack, pivot[-1], timestep, conditioning.controlled(record), below)
+        if unconditional is not None:  # a call of its own: `record` then keeps the conditional rows' maps alone
+            without = yield from noise_calls(stack, pivot[-1], timestep, unconditional, below)
+            noise = without + guidance * (noise - without)
         pivot.append(following(stack, pivot[-1], noise, timestep, steps))
         kept.append(record.maps if record else {})
     return Inversion(torch.stack(pivot), {layer: torch.stack([maps[layer] for maps in kept]) for layer in kept[0]})

@@ -23,9 +23,14 @@ SLICE = Path(__file__).parent / "slice"  # committed, made by make_slice.py: the
 WORST: dict[str, float] = {}  # item -> largest relative error, printed at the end by conftest
 
 
+def place(name: str) -> Path:
+    """`$HIPERLAB_GOLDEN/<name>`, by default in a folder of recorded numbers beside the checkout; it may be absent."""
+    return Path(os.environ.get("HIPERLAB_GOLDEN", ROOT.parent / "shared" / "golden")) / name
+
+
 def folder(name: str) -> Path:
-    """`$HIPERLAB_GOLDEN/<name>`, by default in a folder of recorded numbers beside the checkout; skips where absent."""
-    path = Path(os.environ.get("HIPERLAB_GOLDEN", ROOT.parent / "shared" / "golden")) / name
+    """`place`, for a test: skips where it is absent."""
+    path = place(name)
     if not path.is_dir():
         pytest.skip(f"golden folder {name!r} is absent: set HIPERLAB_GOLDEN to the folder that holds it")
     return path

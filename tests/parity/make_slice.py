@@ -4,9 +4,10 @@ The slice lets a fresh clone check the core numbers (positional encoding, mapper
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
-offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
-golden/cross_initialization starts, texts, gradients and files; and, of the twin's text encoder, all but the embedding
-rows that no golden prompt uses.
+ offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
+ golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
+ of golden/edit_friendly_ddpm the picture and diffused latents; and, of the twin's text encoder, all but the embedding
+ rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     _e4t()
     _dti()
     _cross_initialization()
+    _edits()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -145,6 +147,21 @@ def _p2p() -> None:
         save_file(kept, target / "p2p.safetensors", file.metadata())
 
 
+def _edits() -> None:
+    """Of the inversions what needs no network."""
+    for name, kept in _EDITS.items():
+        source, target = golden.folder(name), golden.SLICE / name
+        target.mkdir()
+        everything = load_file(source / "golden.safetensors")
+        save_file({key: everything[key] for key in kept}, target / "golden.safetensors")
+        for file in ("meta.json", "source.png"):
+            shutil.copyfile(source / file, target / file)
+
+
+_EDITS = {
+    "direct_inversion": ("image", "input_ids"),
+    "edit_friendly_ddpm": ("pixel_values", "latent0", "main.noise", "main.xts_drawn"),
+}
 _P2P = (
     "replace.", "refine.", "alpha_time.", "equalizer", "in.", "big_", "out.replace.", "stored.replace.",
     "out.refine_reweight.", "stored.refine_reweight.",
