@@ -4,8 +4,8 @@ The slice lets a fresh clone check the core numbers (positional encoding, mapper
 without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
 files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
- offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
- golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
+offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
+golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
 of golden/edit_friendly_ddpm the picture and diffused latents; and, of the twin's text encoder, all but the embedding
 rows that no golden prompt uses.
 """
