@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hiperlab.cli.model_defaults import apply as apply_tuned
 from hiperlab.cli.overrides import choices, parse
+from hiperlab.cli.process import find_plugins
 from hiperlab.cli.targets import check_targets
 from hiperlab.cli.value_types import check_types, group_lines
 from hiperlab.errors import UserError, near
@@ -58,6 +59,7 @@ class Request:
 
 def open_hydra(request: Request) -> Hydra:
     """Hydra with the search path of this request. Close it with `GlobalHydra.instance().clear()`."""
+    find_plugins()
     for folder in (request.config_dir, request.extra_dir):
         if folder is not None and not folder.is_dir():
             raise UserError(f"There is no config folder {folder}. Give an existing one.")

@@ -80,6 +80,12 @@ def told(error: BaseException) -> tuple[str, int]:
     return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
+def find_plugins() -> None:
+    """Put hiperlab's plugins where Hydra looks for them, before it looks: it does so once in a process."""
+    if str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))
+
+
 @contextmanager
 def _own_environment() -> Iterator[None]:
     """Put the plugins within reach, here and in workers; afterwards leave no ranks or folders behind in os.environ."""
@@ -94,8 +100,7 @@ def _own_environment() -> Iterator[None]:
         "HIPERLAB_SWEEP_INVOCATION",
     )
     before = {key: os.environ.get(key) for key in from_outside}
-    if str(PLUGINS) not in sys.path:
-        sys.path.append(str(PLUGINS))
+    find_plugins()
     paths = [path for path in (before["PYTHONPATH"] or "").split(os.pathsep) if path and path != str(PLUGINS)]
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, str(PLUGINS)])
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +326,8 @@ def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
         "-m", *SMALL, f"hydra/launcher={launcher}", "method=ti", "data=cats", "seed=0,1,2", "fit.steps=1",
         "sweep=seeds", f"outputs_dir='{tmp_path}'",
     ]  # fmt: skip
-    assert main(command) == 0
+    sweep_it = partial(subprocess.run, [sys.executable, "-m", "hiperlab.run", *command], check=True)
+    sweep_it()
     folder = tmp_path / "sweeps" / "seeds"
     rows = json.loads((folder / "sweep.json").read_text())["jobs"]
     assert [row["status"] for row in rows] == ["finished"] * 3
@@ -335,7 +338,7 @@ def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
         seeds.add(settings.seed)
         assert "one process with 2 others" in (Path(row["folder"]) / "job.log").read_text()
     assert seeds == {0, 1, 2}
-    assert main(command) == 0
+    sweep_it()
     rows = json.loads((folder / "sweep.json").read_text())["jobs"]
     assert [row["status"] for row in rows] == ["skipped"] * 3
 
