@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from hiperlab.base.method import Step, Subject
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from tests.composed import SUBJECTS, batch, build, train
+from tests.pipeline import drawn, pipeline
 
 NAME = "cross_initialization"
 CATS = SUBJECTS[:1]
@@ -134,17 +134,7 @@ def test_plain_pipeline_draws_the_same_picture(stack, tmp_path) -> None:
     method.export(0, tmp_path, steps=2)
     prompt = "a photo of <man> on a beach"
     ours = method.sample([prompt], [7], steps=3, guidance=7.5)
-    pipe = StableDiffusionPipeline(
-        vae=stack.vae, text_encoder=copy.deepcopy(stack.text), tokenizer=copy.deepcopy(stack.tokenizer),
-        unet=type(stack.unet).from_config(stack.unet.config),
-        scheduler=DDIMScheduler.from_config(stack.scheduler_config),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.unet.load_state_dict(stack.unet.state_dict())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(stack)
     pipe.load_textual_inversion(str(tmp_path / "learned_embeds.safetensors"))
-    theirs = pipe(
-        prompt, num_inference_steps=3, guidance_scale=7.5, height=stack.size, width=stack.size, output_type="pt",
-        generator=torch.Generator().manual_seed(7),
-    ).images  # fmt: skip
+    theirs = drawn(pipe, prompt, 7, stack.size)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)

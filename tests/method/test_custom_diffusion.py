@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from hiperlab.base.method import Step, Subject
 from hiperlab.data.crop_augmentation import FAR, NEAR, Placement, drawn, latent_mask, placed, still
@@ -16,6 +14,7 @@ from hiperlab.formats.custom_diffusion import compressed
 from hiperlab.method.custom_diffusion import CustomDiffusion, masked_loss
 from hiperlab.model.conditioning import Conditioning, concatenate
 from tests.composed import SUBJECTS, batch, build, train
+from tests.pipeline import pipeline
 
 CAT = SUBJECTS[0]
 ZERO = torch.zeros(1, dtype=torch.long)
@@ -204,11 +203,7 @@ def test_diffusers_reads_it_back(stack, inputs, tmp_path, weights) -> None:
     """Their weights through `load_attn_procs` (which needs the private `_pipeline`), their word by its file."""
     method = fitted(stack, weights=weights)
     written = method.export(0, tmp_path, steps=1)
-    parts = copy.deepcopy(stack)
-    pipe = StableDiffusionPipeline(
-        parts.vae, parts.text, parts.tokenizer, parts.unet, DDIMScheduler.from_config(parts.scheduler_config),
-        None, None, requires_safety_checker=False,
-    )  # fmt: skip
+    pipe = pipeline(stack)
     pipe.unet.load_attn_procs(tmp_path, weight_name=written[1].name, _pipeline=pipe)
     pipe.load_textual_inversion(str(written[2]))
     ids = pipe.tokenizer(["a photo of a <my-cat> cat"], padding="max_length", max_length=77, return_tensors="pt")

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -26,6 +26,7 @@ from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.text import with_weights
 from tests.composed import SUBJECTS, batch, build, train
+from tests.pipeline import pipeline
 
 CAT = SUBJECTS[0]
 ZERO = torch.zeros(1, dtype=torch.long)
@@ -51,15 +52,6 @@ def inputs():
 @torch.no_grad()
 def ours(method, inputs, text="a photo of a <my-cat>"):
     return method.model.predict(*inputs, method.condition(Step([text], ZERO, ZERO)))
-
-
-def pipeline(stack) -> StableDiffusionPipeline:
-    """Diffusers' own, around copies: its adapters change modules in place."""
-    parts = copy.deepcopy(stack)
-    return StableDiffusionPipeline(
-        parts.vae, parts.text, parts.tokenizer, parts.unet, DDIMScheduler.from_config(parts.scheduler_config),
-        None, None, requires_safety_checker=False,
-    )  # fmt: skip
 
 
 @torch.no_grad()
