@@ -31,7 +31,7 @@ from hiperlab.errors import UserError, near
 from hiperlab.model.attention_control import Control, Layer
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.inversion import noise_calls, previous, timesteps
-from hiperlab.model.shared_calls import Calls, alone
+from hiperlab.model.shared_calls import Calls, answered
 from hiperlab.model.stack import FrozenStack
 
 MODES = ("auto", "replace", "refine")
@@ -328,21 +328,6 @@ class _AtStep:
         return probabilities
 
 
-def edit(
-    stack: FrozenStack,
-    start: Tensor,
-    steps: int,
-    conditional: Callable[[int], Conditioning],
-    unconditional: Callable[[int], Conditioning],
-    guidance: float,
-    edits: AttentionEdits | None = None,
-    pivot: Tensor | None = None,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """z_0 (B, C, H, W) of the source and its targets, in calls of their own; arguments as `edit_calls`."""
-    return alone(stack, edit_calls(stack, start, steps, conditional, unconditional, guidance, edits, pivot, watch))
-
-
 @torch.no_grad()
 def edit_calls(
     stack: FrozenStack,
@@ -394,3 +379,6 @@ def edit_calls(
         if watch is not None:
             watch(step, latents)
     return latents
+
+
+edit = answered(edit_calls)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hiperlab.errors import UserError
 from hiperlab.model.attention_control import Layer, Record
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.shared_calls import Call, Calls, alone
+from hiperlab.model.shared_calls import Call, Calls, answered
 from hiperlab.model.stack import FrozenStack
 
 
@@ -81,13 +81,6 @@ def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int,
     return move(latents, noise, below, here)
 
 
-def predict_noise(
-    stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
-) -> Tensor:
-    """The noise (B, C, H, W) that the U-Net sees in z, in a call of its own; arguments as `noise_calls`."""
-    return alone(stack, noise_calls(stack, latents, timestep, conditioning, level))
-
-
 def noise_calls(
     stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
 ) -> Calls[Tensor]:
@@ -111,6 +104,9 @@ def noise_calls(
     return here.sqrt() * found + (1 - here).sqrt() * latents
 
 
+predict_noise = answered(noise_calls)
+
+
 @dataclass(frozen=True)
 class Inversion:
     """The pivot of an inversion, and the attention maps seen on the way.
@@ -123,17 +119,6 @@ class Inversion:
 
     latents: Tensor
     maps: dict[Layer, Tensor]
-
-
-def invert(
-    stack: FrozenStack,
-    latents: Tensor,
-    conditioning: Conditioning,
-    steps: int,
-    wanted: Callable[[Layer, int], bool] | None = None,
-) -> Inversion:
-    """The path of B pictures in calls of their own; arguments as `inversion_calls`."""
-    return alone(stack, inversion_calls(stack, latents, conditioning, steps, wanted))
 
 
 @torch.no_grad()
@@ -170,3 +155,6 @@ def inversion_calls(
         pivot.append(following(stack, pivot[-1], noise, timestep, steps))
         kept.append(record.maps if record else {})
     return Inversion(torch.stack(pivot), {layer: torch.stack([maps[layer] for maps in kept]) for layer in kept[0]})
+
+
+invert = answered(inversion_calls)

@@ -18,7 +18,7 @@ from hiperlab.errors import UserError, near
 from hiperlab.hub import first_line
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.noise import SCHEDULE
-from hiperlab.model.shared_calls import Call, Calls, alone
+from hiperlab.model.shared_calls import Call, Calls, alone, answered
 from hiperlab.model.stack import FrozenStack
 
 
@@ -222,39 +222,6 @@ def denoising_calls(
     return latents
 
 
-def generate(
-    stack: FrozenStack,
-    condition: Callable[..., Conditioning],
-    *,
-    keys: Sequence[Hashable],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    sampler: Sampler,
-    negative: Tensor,
-    batch_size: int,
-    time_dependent: bool,
-    reads_latents: bool = False,
-) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], on the CPU, in calls of their own; arguments as `generation_calls`."""
-    return alone(
-        stack,
-        generation_calls(
-            stack,
-            condition,
-            keys=keys,
-            seeds=seeds,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            negative=negative,
-            batch_size=batch_size,
-            time_dependent=time_dependent,
-            reads_latents=reads_latents,
-        ),
-    )
-
-
 @torch.no_grad()
 def generation_calls(
     stack: FrozenStack,
@@ -314,6 +281,9 @@ def generation_calls(
         decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
         pictures.update(zip(rows, decoded, strict=True))
     return torch.stack([pictures[row] for row in range(len(keys))])
+
+
+generate = answered(generation_calls)
 
 
 class _ConditionCache:

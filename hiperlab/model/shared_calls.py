@@ -10,11 +10,12 @@ Axes: B rows of a call, C latent channels, H, W latent sides, L cross-attention 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.stack import FrozenStack
 
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,18 @@ def alone(stack: FrozenStack, work: Calls[Result]) -> Result:
         except StopIteration as ended:
             return ended.value  # type: ignore[no-any-return]
         (prediction,) = _answers(stack, [call])
+
+
+def answered(
+    make: Callable[Concatenate[FrozenStack, Given], Calls[Result]],
+) -> Callable[Concatenate[FrozenStack, Given], Result]:
+    """The function that does the work of `make(stack, …)` in calls of its own; it takes the same arguments."""
+
+    @functools.wraps(make)
+    def done(stack: FrozenStack, *args: Given.args, **how: Given.kwargs) -> Result:
+        return alone(stack, make(stack, *args, **how))
+
+    return done
 
 
 def together(
