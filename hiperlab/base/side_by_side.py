@@ -67,7 +67,7 @@ class SideBySide(pl.LightningModule):
         """The sum, 0-d, of the losses of all that are still trained."""
         numbers = list(self.active)
         found = together(
-            self.method(numbers[0]).model,
+            self.method(0).model,
             [self.method(number).training_calls(batches[number]) for number in numbers],
             failed=lambda place, error: self._drop(numbers[place], error),
         )
@@ -170,9 +170,13 @@ class SideBySide(pl.LightningModule):
         checkpoint["optimizer_states"] = [{"own": states}]
 
 
-def hooks_are_forwarded(method: type[Method]) -> bool:
-    """Whether a method trains through `training_calls` and has no Lightning hook that `SideBySide` passes over."""
-    if method.training_step is not Method.training_step:
+def shares_passes(method: type[Method]) -> bool:
+    """Whether trainings of a method can share passes.
+
+    Not if it says why it trains alone, if it does not train through `training_calls`, or has a Lightning hook that
+    `SideBySide` passes over.
+    """
+    if method.why_alone or method.training_step is not Method.training_step:
         return False
     passed = (*HOOKS, "on_before_optimizer_step", "on_save_checkpoint", "on_load_checkpoint")
     own = {name for each in method.__mro__ if issubclass(each, Method) for name in vars(each) if name.startswith("on_")}

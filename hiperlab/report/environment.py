@@ -97,6 +97,27 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+class Room:
+    """Room for things of about one size: together they may take a quarter of a device's free memory, the first all.
+
+    Args:
+        device: where they lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.free = free_memory(device)
+        self.used = self.count = 0
+
+    def take(self, size: int) -> None:
+        """One more is there, of so many bytes."""
+        self.used, self.count = self.used + size, self.count + 1
+
+    @property
+    def for_another(self) -> bool:
+        """Whether one more of their mean size may be made."""
+        return not self.count or self.used + self.used / self.count <= self.free / 4
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of a CPU's, what Linux says can be had, elsewhere half of all there is."""
     if device.type == "cuda":

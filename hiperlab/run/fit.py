@@ -10,26 +10,26 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.capability import Exportable, ReadsPicture
 from hiperlab.base.method import Method, Subject
-from hiperlab.base.side_by_side import hooks_are_forwarded
+from hiperlab.base.side_by_side import shares_passes
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.hub import first_line
 from hiperlab.report.checkpoint import step_of
-from hiperlab.report.environment import free_memory, peak_memory
+from hiperlab.report.environment import Room, peak_memory
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.signals import StopCallback, StopSignals
 from hiperlab.run.resume import checkpoint_folder, starting_point
 from hiperlab.run.session import Session, parts, speaks_for
 from hiperlab.run.train_together import train_together
 from hiperlab.run.trainee import Trainee, as_published, begin, enrol, first_pixels, make_trainer, split_batch
+from hiperlab.sweep.fold import MOST_ROWS, on_one_device
 
 log = logging.getLogger(__name__)
-MOST_ROWS = 32  # images in a pass: a GPU is full by then
 BYTES_PER_NUMBER = 16  # of a trained one: itself, its gradient, and two moments, in float32
 
 
@@ -65,10 +65,6 @@ class _Piece(NamedTuple):
     resume: str | None
     micro: int | None
     most: int | None = None
-
-
-class _NoRoomError(UserError):
-    """Out of memory with one image of each concept at a time."""
 
 
 def fit(session: Session, signals: StopSignals, resume_command: str) -> None:
@@ -153,22 +149,17 @@ class _Training:
             chosen = self._next()
             try:
                 self._train(chosen)
+                continue
             except torch.OutOfMemoryError:
-                again = chosen
-            except _NoRoomError as error:
-                again = self._one_by_one(chosen[0], error)
+                pass
             except (UserError, StoppedError) as error:
                 if isinstance(error, StoppedError) and error.code != 1:
                     raise
                 self._failed(chosen[0].number, error)
                 continue
-            else:
-                continue
             torch.cuda.empty_cache()  # out here: the exception, and with it the failed attempt's tensors, is gone
             try:
-                self.waiting = (self._smaller(again) if again is chosen else again) + self.waiting
-            except _NoRoomError as error:
-                self.waiting = self._one_by_one(chosen[0], error) + self.waiting
+                self.waiting = self._smaller(chosen) + self.waiting
             except UserError as error:
                 self._failed(chosen[0].number, error)
 
@@ -190,12 +181,10 @@ class _Training:
 
     def _shares(self, piece: _Piece) -> bool:
         """Whether its passes can be shared: one process, no gradient scaler (it skips everybody's step)."""
-        cfg = self.sessions[piece.number].cfg
-        method = get_class(cfg.method._target_)
-        one = cfg.trainer.devices in (1, "1") or (cfg.trainer.devices == "auto" and torch.cuda.device_count() < 2)
-        single = one and cfg.trainer.num_nodes == 1 and cfg.trainer.strategy == "auto"
-        shareable = not method.why_alone and hooks_are_forwarded(method)  # type: ignore[attr-defined]
-        return bool(single and shareable and not cfg.precision.grad_scaler)
+        session = self.sessions[piece.number]
+        trainer = session.cfg.trainer
+        one = trainer.devices != "auto" or torch.cuda.device_count() < 2
+        return one and on_one_device(trainer, session.cfg.precision) and shares_passes(session.method_class)
 
     def _step(self, piece: _Piece) -> int:
         """The step it goes on from: only trainings at the same step share passes."""
@@ -215,9 +204,9 @@ class _Training:
             UserError: of a single piece.
         """
         found: list[tuple[int, Trainee]] = []
-        used, free = 0, free_memory(self.sessions[pieces[0].number].device)
+        room = Room(self.sessions[pieces[0].number].device)
         for place, piece in enumerate(pieces):
-            if found and used + used / len(found) > free / 4:
+            if not room.for_another:
                 self.waiting = pieces[place:] + self.waiting
                 del pieces[place:]
                 break
@@ -228,7 +217,7 @@ class _Training:
                     raise
                 self._failed(piece.number, error)
                 continue
-            used += trainee.parameters_per_concept * len(piece.group) * BYTES_PER_NUMBER
+            room.take(trainee.parameters_per_concept * len(piece.group) * BYTES_PER_NUMBER)
             found.append((piece.number, trainee))
         return found
 
@@ -269,47 +258,31 @@ class _Training:
     def _smaller(self, pieces: list[_Piece]) -> list[_Piece]:
         """The same work in smaller passes: fewer trainings in one, then fewer images.
 
+        Of one image each of a method's stacked concepts, the concepts go one by one.
+
         Raises:
-            UserError: nothing is left to halve (`_NoRoomError`), or several processes would have to agree on it.
+            UserError: nothing is left to halve, or several processes would have to agree on it.
         """
         if len(pieces) > 1:
             most = len(pieces) // 2
             log.warning("out of memory with %d trainings in a pass: %d go together.", len(pieces), most)
             return [piece._replace(resume="auto", most=most) for piece in pieces]
-        micro = _smaller(self.sessions[pieces[0].number])
-        return [pieces[0]._replace(resume="auto", micro=micro)]
-
-    def _one_by_one(self, piece: _Piece, error: _NoRoomError) -> list[_Piece]:
-        """A method's stacked concepts as pieces of their own.
-
-        Raises:
-            UserError: there is one only.
-        """
+        (piece,) = pieces
         session = self.sessions[piece.number]
-        if len(piece.group) == 1:
-            raise UserError(str(error)) from error
-        log.warning("out of memory with %d concepts in a pass: they go one by one.", len(piece.group))
-        session.groups = [[index] for index in piece.group]
-        micro = session.cfg.fit.micro_batch_size
-        return [_Piece(piece.number, (index,), session.cfg.resume, micro, most=1) for index in piece.group]
-
-
-def _smaller(session: Session) -> int:
-    """Half the micro batch that did not fit.
-
-    Raises:
-        UserError: nothing is left to halve (`_NoRoomError`), or several processes would have to agree on it.
-    """
-    used, world = session.results["micro_batch_size"], session.results["world_size"]
-    if used == 1 or world > 1:
+        used, world = session.results["micro_batch_size"], session.results["world_size"]
+        if used > 1 and world == 1:
+            log.warning("out of memory: micro batch %d -> %d; the batch per step stays the same.", used, used // 2)
+            return [piece._replace(resume="auto", micro=used // 2)]
+        if len(piece.group) > 1 and world == 1:
+            log.warning("out of memory with %d concepts in a pass: they go one by one.", len(piece.group))
+            session.groups = [[index] for index in piece.group]
+            micro = session.cfg.fit.micro_batch_size
+            return [_Piece(piece.number, (index,), session.cfg.resume, micro, most=1) for index in piece.group]
         lower = f"fit.micro_batch_size={used // 2}, " if used > 1 else ""
-        kind = _NoRoomError if world == 1 else UserError
-        raise kind(
+        raise UserError(
             f"out of memory with {used} images at a time. Use {lower}model.optimise.gradient_checkpointing=true, "
             "precision=bf16, or a smaller model.size; then resume=auto goes on."
         )
-    log.warning("out of memory: micro batch %d -> %d; the batch per step stays the same.", used, used // 2)
-    return used // 2
 
 
 def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_command: str) -> dict[str, Any]:

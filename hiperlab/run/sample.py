@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -28,7 +27,7 @@ from hiperlab.metric.rows import NEEDED
 from hiperlab.metric.table import SOURCE
 from hiperlab.model.shared_calls import Calls, together
 from hiperlab.report.attention import attention_grid
-from hiperlab.report.environment import free_memory
+from hiperlab.report.environment import Room
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
@@ -162,12 +161,12 @@ class _Sampling:
     def _next(self) -> list[_Drawing]:
         """Load the next group, and others that can share its calls while memory takes them."""
         found: list[_Drawing] = []
-        used, free = 0, free_memory(self.sessions[0].device)
+        room = Room(self.sessions[0].device)
         most = min(session.cfg.sample.batch_size for session in self.sessions)
-        while self.waiting and len(found) < most and (not found or used + used / len(found) < free / 4):
+        while self.waiting and len(found) < most and room.for_another:
             number, group = self.waiting[0]
             session = self.sessions[number]
-            apart = bool(get_class(session.cfg.method._target_).why_alone) or _rank()[1] > 1  # type: ignore[attr-defined]
+            apart = bool(session.method_class.why_alone) or _rank()[1] > 1
             if found and apart:
                 break
             del self.waiting[0]
@@ -180,7 +179,8 @@ class _Sampling:
                 continue
             if apart:
                 break
-            used += sum(p.numel() * p.element_size() for p in found[-1].method.parameters() if p.requires_grad)
+            trained = (p for p in found[-1].method.parameters() if p.requires_grad)
+            room.take(sum(p.numel() * p.element_size() for p in trained))
         return found
 
     def _load(self, number: int, group: list[int]) -> _Drawing:
@@ -253,8 +253,8 @@ def draw_missing(
 
     Args:
         folder: of the run.
-        records: with path, key, text, seed, concept and variant.
-        paint: pictures (B, 3, H, W) in [0, 1] of B records of one variant.
+        records: with path, key, text, seed, concept and variant, which is the same for all.
+        paint: pictures (B, 3, H, W) in [0, 1] of B records.
         batch_size: most records at a time.
         found: takes the seconds a picture took.
     """
@@ -262,13 +262,11 @@ def draw_missing(
     rank, world = _rank()
     mine = missing[rank::world]
     progress = Progress(len(mine))
-    for variant in dict.fromkeys(record["variant"] for record in mine):
-        chosen = [record for record in mine if record["variant"] == variant]
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
-                _write(folder, record, picture)
-            progress.more(len(batch))
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
+            _write(folder, record, picture)
+        progress.more(len(batch))
     if missing:
         found["seconds_per_picture"] = progress.seconds_each
     barrier()

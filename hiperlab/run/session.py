@@ -138,12 +138,12 @@ class Session:
         Also where an earlier version had not stacked them when this run began.
         """
         everything = list(range(len(self.data.concepts)))
-        method = get_class(self.cfg.method._target_)
+        method = self.method_class
         begun = [c.name for c in self.data.concepts if (self.folder / "checkpoints" / c.name).is_dir()]
-        if method.stacks_concepts and not begun:  # type: ignore[attr-defined]
+        if method.stacks_concepts and not begun:
             return [everything]
-        if len(everything) > 1 and method.why_alone:  # type: ignore[attr-defined]
-            log.warning("%s: %s. The concepts go one by one.", method.__name__, method.why_alone)  # type: ignore[attr-defined]
+        if len(everything) > 1 and method.why_alone:
+            log.warning("%s: %s. The concepts go one by one.", method.__name__, method.why_alone)
         return [[index] for index in everything]
 
     @cached_property
@@ -165,6 +165,12 @@ class Session:
         """The files named by `artifact=`, one per concept; empty for the run's own."""
         given = self.cfg.artifact
         return [Path(path) for path in ([given] if isinstance(given, str) else given or [])]
+
+    @property
+    def method_class(self) -> type[Method]:
+        """The method's class, which `check_method` has looked at."""
+        found: type[Method] = get_class(self.cfg.method._target_)
+        return found
 
     def build_method(self, group: list[int]) -> Method:
         """A fresh method for some of the concepts, untrained, on the CPU."""

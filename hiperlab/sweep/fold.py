@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -76,19 +76,21 @@ def _concepts(cfg: DictConfig) -> int:
 def _key(cfg: DictConfig) -> str | None:
     """Equal for jobs that can be trained and drawn together; None for one that cannot, such as on several devices."""
     plain: dict[str, Any] = {name: _plain(OmegaConf.select(cfg, name)) for name in SAME}
-    trainer = plain.get("trainer") or {}
-    several = trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) not in (1, None)
-    several = several or trainer.get("strategy", "auto") != "auto"
-    if (
-        not {"fit", "sample"} & set(plain.get("stages") or [])
-        or cfg.get("artifacts")
-        or several
-        or (plain.get("precision") or {}).get("grad_scaler")
-    ):
+    several = not on_one_device(plain.get("trainer") or {}, plain.get("precision") or {})
+    if not {"fit", "sample"} & set(plain.get("stages") or []) or cfg.get("artifacts") or several:
         return None
     if plain.get("resume") not in (None, "auto"):
         return None
     return json.dumps(plain, sort_keys=True, default=str)
+
+
+def on_one_device(trainer: Mapping[str, Any], precision: Mapping[str, Any]) -> bool:
+    """Whether a training asks for one process, and no gradient scaler, which skips everybody's step.
+
+    `devices=auto` counts: a sweep hands out one.
+    """
+    one = trainer.get("devices") in (1, "1", "auto") and trainer.get("num_nodes", 1) in (1, None)
+    return one and trainer.get("strategy", "auto") == "auto" and not precision.get("grad_scaler")
 
 
 def _plain(node: Any) -> Any:
@@ -102,4 +104,6 @@ def _shares(cfg: DictConfig) -> bool:
         method = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):  # the job itself says what is wrong
         return False
-    return not getattr(method, "why_alone", "")
+    from hiperlab.base.side_by_side import shares_passes  # only now: it imports torch
+
+    return shares_passes(method)

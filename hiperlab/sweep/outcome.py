@@ -23,14 +23,8 @@ from hiperlab.cli.run_dir import results
 from hiperlab.errors import UserError
 
 INVOCATION = "HIPERLAB_SWEEP_INVOCATION"  # tells this command's jobs from those of earlier commands in the same sweep
-UNNAMED = (
-    "sweep",
-    "resume",
-    "stages",
-    "outputs_dir",
-    "run_dir",
-    "fold",
-)  # do not make another job: same folder, more done
+# These do not make another job: same folder, more done.
+UNNAMED = ("sweep", "resume", "stages", "outputs_dir", "run_dir", "fold")
 DONE = ("finished", "skipped")
 
 
