@@ -72,6 +72,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     """
 
     stacks_concepts = False
+    why_no_early_stop = "this method trains nothing"
     seeded = False
     inversion_guidance = 1.0  # w along the inversion; at 1 the source text alone is asked
     training_settings = ("optimizer", "cache")  # the cache is a place, not a choice

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import pytorch_lightning as pl
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import draws
+from hiperlab.base.early_stop import KEY as EARLY_STOP
+from hiperlab.base.early_stop import EarlyStop, FixedInputs
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import EditSettings, check_name
 from hiperlab.data.images import Crop
@@ -128,6 +130,7 @@ class Method(pl.LightningModule, ABC):
 
     stacks_concepts: ClassVar[bool] = True  # False: one object has room for one concept
     why_alone: ClassVar[str] = ""  # why no U-Net call of its training can be shared with others', for people to read
+    why_no_early_stop: ClassVar[str] = ""  # why a flat loss on fixed inputs says nothing about its training
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
@@ -161,6 +164,7 @@ class Method(pl.LightningModule, ABC):
         self._moments: dict[tuple[int, int, bool, int], Tensor] = {}
         self._losses: list[Tensor] = []
         self.last_timesteps: Tensor | None = None
+        self.early_stop: EarlyStop | None = None  # given by who trains it
 
     # ---- what a method writes --------------------------------------------------------------------------------------
 
@@ -233,7 +237,47 @@ class Method(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One micro batch: the sum, 0-d, over concepts of each concept's mean loss (Ho et al. 2020, algorithm 1)."""
-        return alone(self.model, self.training_calls(batch))
+        return alone(self.model, self.step_calls(batch))
+
+    @property
+    def ended(self) -> bool:
+        """Whether training makes no further step: it has finished, or `early_stop` says so."""
+        return self.finished or (self.early_stop is not None and self.early_stop.ended)
+
+    def step_calls(self, batch: Batch) -> Calls[Tensor]:
+        """`training_calls`; before the first of an optimizer step, `early_stop` sees the loss on its fixed inputs."""
+        stop = self.early_stop
+        if stop is not None and not self._losses and stop.is_due():
+            if stop.latents is None:
+                stop.inputs, stop.latents = self._prepared(stop.inputs)
+            stop.see(float((yield from self.fixed_loss_calls(stop.inputs, stop.latents))))
+        return (yield from self.training_calls(batch))
+
+    @torch.no_grad()
+    def fixed_loss_calls(self, inputs: FixedInputs, z0: Tensor) -> Calls[Tensor]:
+        """The plain denoising loss on fixed inputs, 0-d float64: no regulariser, no class pictures.
+
+        Args:
+            inputs: as `_prepared` gives them.
+            z0: their clean latents (B, C, H, W), scaled.
+        """
+        rows, noise = inputs.batch, inputs.noise.to(z0)
+        losses = []
+        for part in inputs.timesteps.to(z0.device):
+            z_t = self.model.add_noise(z0, noise, part)
+            step = Step(rows.prompts, rows.concept, part, z_t, rows.sample, rows.pixels)
+            prediction = yield Call(z_t, part, self.condition(step))
+            losses.append(denoising_loss(prediction.double(), self.model.target(z0, noise, part).double()))
+        return torch.cat(losses).mean()
+
+    @torch.no_grad()
+    def _prepared(self, inputs: FixedInputs) -> tuple[FixedInputs, Tensor]:
+        """The inputs as this method trains on them, without rows of class pictures, and their z0 (B, C, H, W)."""
+        batch: Batch = self.transfer_batch_to_device(inputs.batch, self.device, 0)
+        rows = self.prepare_batch(batch).before(len(batch.prompts))
+        moments = self.moments(rows)
+        z0 = self.model.scale(diffusion.sample_posterior(moments, inputs.posterior.to(moments)))
+        return replace(inputs, batch=rows), z0
 
     def training_calls(self, batch: Batch) -> Calls[Tensor]:
         """One micro batch's loss, 0-d, as U-Net calls that other methods' may share."""
@@ -297,7 +341,8 @@ class Method(pl.LightningModule, ABC):
         """The losses (0-d) of an optimizer step by name, averaged over its micro batches; they are forgotten then."""
         means = torch.stack(self._losses).mean(0)
         self._losses.clear()
-        return dict(zip(self._loss_names, means, strict=True))
+        found = dict(zip(self._loss_names, means, strict=True))
+        return found if self.early_stop is None else found | self.early_stop.metrics(means.device)
 
     # ---- keeping ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +371,8 @@ class Method(pl.LightningModule, ABC):
         """Leave the stack out: it is gigabytes and never changes."""
         states = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in states.items() if not name.startswith("model.")}
+        if self.early_stop is not None:
+            checkpoint[EARLY_STOP] = self.early_stop.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the stack's own tensors back so that loading stays strict.
@@ -341,6 +388,8 @@ class Method(pl.LightningModule, ABC):
             )
         states = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         checkpoint["state_dict"] = {**states, **checkpoint["state_dict"]}
+        if self.early_stop is not None:
+            self.early_stop.load(checkpoint.get(EARLY_STOP), int(checkpoint["global_step"]))
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ class SideBySide(pl.LightningModule):
         numbers = list(self.active)
         found = together(
             self.method(0).model,
-            [self.method(number).training_calls(batches[number]) for number in numbers],
+            [self.method(number).step_calls(batches[number]) for number in numbers],
             failed=lambda place, error: self._drop(numbers[place], error),
         )
         self.losses = {number: loss for number, loss in zip(numbers, found, strict=True) if loss is not None}

@@ -45,6 +45,8 @@ class TrajectoryMethod(EditingMethod):
         settings: as in `EditingMethod`.
     """
 
+    why_no_early_stop = "every step of the path ends by a loss of its own"
+
     path_step: Tensor  # i, the sampling step that is being fitted
     num_updates: Tensor  # updates made at it
     last_loss: Tensor  # of its last update, before that update

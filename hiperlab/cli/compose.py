@@ -123,7 +123,16 @@ def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequenc
         with_log_configuration=False,
     )
     check_types(base, task)
+    if OmegaConf.select(task, "fit.stop") is None and (changed := _changed(base, task, "fit.dvar")):
+        raise UserError(f"{changed} is read with fit.stop=dvar only: give both, or neither.")
     check_targets(plain, request.allowed_targets)
+
+
+def _changed(base: DictConfig, cfg: DictConfig, table: str) -> str | None:
+    """The first setting of a table that is not its default, as key=value; None for none."""
+    defaults = OmegaConf.select(base, table) or {}
+    given = OmegaConf.select(cfg, table) or {}
+    return next((f"{table}.{key}={given[key]}" for key in given if given[key] != defaults.get(key)), None)
 
 
 def check_plugins(cfg: DictConfig) -> None:

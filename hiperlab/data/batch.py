@@ -35,4 +35,11 @@ class Batch(NamedTuple):
 
     def after(self, row: int) -> Batch:
         """The rows from number `row` on."""
-        return Batch(*(None if values is None else values[row:] for values in self))  # type: ignore[arg-type]
+        return self._cut(slice(row, None))
+
+    def before(self, row: int) -> Batch:
+        """The rows in front of number `row`."""
+        return self._cut(slice(row))
+
+    def _cut(self, rows: slice) -> Batch:
+        return Batch(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ stay the same (tests/data/test_module.py, tests/run/test_resume.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -92,15 +92,39 @@ class MicroBatches(Dataset[Batch]):
         start = (m * self.world + self.rank) * self.rows
         samples = list(range(start, start + self.rows))
         flips = uniform(self.seed, "flip", samples) < self.flip
+        return self._batch(samples, flips, view_order, training_prompts)
+
+    def in_turn(self, rows: int) -> Batch:
+        """A batch that is no training step's: row j shows view j and says template j, each modulo their number.
+
+        Args:
+            rows: of each concept.
+        """
+        samples = list(range(rows))
+        flips = uniform(self.seed, "fixed flip", samples) < self.flip
+        return self._batch(
+            samples,
+            flips,
+            lambda seed, numbers, count: [number % count for number in numbers],
+            lambda seed, numbers, concept, views: _texts(concept, [n % len(concept.templates) for n in numbers], views),
+        )
+
+    def _batch(
+        self,
+        samples: list[int],
+        flips: Tensor,
+        choose: Callable[[int, Sequence[int], int], list[int]],
+        say: Callable[[int, Sequence[int], Concept, Sequence[int]], list[str]],
+    ) -> Batch:
         pixels: list[Tensor] = []
         masks: list[Tensor] = []
         prompts: list[str] = []
         views: list[int] = []
         offsets: list[int] = []
         for index, concept in enumerate(self.dataset.concepts):
-            chosen = view_order(self.seed, samples, len(concept.views))
+            chosen = choose(self.seed, samples, len(concept.views))
             views += chosen
-            prompts += training_prompts(self.seed, samples, concept, chosen)
+            prompts += say(self.seed, samples, concept, chosen)
             for sample, view, flip in zip(samples, chosen, flips.tolist(), strict=True):
                 offset = self._offset(sample, index, view)
                 offsets.append(offset or 0)
@@ -135,11 +159,13 @@ def view_order(seed: int, samples: Sequence[int], num_views: int) -> list[int]:
 
 def training_prompts(seed: int, samples: Sequence[int], concept: Concept, views: Sequence[int]) -> list[str]:
     """The caption of the view that a sample shows, else a template drawn uniformly; the placeholder filled in."""
-    picks = integers(seed, "template", samples, len(concept.templates))
+    return _texts(concept, integers(seed, "template", samples, len(concept.templates)).tolist(), views)
+
+
+def _texts(concept: Concept, picks: Sequence[int], views: Sequence[int]) -> list[str]:
     captions = concept.captions or ("",) * len(concept.views)
     return [
-        fill(captions[view] or concept.templates[i], concept.placeholder)
-        for i, view in zip(picks.tolist(), views, strict=True)
+        fill(captions[view] or concept.templates[i], concept.placeholder) for i, view in zip(picks, views, strict=True)
     ]
 
 

@@ -8,9 +8,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class EndWhenFinished(Callback):
-    """Ends the fit in order once the method is finished, before `max_steps`; stands before the checkpoints.
+    """Ends the fit in order once the method has ended, before `max_steps`; stands before the checkpoints.
 
-    A resumed run that is finished already makes no step.
+    A resumed run that has ended already makes no step.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -22,5 +22,8 @@ class EndWhenFinished(Callback):
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, method: LightningModule) -> None:
-        if method.finished:
+        ended = method.ended
+        if method.early_stop is not None:  # it asks floating-point numbers, which may round differently per process
+            ended = trainer.strategy.broadcast(ended, 0)
+        if ended:
             trainer.should_stop = True

@@ -63,7 +63,7 @@ class TrainingSamples(Callback):
         if step == self._seen or not self.every:
             return
         self._seen = step
-        last = step == trainer.max_steps or pl_module.finished
+        last = step == trainer.max_steps or pl_module.ended
         if not trainer.should_stop and (step % self.every == 0 or last):
             self._sample(trainer, pl_module)
 

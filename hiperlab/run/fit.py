@@ -49,6 +49,17 @@ def check_trainer(session: Session) -> None:
         raise UserError(f"trainer cannot be set up: {first_line(error)}.") from error
 
 
+def check_stop(session: Session) -> None:
+    """Refuse `fit.stop` for a method whose training does not end that way.
+
+    Raises:
+        UserError: saying why.
+    """
+    method = session.method_class
+    if session.cfg.fit.stop is not None and method.why_no_early_stop:
+        raise UserError(f"fit.stop={session.cfg.fit.stop}: {method.why_no_early_stop}. Use fit.stop=null.")
+
+
 class _Piece(NamedTuple):
     """A group of concepts that one method trains.
 
@@ -117,8 +128,11 @@ def _own_seconds(rows: list[dict[str, Any]]) -> float:
 
 def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What results.json says of a run's training."""
-    found = {key: rows[0][key] for key in ("steps", "world_size", "micro_batch_size", "accumulate")}
+    found = {key: rows[0][key] for key in ("world_size", "micro_batch_size", "accumulate")}
+    found = {"steps": max(row["steps"] for row in rows), **found}
     found["finished"] = all(row["finished"] for row in rows)
+    if session.cfg.fit.stop is not None:
+        found["stopped_at"] = {name: row["steps"] for row in rows for name in row["concepts"] if row["finished"]}
     found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
     found["train_seconds"] = round(_own_seconds(rows), 2)
     if (shared := max(row["shared_by"] for row in rows)) > 1:
@@ -315,8 +329,9 @@ def _row(
     """What became of a piece."""
     before = trainee.session.results.get("stages", {}).get("fit", {}).get("loss")
     return {
+        "concepts": [concept.name for concept in trainee.method.concepts],
         "steps": steps,
-        "finished": trainee.method.finished,
+        "finished": trainee.method.ended,
         "world_size": world,
         "micro_batch_size": trainee.session.results["micro_batch_size"],
         "accumulate": accumulate,

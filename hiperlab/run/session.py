@@ -135,12 +135,12 @@ class Session:
     def groups(self) -> list[list[int]]:
         """Concept numbers of each method: all of one, or one each where a method does not stack them.
 
-        Also where an earlier version had not stacked them when this run began.
+        Also where an earlier version had not stacked them when this run began, and where each ends by its own loss.
         """
         everything = list(range(len(self.data.concepts)))
         method = self.method_class
         begun = [c.name for c in self.data.concepts if (self.folder / "checkpoints" / c.name).is_dir()]
-        if method.stacks_concepts and not begun:
+        if method.stacks_concepts and not begun and self.cfg.fit.stop is None:
             return [everything]
         if len(everything) > 1 and method.why_alone:
             log.warning("%s: %s. The concepts go one by one.", method.__name__, method.why_alone)

@@ -160,6 +160,7 @@ def _check(session: Session) -> None:
     if "sample" in session.cfg.stages:
         log.debug("%s", session.sampler.scheduler)  # built here: one that cannot draw is refused before a night's fit
     if "fit" in session.cfg.stages:
+        fit.check_stop(session)
         fit.check_trainer(session)
         check_resume(session)
     if "score" in session.cfg.stages:

@@ -15,12 +15,13 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from hiperlab.base.capability import ReadsPicture
+from hiperlab.base.early_stop import EarlyStop, fixed_inputs
 from hiperlab.base.method import Method
 from hiperlab.base.rare_token_method import RareTokenMethod
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
 from hiperlab.data.images import to_pixels
-from hiperlab.data.module import ConceptData
+from hiperlab.data.module import ConceptData, MicroBatches
 from hiperlab.errors import UserError
 from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.exports import CadencedExports
@@ -79,7 +80,16 @@ class Trainee:
                 "method.template=%r is trained instead of the captions; method.template=null takes them.",
                 method.template,
             )
+        if cfg.fit.stop == "dvar":
+            method.early_stop = self._early_stop(subset)
         return ConceptData(subset, cfg.seed, cfg.model.size, rows, accumulate)
+
+    def _early_stop(self, data: DataSet) -> EarlyStop:
+        """The criterion of its one concept."""
+        cfg, stack, how = self.session.cfg, self.method.model, self.session.cfg.fit.dvar
+        batch = MicroBatches(data, cfg.seed, cfg.model.size, how.rows, 0, 1).in_turn(how.rows)
+        inputs = fixed_inputs(batch, cfg.seed, how.parts, stack.latent_shape, stack.num_timesteps)
+        return EarlyStop(inputs, how.window, how.threshold, how.every, cfg.fit.steps, self.method.concepts[0].name)
 
     def loggers(self) -> list[Logger]:
         """Where its metrics and samples go."""

@@ -14,11 +14,12 @@ from hydra.utils import get_class
 from hiperlab.base import artifact
 from hiperlab.base.capability import Composable, EditsPicture, Exportable
 from hiperlab.base.composition import Composition
+from hiperlab.base.early_stop import EarlyStop, fixed_inputs
 from hiperlab.base.editing_method import EditingMethod
 from hiperlab.base.method import Method, Step
 from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.shared_calls import together
+from hiperlab.model.shared_calls import alone, together
 from hiperlab.model.stack import Base
 from hiperlab.model.tiny import tiny
 from tests.composed import (
@@ -258,6 +259,31 @@ def test_masks_weigh_the_loss(trainee, stack) -> None:
         method.training_step(rows._replace(mask=mask), 0)
         losses[weight] = float(method._losses[-1][method._loss_names.index("loss")])
     assert losses[1.0] == pytest.approx(losses[None], rel=1e-5) and losses[0.0] == 0
+
+
+def test_its_loss_on_fixed_inputs_can_be_watched(trainee, stack) -> None:
+    """It is asked for before each update, moves with the parameters alone, and leaves the training as it is."""
+    if why := method_class(trainee).why_no_early_stop:
+        pytest.skip(why)
+    fixed = fixed_inputs(batch(list(CATS), [0, 1]), 0, 1, stack.latent_shape, stack.num_timesteps)
+    plain, watched = (build(trainee, stack, CATS) for _ in range(2))
+    watched.early_stop = EarlyStop(fixed, window=2, threshold=1e-9, every=1, most=3, name="cats")
+    losses = []
+    optimizer = watched.configure_optimizers()
+    watched.train()
+    for step in range(3):
+        loss = watched.training_step(batch(list(CATS), [2 * step, 2 * step + 1]), step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watched.step_metrics()
+        losses.append(float(loss.detach()))
+    assert losses == train(plain, 3)
+    again = [float(alone(stack, watched.fixed_loss_calls(watched.early_stop.inputs, watched.early_stop.latents)))
+             for _ in range(2)]  # fmt: skip
+    seen = watched.early_stop.dvar.losses
+    assert len(seen) == 3 and len({*seen, again[0]}) > 2 and again[0] == again[1]
+    assert not watched.ended
 
 
 def test_global_random_state_does_not_matter(trainee, stack) -> None:
