@@ -91,6 +91,8 @@ class Step:
             drawn by methods that do not say `reads_latents`.
         samples: (R,) global sample numbers, the key of random draws; None when sampling (nothing random then).
         images: reference pictures (R, 3, H, W) in [-1, 1], or None.
+        reference: what the frozen model predicts (R, C, H, W), in training by methods that ask it
+            (`reference_condition`); else None.
         variant: which way of using the trained concept, one of `Method.variants`.
     """
 
@@ -101,6 +103,7 @@ class Step:
     samples: Tensor | None = None
     images: Tensor | None = None
     variant: str = ""
+    reference: Tensor | None = None
 
 
 def in_evaluation(
@@ -139,6 +142,7 @@ class Method(pl.LightningModule, ABC):
     variant_settings: ClassVar[tuple[str, ...]] = ()  # every variant names their value: others' pictures stay
     published_crop: ClassVar[Crop] = "squeeze"  # how its authors' code makes pictures square (data.center_crop=null)
     published_flip: ClassVar[float] = 0.5  # how often its authors' code mirrors a picture (data.flip=null)
+    consistency: float | None = None  # strength of guidance from the frozen model to the tuned one; None: the plain way
     variants: tuple[str, ...] = ("",)  # ways to sample one trained concept; "" is the plain one
 
     def __init__(
@@ -171,6 +175,13 @@ class Method(pl.LightningModule, ABC):
     @abstractmethod
     def condition(self, step: Step) -> Conditioning:
         """Conditioning (L or 1, R, N, D) for the step's R rows: the one thing every method writes."""
+
+    def reference_condition(self, step: Step) -> Conditioning | None:
+        """What the frozen model is asked beside the tuned one, (1, R, N, D): in training for `Step.reference`.
+
+        In pictures it is asked where `consistency` is a number. None, the default, does not ask.
+        """
+        return None
 
     @property
     def finished(self) -> bool:
@@ -207,6 +218,10 @@ class Method(pl.LightningModule, ABC):
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
         """Unit normals (R, *shape) of the VAE's posterior; by default fresh ones for every sample."""
         return draws.normal(self.seed, "posterior", batch.sample, shape)
+
+    def training_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+        """The noise (R, *shape) that training adds; by default unit normals, fresh ones for every sample."""
+        return draws.normal(self.seed, "noise", batch.sample, shape)
 
     def moments(self, batch: Batch) -> Tensor:
         """The VAE's posterior (R, 2C, H, W), mean and log-variance, of each row's picture; it runs once a picture."""
@@ -283,14 +298,18 @@ class Method(pl.LightningModule, ABC):
         """One micro batch's loss, 0-d, as U-Net calls that other methods' may share."""
         rows = self.prepare_batch(batch)
         z0 = self.clean_latents(rows)
-        noise = draws.normal(self.seed, "noise", rows.sample, z0.shape[1:]).to(z0)
+        noise = self.training_noise(rows, z0.shape[1:]).to(z0)
         t = draws.integers(self.seed, "timestep", rows.sample, self.model.num_timesteps).to(z0.device)
         self.last_timesteps = t[: len(batch.concept)]
         z_t = self.model.add_noise(z0, noise, t)
         step = Step(rows.prompts, rows.concept, t, z_t, rows.sample, rows.pixels)
+        if (frozen := self.reference_condition(step)) is not None:
+            step = replace(step, reference=(yield Call(z_t, t, frozen, gradient=False)))
         prediction = yield Call(z_t, t, self.condition(step))
         target = self.model.target(z0, noise, t)
         if rows.mask is not None:
+            if step.reference is not None:
+                step = replace(step, reference=weighted(step.reference, target, rows.mask)[0])
             prediction, target = weighted(prediction, target, rows.mask)
         found = self.losses(step, prediction, target) | self.extra_losses(step, z0)
         losses = {name: per_concept(value, batch.concept, len(self.concepts)) for name, value in found.items()}
@@ -456,11 +475,19 @@ class Method(pl.LightningModule, ABC):
     ) -> Calls[Tensor]:
         """Pictures (B, 3, H, W) in [0, 1] as U-Net calls that other drawings may share; arguments as `sample`."""
 
-        def condition(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Conditioning:
+        def step(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Step:
             which = torch.tensor([concepts[row] if concepts else 0 for row in rows], device=self.device)
             pictures = None if images is None else images[rows].to(self.device)
             texts, when = [prompts[row] for row in rows], t.expand(len(rows))
-            return self.condition(Step(texts, which, when, latents, images=pictures, variant=variant))
+            return Step(texts, which, when, latents, images=pictures, variant=variant)
+
+        def condition(rows: list[int], t: Tensor, latents: Tensor | None = None) -> Conditioning:
+            return self.condition(step(rows, t, latents))
+
+        def frozen(rows: list[int], t: Tensor) -> Conditioning:
+            found = self.reference_condition(step(rows, t))
+            assert found is not None, "a method with consistency guidance says what the frozen model is asked"
+            return found
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
         return (
@@ -476,6 +503,8 @@ class Method(pl.LightningModule, ABC):
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
                 reads_latents=self.reads_latents,
+                frozen=None if self.consistency is None else frozen,
+                consistency=self.consistency or 0.0,
             )
         )
 

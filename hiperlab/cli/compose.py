@@ -123,8 +123,9 @@ def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequenc
         with_log_configuration=False,
     )
     check_types(base, task)
-    if OmegaConf.select(task, "fit.stop") is None and (changed := _changed(base, task, "fit.dvar")):
-        raise UserError(f"{changed} is read with fit.stop=dvar only: give both, or neither.")
+    for key, choice, table in OPTIONAL:
+        if OmegaConf.select(task, key) != choice and (changed := _changed(base, task, table)):
+            raise UserError(f"{changed} is read with {key}={choice} only: give both, or neither.")
     check_targets(plain, request.allowed_targets)
 
 
@@ -166,6 +167,10 @@ def _worth_trying(override: Override, groups: set[str]) -> list[str]:
     return options if override.key_or_group in groups or len(options) <= 8 else [options[0], options[-1]]
 
 
+OPTIONAL = (  # key, its choice with which the settings of a table are read
+    ("fit.stop", "dvar", "fit.dvar"),
+    ("method.loss", "dco", "method.dco"),
+)
 SET_BY_US = {  # arguments of Lightning's Trainer -> what to set instead
     "max_steps": "use fit.steps",
     "min_steps": "use fit.steps",

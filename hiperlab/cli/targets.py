@@ -42,7 +42,10 @@ KINDS = (  # the first that fits a key counts
         r"method\.(.+\.)?optimizer", "an optimizer of torch.optim or hiperlab.optim",
         r"torch\.optim\.[A-Z]\w*|hiperlab\.optim\.\w+\.[A-Z]\w*",
     ),
-    _kind(r"method\..+", "a class of hiperlab.base, edit or layer", r"hiperlab\.(base|edit|layer)\.\w+\.[A-Z]\w*"),
+    _kind(
+        r"method\..+", "a class of hiperlab.base, edit, layer or loss",
+        r"hiperlab\.(base|edit|layer|loss)\.\w+\.[A-Z]\w*",
+    ),
     _kind(r"data", "a loader, hiperlab.data.….load…", r"hiperlab\.data\.\w+\.load\w*"),
     _kind(r"model", "hiperlab.model.load.pretrained", r"hiperlab\.model\.(load\.pretrained|tiny\.tiny)"),
     _kind(r"sampler", "hiperlab.model.sampler.Sampler", r"hiperlab\.model\.sampler\.Sampler"),
@@ -55,7 +58,7 @@ KINDS = (  # the first that fits a key counts
 # Where all of these lie: Hydra 1.4 imports from nowhere else while a run is at work.
 MODULES = (
     "hiperlab.method.*", "hiperlab.optim.*", "hiperlab.base.*", "hiperlab.edit.*", "hiperlab.layer.*",
-    "hiperlab.data.*", "hiperlab.model.*", "hiperlab.metric.*", "torch.optim.*", "pytorch_lightning.strategies.*",
+    "hiperlab.loss.*", "hiperlab.data.*", "hiperlab.model.*", "hiperlab.metric.*", "torch.optim.*", "pytorch_lightning.strategies.*",
     "pytorch_lightning.plugins.*",
 )  # fmt: skip
 ROOM = Path(hiperlab.__file__).parent

@@ -83,6 +83,7 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "precision.vae": TYPE,
     "precision.text": TYPE,
     "trainer.num_nodes": _whole(1),
+    "method.consistency": _number("a number, 0 or more, or null for none", lambda value: value >= 0, null=True),
     "method.optimizer.lr": _number("a number above 0", lambda value: value > 0),
     "method.optimizer.weight_decay": _number("a number, 0 or more", lambda value: value >= 0),
     "method.optimizer.eps": _number("a number above 0", lambda value: value > 0),

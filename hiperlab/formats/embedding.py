@@ -21,6 +21,8 @@ from hiperlab.errors import UserError
 from hiperlab.formats import pickles
 from hiperlab.formats.disguises import disguise
 
+SAFE = "learned_embeds.safetensors"  # the name that diffusers' scripts give it
+BOTH_ENCODERS = {"clip_l", "clip_g"}  # diffusers' pair for SDXL; the first is SD 1.x's encoder
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 MOST_BYTES = 64 * 1024**2  # of an embedding: 77 vectors of width 2048 are 0.6 MB
 NUMBERED = re.compile(r"(.+?)>?(?:_v?(\d+))?>?")  # a word and which of its vectors
@@ -78,6 +80,8 @@ def _single(content: Any) -> Tensor | None:
     if not isinstance(content, Mapping):
         return None
     found = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if found.keys() == BOTH_ENCODERS:
+        return found["clip_l"]
     return next(iter(found.values())) if len(found) == 1 else _numbered(found)
 
 
@@ -102,7 +106,7 @@ def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str)
         base: name of the base model, kept by A1111.
     """
     vectors = vectors.detach().cpu().float().contiguous().clone()
-    safe, binary, webui = folder / "learned_embeds.safetensors", folder / "learned_embeds.bin", folder / f"{name}.pt"
+    safe, binary, webui = folder / SAFE, folder / "learned_embeds.bin", folder / f"{name}.pt"
     save_file({placeholder: vectors}, safe, metadata={"format": "pt"})
     torch.save({placeholder: vectors}, binary)
     torch.save(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,7 @@ from torch.optim import Optimizer
 
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
-from hiperlab.base.prior_preservation import Prior
-from hiperlab.base.rare_token_method import RareTokenMethod
+from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
 from hiperlab.data.batch import Batch
 from hiperlab.data.crop_augmentation import Placement, drawn, latent_mask, placed, still
 from hiperlab.errors import UserError
@@ -54,10 +54,9 @@ class CustomDiffusion(RareTokenMethod):
         seed: of the draws.
         weights: "kv", or "cross" for queries and outputs too (`crossattn` in the published code, for faces).
         init_word: entry of the vocabulary, rare, whose embedding the new word starts from.
-        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
         augment: place the picture smaller or larger at random, and say so in the prompt.
         compress: share of singular values kept in the exported `delta.bin` (the authors: 0.6), or None for all.
-        prior: class pictures that hold the class.
+        shared: see `RareTokenSettings`.
     """
 
     stacks_concepts = True
@@ -71,12 +70,11 @@ class CustomDiffusion(RareTokenMethod):
         seed: int,
         weights: str,
         init_word: str,
-        template: str | None,
         augment: bool,
         compress: float | None,
-        prior: Prior,
+        **shared: Unpack[RareTokenSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, concepts[0].placeholder, template, prior)
+        super().__init__(model, concepts, optimizer, seed, concepts[0].placeholder, **shared)
         if weights not in WEIGHTS:
             raise UserError(f"method.weights={weights!r} is unknown. Choose {', '.join(WEIGHTS)}.")
         if compress is not None and not 0 < compress <= 1:
@@ -84,6 +82,10 @@ class CustomDiffusion(RareTokenMethod):
         names = [
             name for name in parameter_names(model.unet, "cross") if any(part in name for part in WEIGHTS[weights])
         ]
+        if augment and self.loss == "dco":
+            raise UserError(
+                "method.loss=dco compares whole pictures with the frozen model's: add method.augment=false."
+            )
         self.augment, self.compress = augment, compress
         self.words = tuple(f"{concept.placeholder} {concept.word}" for concept in concepts)
         self.slots = numbered_slots([concept.placeholder for concept in concepts])
@@ -125,6 +127,8 @@ class CustomDiffusion(RareTokenMethod):
             prediction: (R', C, H, W), instance rows first; R' is 2 R with class rows, else R.
             target: same shape.
         """
+        if step.reference is not None:
+            return super().losses(step, prediction, target)
         assert step.samples is not None, "losses are of training rows"
         samples = [sample for sample in step.samples.tolist() if sample >= 0]
         cells = prediction.shape[-1]
@@ -143,6 +147,10 @@ class CustomDiffusion(RareTokenMethod):
         changes = {name.replace("/", "."): (delta,) for name, delta in self.kv.items()}
         offsets = RowOffsets(changes, torch.ones_like(self.word[:, 0]), step.concept)
         return Conditioning(keys, offsets=alone, detach_first=True, row_offsets=offsets)
+
+    def frozen_texts(self, step: Step) -> list[str]:
+        """The step's R prompts with the class noun alone: the frozen model does not know the word."""
+        return self.with_class_nouns(step)
 
     def composition_part(self, step: Step) -> Part:
         """The texts with the new word before the class noun, and its vector (1, 1, 1, D)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,13 @@ from torch.optim import Optimizer
 
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
-from hiperlab.base.prior_preservation import Prior
-from hiperlab.base.rare_token_method import RareTokenMethod
+from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
 from hiperlab.errors import UserError
 from hiperlab.formats import weights as files
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.offsets import added, log_cost, parameter_names, zeros
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier
-from hiperlab.model.text_cache import TextCache
 from hiperlab.optim.weight_decay import decay_whole_weights
 
 log = logging.getLogger(__name__)
@@ -43,9 +42,8 @@ class DreamBooth(RareTokenMethod):
         weights: which U-Net weights are trained: "cross" (cross-attention), "attention", or "all" as published.
         text_encoder: whether all of the text encoder is trained too.
         identifier: rare word that stands before the class noun in the placeholder's place.
-        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
         export_weights: also write the whole U-Net (and text encoder) as diffusers keeps them.
-        prior: class pictures that hold the class.
+        shared: see `RareTokenSettings`.
     """
 
     why_alone = "all weights of its U-Net change, so that no other training can use its passes"
@@ -61,14 +59,12 @@ class DreamBooth(RareTokenMethod):
         weights: str,
         text_encoder: bool,
         identifier: str,
-        template: str | None,
         export_weights: bool,
-        prior: Prior,
+        **shared: Unpack[RareTokenSettings],
     ) -> None:
         identifier = check_identifier(model.tokenizer, identifier)
-        super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
+        super().__init__(model, concepts, optimizer, seed, identifier, **shared)
         self.export_weights = export_weights
-        self.plain_text = TextCache(model)
         self.unet_offsets = zeros(model.unet, parameter_names(model.unet, weights))
         every = [name for name, _ in model.text_module.named_parameters()] if text_encoder else []
         self.text_offsets = zeros(model.text_module, every)
@@ -88,6 +84,8 @@ class DreamBooth(RareTokenMethod):
 
     def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
         """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
+        if self.consistency is not None:  # this branch is the frozen model's
+            return super().encode_negative(text, variant, concepts)
         return self._encode([text])
 
     def _encode(self, texts: Sequence[str]) -> Tensor:

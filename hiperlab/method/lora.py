@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,16 @@ from torch.optim import Optimizer
 from hiperlab import draws
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
-from hiperlab.base.prior_preservation import Prior
-from hiperlab.base.rare_token_method import RareTokenMethod
+from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
 from hiperlab.errors import UserError
+from hiperlab.formats import embedding
 from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import LowRank, Offsets
 from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier, with_weights
-from hiperlab.model.text_cache import TextCache
+from hiperlab.optim.held_norm import hold_norms
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +74,19 @@ class LoRA(RareTokenMethod):
         text_encoder: whether the text encoder gets offsets too.
         text_targets: ends of the text encoder layers' names.
         identifier: rare word that stands before the class noun in the placeholder's place.
-        template: the one training prompt, "{}" for the placeholder; None takes the data's templates.
+        learn_word: let the placeholder itself stand there, without noun, as a word that is learnt too: its vector
+            starts from the class noun's and keeps its norm (--train_text_encoder_ti of kyungmnlee/dco).
+        word_lr: learning rate of that vector.
         strength: m, factor of the offsets in sampling; several draw one picture for each, the first is the plain one.
-        prior: class pictures that hold the class; weight 0 for none.
+        shared: see `RareTokenSettings`.
     """
 
     stacks_concepts = True
+    fixed_settings = (*RareTokenMethod.fixed_settings, "learn_word")
+    training_settings = (*RareTokenMethod.training_settings, "word_lr")
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
-    sampling_settings = ("strength",)
+    sampling_settings = (*RareTokenMethod.sampling_settings, "strength")
 
     def __init__(
         self,
@@ -94,26 +100,36 @@ class LoRA(RareTokenMethod):
         text_encoder: bool,
         text_targets: Sequence[str],
         identifier: str,
-        template: str | None,
+        learn_word: bool,
+        word_lr: float,
         strength: Sequence[float],
-        prior: Prior,
+        **shared: Unpack[RareTokenSettings],
     ) -> None:
         identifier = check_identifier(model.tokenizer, identifier)
-        super().__init__(model, concepts, optimizer, seed, identifier, template, prior)
+        super().__init__(model, concepts, optimizer, seed, identifier, **shared)
         if rank < 1 or alpha <= 0:
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not targets and not (text_encoder and text_targets):
             raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
+        if word_lr <= 0:
+            raise UserError(f"method.word_lr={word_lr} is out of range. Choose above 0; DCO's authors use 5e-6.")
         if not strength:
             raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
+        self.word_norm: Tensor
         self.register_buffer("alpha", torch.full((len(concepts),), float(alpha)))
         self.strength = float(strength[0])
         self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
-        self.plain_text = TextCache(model)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # keys "unet/<module>", dots as slashes
         self.words_brought = nn.ParameterDict()  # (1, V, D) each, of another tool's file; never trained
+        self.learn_word, self.word_lr = learn_word, float(word_lr)
+        if learn_word:
+            self.words = tuple(concept.placeholder for concept in concepts)
+            self.word = nn.Parameter(
+                torch.stack([model.word_embedding(concept.word) for concept in concepts])
+            )  # (K, D)
+            self.register_buffer("word_norm", self.word.detach().norm(dim=-1, keepdim=True))  # (K, 1)
         for part, module, ends in (
             ("unet", model.unet, targets),
             ("text", model.text_module, text_targets if text_encoder else ()),
@@ -137,6 +153,17 @@ class LoRA(RareTokenMethod):
             nn.Parameter(value.to(self.model.device).expand(count, *value.shape).clone()) for value in (down, up)
         )
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The matrices at the optimizer's rate, the word at its own."""
+        if not self.learn_word:
+            return super().param_groups()
+        return [{"params": [*self.down.values(), *self.up.values()]}, {"params": [self.word], "lr": self.word_lr}]
+
+    def configure_optimizers(self) -> Optimizer:
+        """The configured optimizer; the word keeps its norm."""
+        optimizer = super().configure_optimizers()
+        return hold_norms(optimizer, self.word, self.word_norm) if self.learn_word else optimizer
+
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self._strength(step.variant)
@@ -145,6 +172,10 @@ class LoRA(RareTokenMethod):
         scale = strength * self.alpha / self.rank
         alone = self.offsets("unet", 0, strength) if len(self.concepts) == 1 else None
         return Conditioning(states, offsets=alone, row_offsets=RowOffsets(changes, scale, step.concept))
+
+    def frozen_texts(self, step: Step) -> list[str]:
+        """The step's R prompts; where a word is learnt or came with a file, the class noun stands for it."""
+        return self.with_class_nouns(step) if self.learn_word or self.words_brought else self.texts(step)
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""
@@ -164,6 +195,8 @@ class LoRA(RareTokenMethod):
         Returns:
             (1, N, D), or one (N, D) for each of `concepts` where their text encoders differ.
         """
+        if self.consistency is not None:  # this branch is the frozen model's
+            return super().encode_negative(text, variant, concepts)
         different = list(dict.fromkeys(concepts)) if self._pairs("text") else [0]
         found = self._encode([text] * len(different), torch.tensor(different), self._strength(variant))
         return found if len(different) == 1 else found[[different.index(number) for number in concepts]]
@@ -171,19 +204,24 @@ class LoRA(RareTokenMethod):
     def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Tensor:
         """Text states (R, N, D) of R texts of the concepts numbered (R,), each through its own text encoder."""
         numbers = concepts.tolist()
-        if not self._pairs("text") and not self.words_brought:
+        if not self._pairs("text") and not self.words_brought and not self.learn_word:
             return self.plain_text(texts)
         found: dict[int, Tensor] = {}
         for index in dict.fromkeys(numbers):
             rows = [row for row, number in enumerate(numbers) if number == index]
             own, offsets = [texts[row] for row in rows], self.offsets("text", index, strength)
-            encode = self._with_words_brought if self.words_brought else self.model.encode_text
-            found.update(zip(rows, encode(own, offsets), strict=True))
+            vectors = self._vectors(index)
+            states = self._with_vectors(own, offsets, vectors) if vectors else self.model.encode_text(own, offsets)
+            found.update(zip(rows, states, strict=True))
         return torch.stack([found[row] for row in range(len(numbers))])
 
-    def _with_words_brought(self, texts: Sequence[str], offsets: Offsets) -> Tensor:
-        """Text states (B, N, D) with the learnt vectors of the words that came with the file."""
-        vectors = {_word(key): value[0] for key, value in self.words_brought.items()}
+    def _vectors(self, index: int) -> dict[str, Tensor]:
+        """Vectors (V, D) of the words that concept `index` knows: its own, and those that came with a file."""
+        own = {self.concepts[index].placeholder: self.word[index : index + 1]} if self.learn_word else {}
+        return {_word(key): value[0] for key, value in self.words_brought.items()} | own
+
+    def _with_vectors(self, texts: Sequence[str], offsets: Offsets, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Text states (B, N, D) with learnt vectors (V, D) in the places of their words."""
         starts = accumulate(map(len, vectors.values()), initial=0)
         slots = {word: list(range(first, first + len(rows))) for (word, rows), first in zip(vectors.items(), starts)}
         tokens = self.model.tokenize(texts, slots)
@@ -196,7 +234,7 @@ class LoRA(RareTokenMethod):
         )
 
     def composition_part(self, step: Step) -> Part:
-        """The texts with the rare token in the placeholder's place.
+        """The texts with the rare token in the placeholder's place, or the learnt word with its vector (1, 1, 1, D).
 
         Raises:
             UserError: words came with the file, which would be read as letters.
@@ -207,7 +245,8 @@ class LoRA(RareTokenMethod):
                 f"{self.concepts[0].name}'s LoRA brings the words {words}, which are not drawn together with other "
                 "concepts: draw it by itself with artifact=."
             )
-        return super().composition_part(step)
+        part = super().composition_part(step)
+        return replace(part, vectors=self.word[None, :1, None]) if self.learn_word else part
 
     def _strength(self, variant: str) -> float:
         return float(variant.removeprefix("strength=")) if variant else self.strength
@@ -223,13 +262,21 @@ class LoRA(RareTokenMethod):
     # ---- files of diffusers, PEFT and kohya --------------------------------------------------------------------------
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
-        """`pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya), `peft/` (PEFT)."""
+        """`pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya), `peft/` (PEFT).
+
+        Beside them a learnt word's files, as Textual Inversion writes them.
+        """
         unet, text = (
             {name: (down[index], up[index]) for name, (down, up) in self._pairs(part).items()}
             for part in ("unet", "text")
         )
         prefix = "text_model." if self.model.text_module is not self.model.text else ""
-        return files.write(folder, self.concepts[index].name, files.Adapter(unet, text), self.scale(index), prefix)
+        subject = self.concepts[index]
+        written = files.write(folder, subject.name, files.Adapter(unet, text), self.scale(index), prefix)
+        if self.learn_word:
+            row = self.word[index : index + 1]
+            written += embedding.write(folder, subject.name, subject.placeholder, row, self.model.name)
+        return written
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
@@ -240,6 +287,7 @@ class LoRA(RareTokenMethod):
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             self._check(path, part, pairs)
         self._take_words(path, adapter.words)
+        self._take_word(index, path.parent / embedding.SAFE)
         if len(self.concepts) == 1:
             self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         else:
@@ -292,6 +340,26 @@ class LoRA(RareTokenMethod):
                 log.warning(
                     "no placeholder stands for %s: method.identifier='%s' puts it there.", named, "".join(words)
                 )
+
+    def _take_word(self, index: int, path: Path) -> None:
+        """The learnt word that lies beside the matrices, where one is learnt.
+
+        Raises:
+            UserError: it is of another width, or several vectors.
+        """
+        if not path.is_file():
+            return
+        if not self.learn_word:
+            log.warning("%s beside it holds a learnt word: method.learn_word=true draws with it.", path.name)
+            return
+        rows = embedding.read(path)
+        if rows.shape != self.word[index : index + 1].shape:
+            raise UserError(
+                f"{path.name} holds {len(rows)} vectors of width {rows.shape[1]}, this run learns one of width "
+                f"{self.model.width}. Load the base model it was made for."
+            )
+        self.word[index].copy_(rows[0])
+        self.word_norm[index].copy_(rows.norm(dim=-1))
 
     def _check(self, path: Path, part: str, pairs: files.Pairs) -> None:
         """Refuse matrices for another architecture.

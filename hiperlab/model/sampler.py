@@ -187,6 +187,8 @@ def denoising_calls(
     reads_latents: bool = False,
     generators: Sequence[torch.Generator] = (),
     apart: bool = False,
+    frozen: Callable[[Tensor], Conditioning] | None = None,
+    consistency: float = 0.0,
 ) -> Calls[Tensor]:
     """Run the whole schedule with classifier-free guidance (Ho & Salimans 2022, eq. 6; s = w + 1).
 
@@ -201,6 +203,10 @@ def denoising_calls(
         reads_latents: whether `condition` is given z_t.
         generators: one per row, for schedulers that add noise; those that add none need none.
         apart: whether no call is shared with others.
+        frozen: timestep -> what the frozen model is asked for the B rows; guidance s is then its own, between
+            `unconditional` and this, and the tuned model's difference to it is a direction of its own (Lee et al. 2024;
+            reward_guidance.py, RGPipe.my_gen, in kyungmnlee/dco). None for none.
+        consistency: w_c, the factor of that direction.
 
     Returns:
         Clean latents (B, C, H, W), scaled.
@@ -209,13 +215,17 @@ def denoising_calls(
     for number, t in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, t)
         states = condition(t, model_input) if reads_latents else condition(t)
+        guided = states if frozen is None else frozen(t)
         if guidance > 1:
             both = torch.cat([model_input, model_input])
-            out = yield Call(both, t.expand(len(both)), concatenate([unconditional, states]), apart=apart)
+            out = yield Call(both, t.expand(len(both)), concatenate([unconditional, guided]), apart=apart)
             without, within = out.chunk(2)
             out = without + guidance * (within - without)
         else:
-            out = yield Call(model_input, t.expand(len(model_input)), states, apart=apart)
+            within = out = yield Call(model_input, t.expand(len(model_input)), guided, apart=apart)
+        if frozen is not None:
+            tuned = yield Call(model_input, t.expand(len(model_input)), states, apart=apart)
+            out = out + consistency * (tuned - within)
         latents = step_with(scheduler, out, t, latents, generators)
         if watch is not None:
             watch(number, latents)
@@ -236,6 +246,8 @@ def generation_calls(
     batch_size: int,
     time_dependent: bool,
     reads_latents: bool = False,
+    frozen: Callable[[list[int], Tensor], Conditioning] | None = None,
+    consistency: float = 0.0,
 ) -> Calls[Tensor]:
     """Draw one picture per row; rows of equal key share their conditioning, computed once per timestep and key.
 
@@ -252,6 +264,8 @@ def generation_calls(
         batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one, shared with nobody.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
         reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
+        frozen: (row numbers, timestep) -> what the frozen model is asked, see `denoising_calls`; None for none.
+        consistency: w_c of it.
 
     Returns:
         (B, 3, H, W) in [0, 1], on the CPU, in the order given.
@@ -262,12 +276,14 @@ def generation_calls(
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     order = sorted(range(len(keys)), key=lambda row: first[keys[row]])  # pictures of one prompt side by side
     cache = _ConditionCache(condition, first, time_dependent)
+    frozen_cache = None if frozen is None else _ConditionCache(frozen, first, False)
     if sampler.adds_noise:  # a matrix product's rounding depends on its rows, and noise makes it grow
         batch_size = 1
     pictures: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        cache.prepare([keys[row] for row in rows])
+        for each in filter(None, (cache, frozen_cache)):
+            each.prepare([keys[row] for row in rows])
         generators = private([seeds[row] for row in rows])
         noise = draw(generators, stack.latent_shape).to(stack.device, dtype)
         empty = negative.expand(len(rows), -1, -1) if len(negative) == 1 else negative[rows]
@@ -276,7 +292,8 @@ def generation_calls(
         scheduler = sampler.build(stack, steps)
         latents = yield from denoising_calls(
             noise, scheduler, states, unconditional, guidance,
-            reads_latents=reads_latents, generators=generators, apart=sampler.adds_noise,
+            reads_latents=reads_latents, generators=generators, apart=sampler.adds_noise, frozen=frozen_cache,
+            consistency=consistency,
         )  # fmt: skip
         decoded = stack.decode(latents).div(2).add(0.5).clamp(0, 1).cpu()
         pictures.update(zip(rows, decoded, strict=True))

@@ -6,8 +6,8 @@ files and Imagic's embedding phase; of golden/lora one layer, the text encoder's
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
 offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
 golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
-of golden/edit_friendly_ddpm the picture and diffused latents; of golden/dvar the series of losses; and, of the twin's
-text encoder, all but the embedding rows that no golden prompt uses.
+of golden/edit_friendly_ddpm the picture and diffused latents; of golden/dvar the series of losses; of golden/dco
+predictions and losses; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     _cross_initialization()
     _edits()
     _dvar()
+    _dco()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -133,6 +134,16 @@ def _dvar() -> None:
     shutil.copyfile(source / "meta.json", target / "meta.json")
 
 
+def _dco() -> None:
+    """The slice of golden/dco: predictions, noise and losses."""
+    source, target = golden.folder("dco"), golden.SLICE / "dco"
+    everything = load_file(source / "golden.safetensors")
+    kept = {name: value for name, value in everything.items() if name.split(".")[-1] in _DCO}
+    target.mkdir(exist_ok=True)
+    save_file(kept, target / "golden.safetensors")
+    shutil.copyfile(source / "meta.json", target / "meta.json")
+
+
 def _saved(source: Path, target: Path) -> None:
     """The authors' own files, in folders that can be written to wherever they were copied from."""
     for path in source.glob("saved_*/*"):
@@ -183,6 +194,7 @@ _E4T = (
     "init_encoder.safetensors", "meta.json",
 )  # fmt: skip
 _DTI = ("direction_start", "prior", "scale", "grad", "direction_after", "v_after", "learned")
+_DCO = ("model_pred", "refer_pred", "noise", "timesteps", "loss")
 _DVAR = (".losses", ".short.ratio", ".custom.ratio")
 _CROSS = ("init", "input_ids", "states_0", "distance", "grad", "rows_after")
 _LORA = {

@@ -48,7 +48,8 @@ class Endless(IterableDataset):
 class Toy(pl.LightningModule):
     """Fits one weight; `bad_step` makes that step's loss NaN, `bad_gradient` only its gradient."""
 
-    finished = False
+    ended = False
+    early_stop = None
 
     def __init__(self, sleep: float = 0.0, bad_step: int = -1, bad_gradient: int = -1) -> None:
         super().__init__()
