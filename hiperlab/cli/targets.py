@@ -58,8 +58,8 @@ KINDS = (  # the first that fits a key counts
 # Where all of these lie: Hydra 1.4 imports from nowhere else while a run is at work.
 MODULES = (
     "hiperlab.method.*", "hiperlab.optim.*", "hiperlab.base.*", "hiperlab.edit.*", "hiperlab.layer.*",
-    "hiperlab.loss.*", "hiperlab.data.*", "hiperlab.model.*", "hiperlab.metric.*", "torch.optim.*", "pytorch_lightning.strategies.*",
-    "pytorch_lightning.plugins.*",
+    "hiperlab.loss.*", "hiperlab.data.*", "hiperlab.model.*", "hiperlab.metric.*", "torch.optim.*",
+    "pytorch_lightning.strategies.*", "pytorch_lightning.plugins.*",
 )  # fmt: skip
 ROOM = Path(hiperlab.__file__).parent
 

@@ -105,9 +105,9 @@ def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str)
         vectors: (V, D).
         base: name of the base model, kept by A1111.
     """
+    safe = write_safe(folder, placeholder, vectors)
     vectors = vectors.detach().cpu().float().contiguous().clone()
-    safe, binary, webui = folder / SAFE, folder / "learned_embeds.bin", folder / f"{name}.pt"
-    save_file({placeholder: vectors}, safe, metadata={"format": "pt"})
+    binary, webui = folder / "learned_embeds.bin", folder / f"{name}.pt"
     torch.save({placeholder: vectors}, binary)
     torch.save(
         {
@@ -121,3 +121,10 @@ def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str)
         webui,
     )
     return [safe, binary, webui]
+
+
+def write_safe(folder: Path, placeholder: str, vectors: Tensor) -> Path:
+    """Write diffusers' safetensors alone; arguments as `write`."""
+    path = folder / SAFE
+    save_file({placeholder: vectors.detach().cpu().float().contiguous().clone()}, path, metadata={"format": "pt"})
+    return path

@@ -264,7 +264,7 @@ class LoRA(RareTokenMethod):
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """`pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya), `peft/` (PEFT).
 
-        Beside them a learnt word's files, as Textual Inversion writes them.
+        Beside them a learnt word's `learned_embeds.safetensors` (diffusers).
         """
         unet, text = (
             {name: (down[index], up[index]) for name, (down, up) in self._pairs(part).items()}
@@ -274,20 +274,25 @@ class LoRA(RareTokenMethod):
         subject = self.concepts[index]
         written = files.write(folder, subject.name, files.Adapter(unet, text), self.scale(index), prefix)
         if self.learn_word:
-            row = self.word[index : index + 1]
-            written += embedding.write(folder, subject.name, subject.placeholder, row, self.model.name)
+            written.append(embedding.write_safe(folder, subject.placeholder, self.word[index : index + 1]))
         return written
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
-        """A LoRA made elsewhere, whatever its rank, alpha and layers: this method's own are replaced by the file's."""
+        """A LoRA made elsewhere, whatever its rank, alpha and layers: this method's own are replaced by the file's.
+
+        A learnt word is read from beside it; the word's file itself stands for both.
+        """
+        if path.name == embedding.SAFE and (beside := path.with_name(files.DIFFUSERS)).is_file():
+            path = beside
         adapter = files.read(path)
         everything = [*adapter.unet.items(), *adapter.text.items()]
         rank = max(down.shape[0] for _, (down, _) in everything)
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
             self._check(path, part, pairs)
         self._take_words(path, adapter.words)
-        self._take_word(index, path.parent / embedding.SAFE)
+        folders = path.parents[:2] if path.name == files.PEFT else path.parents[:1]  # PEFT's files have their own
+        self._take_word(index, [folder / embedding.SAFE for folder in folders])
         if len(self.concepts) == 1:
             self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         else:
@@ -341,13 +346,14 @@ class LoRA(RareTokenMethod):
                     "no placeholder stands for %s: method.identifier='%s' puts it there.", named, "".join(words)
                 )
 
-    def _take_word(self, index: int, path: Path) -> None:
-        """The learnt word that lies beside the matrices, where one is learnt.
+    def _take_word(self, index: int, places: Sequence[Path]) -> None:
+        """The learnt word that lies beside the matrices, or beside their folder, where one is learnt.
 
         Raises:
             UserError: it is of another width, or several vectors.
         """
-        if not path.is_file():
+        path = next((path for path in places if path.is_file()), None)
+        if path is None:
             return
         if not self.learn_word:
             log.warning("%s beside it holds a learnt word: method.learn_word=true draws with it.", path.name)
