@@ -74,6 +74,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     stacks_concepts = False
     seeded = False
+    inverts_source = True  # whether the inversion reads the source text; else an empty one
+    reads_source = True  # whether the source row of a drawing does
     negates_source = True  # whether the source row, too, has the negative text; else its unconditional text is empty
     inversion_guidance = 1.0  # w along the inversion; at 1 the source text alone is asked
     training_settings = ("optimizer", "cache")  # the cache is a place, not a choice
@@ -114,7 +116,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             texts: B plain texts, the source first.
             negative: text of the unconditional branch.
         """
-        states = Conditioning(self.encode(texts)[None])
+        states = Conditioning(self.encode([texts[0] if self.reads_source else "", *texts[1:]])[None])
         first = negative if self.negates_source else ""
         empty = Conditioning(self.encode([first, *[negative] * (len(texts) - 1)])[None])
         return (lambda step: states), (lambda step: empty)
@@ -131,8 +133,13 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         return self.p2p.edits(self.model.tokenizer, self.source, texts[1:], self.steps, side, guided, keep)
 
     def inverted_text(self) -> str:
-        """The text that the picture is inverted with: the source's."""
-        return self.source
+        """The text that the picture is inverted with: the source's, or an empty one."""
+        return self.source if self.inverts_source else ""
+
+    @property
+    def source_once(self) -> bool:
+        """Whether the source row reads an empty text in both branches of guidance, so that one row serves both."""
+        return not self.reads_source and not self.negates_source
 
     def map_pixels(self) -> int | None:
         """Image positions of the cross-attention maps that the inversion keeps (`cross_maps`), None for no maps."""
@@ -330,7 +337,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def attention_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
         """Maps (words, s, s) of the source and of each prompt's text, drawn together.
 
-        A target's are its maps after editing.
+        A target's are its maps after editing. A source row that reads no text has none.
 
         Args:
             prompts: texts with placeholders in place.
@@ -354,6 +361,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
                 torch.stack([row[..., tokens].mean(-1) for tokens in place]).cpu(),
             )
             for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
+            if self.reads_source or text != self.source
         ]
 
     def _draw_calls(

@@ -88,6 +88,7 @@ class MasaCtrl(RecordedPathMethod):
     ) -> None:
         super().__init__(model, concepts, optimizer, seed, steps, PromptToPrompt.off(), cache)
         self.reference, self.source_text = reference, source_text
+        self.inverts_source = self.reads_source = source_text
         self.inverse_guidance = self.inversion_guidance = float(inverse_guidance)
         layers = model.self_attention
         if control_steps is None and start_step >= steps:
@@ -116,17 +117,7 @@ class MasaCtrl(RecordedPathMethod):
             word_indices(targets[0], pair[1], self.model.tokenizer)
         return pair[0], pair[1]
 
-    # ---- the inversion -----------------------------------------------------------------------------------------------
-
-    def inverted_text(self) -> str:
-        """Empty, as the authors do with real pictures, or the source text."""
-        return self.source if self.source_text else ""
-
     # ---- drawing -----------------------------------------------------------------------------------------------------
-
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
-        """The plain texts; the source row has the text of the inversion."""
-        return super().edit_conditions([self.inverted_text(), *texts[1:]], negative)
 
     def edits(self, texts: Sequence[str], side: int, guided: bool, keep: bool) -> Edits:
         """Mutual self-attention of the source and its targets; arguments as `EditingMethod.edits`."""
@@ -134,7 +125,7 @@ class MasaCtrl(RecordedPathMethod):
         if self.mask_words is not None:
             found = [regions(self.model.tokenizer, texts[0], target, self.mask_words) for target in texts[1:]]
             masks = WordMasks(found, self.mask_pixels, self.mask_threshold)
-        rows = Rows(len(texts), guided, source_once=not self.source_text)
+        rows = Rows(len(texts), guided, self.source_once)
         return MutualAttention(rows, self.control_layers, self.control_steps, masks, self.mask_pixels, stores=keep)
 
     @torch.no_grad()
@@ -156,7 +147,7 @@ class MasaCtrl(RecordedPathMethod):
         return (
             yield from edit_calls(
                 self.model, start, self.steps, conditional, unconditional, guidance, edits, pivot, watch,
-                source_once=not self.source_text,
+                source_once=self.source_once,
             )
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ Axes: L cross-attention layers, B batch, N tokens, D text width, H, W latent sid
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -160,6 +161,11 @@ class FrozenStack(nn.Module):
     def self_attention(self) -> list[str]:
         """Paths of the self-attention layers in the order of execution; each precedes its block's cross-attention."""
         return [f"{name.removesuffix('attn2')}attn1" for name in self.cross_attention]
+
+    @property
+    def decoder_blocks(self) -> list[str]:
+        """Paths of the decoder's residual blocks in the order of execution, twelve in SD 1.x and 2.x."""
+        return [name for name, _ in self.unet.named_modules() if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name)]
 
     @property
     def num_timesteps(self) -> int:

@@ -6,7 +6,7 @@ files and Imagic's embedding phase; of golden/lora one layer, the text encoder's
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
 offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
 golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
-of golden/edit_friendly_ddpm the picture and diffused latents; of golden/masactrl the cropped picture;
+of golden/edit_friendly_ddpm the picture and diffused latents; of golden/masactrl and golden/plug_and_play the picture;
 and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
 """
 
@@ -161,6 +161,7 @@ def _edits() -> None:
 _EDITS = {
     "direct_inversion": ("image", "input_ids"),
     "masactrl": ("direct.picture",),
+    "plug_and_play": ("image",),
     "edit_friendly_ddpm": ("pixel_values", "latent0", "main.noise", "main.xts_drawn"),
 }
 _P2P = (
