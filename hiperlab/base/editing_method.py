@@ -26,7 +26,8 @@ from hiperlab import files
 from hiperlab.base.capability import EditsPicture, ReadsPicture, ShowsAttention, WordMaps
 from hiperlab.base.method import Method, Step, Subject, in_evaluation
 from hiperlab.data.edit import described
-from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit_calls
+from hiperlab.edit.edits import Edits
+from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit_calls
 from hiperlab.edit.token_alignment import word_tokens, words
 from hiperlab.errors import DiskFullError, UserError
 from hiperlab.model.attention_control import Layer, cross_maps, layer_of
@@ -74,6 +75,9 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     stacks_concepts = False
     why_no_early_stop = "this method trains nothing"
     seeded = False
+    inverts_source = True  # whether the inversion reads the source text; else an empty one
+    reads_source = True  # whether the source row of a drawing does
+    negates_source = True  # whether the source row, too, has the negative text; else its unconditional text is empty
     inversion_guidance = 1.0  # w along the inversion; at 1 the source text alone is asked
     training_settings = ("optimizer", "cache")  # the cache is a place, not a choice
     sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "inject_source_latents", "cache")
@@ -93,6 +97,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     ) -> None:
         super().__init__(model, concepts, optimizer, seed)
         self.steps, self.inject_source_latents = steps, inject_source_latents
+        self.inversion_steps = steps  # a method that walks there in more steps says so
         self.timesteps = timesteps(steps, model.num_timesteps)[::-1]  # t_0 .. t_{T-1}, the noisiest first
         self.cache = files.expand(cache) if cache else None
         self.source = concepts[0].source or described(concepts[0].word)
@@ -112,9 +117,30 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             texts: B plain texts, the source first.
             negative: text of the unconditional branch.
         """
-        states = Conditioning(self.encode(texts)[None])
-        empty = Conditioning(self.encode([negative]).expand(len(texts), -1, -1)[None])
+        states = Conditioning(self.encode([texts[0] if self.reads_source else "", *texts[1:]])[None])
+        first = negative if self.negates_source else ""
+        empty = Conditioning(self.encode([first, *[negative] * (len(texts) - 1)])[None])
         return (lambda step: states), (lambda step: empty)
+
+    def edits(self, texts: Sequence[str], side: int, guided: bool, keep: bool) -> Edits:
+        """The controls of one drawing: Prompt-to-Prompt's.
+
+        Args:
+            texts: B plain texts, the source first.
+            side: of the latents.
+            guided: whether each call has unconditional rows.
+            keep: add up the cross-attention maps, for pictures of them.
+        """
+        return self.p2p.edits(self.model.tokenizer, self.source, texts[1:], self.steps, side, guided, keep)
+
+    def inverted_text(self) -> str:
+        """The text that the picture is inverted with: the source's, or an empty one."""
+        return self.source if self.inverts_source else ""
+
+    @property
+    def source_once(self) -> bool:
+        """Whether the source row reads an empty text in both branches of guidance, so that one row serves both."""
+        return not self.reads_source and not self.negates_source
 
     def map_pixels(self) -> int | None:
         """Image positions of the cross-attention maps that the inversion keeps (`cross_maps`), None for no maps."""
@@ -136,7 +162,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         conditional: Conditions,
         unconditional: Conditions,
         guidance: float,
-        edits: AttentionEdits | None,
+        edits: Edits | None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Calls[Tensor]:
         """z_0 (B, C, H, W) of the source and its targets, drawn from `start` (B, C, H, W) as `edit_calls` does."""
@@ -200,16 +226,15 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     def _inversion_calls(self) -> Calls[Inversion]:
         latents = self.picture_latents()
-        log.info("%s: inverting in %d steps", self.concepts[0].name, self.steps)
+        log.info("%s: inverting in %d steps", self.concepts[0].name, self.inversion_steps)
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
-        states = Conditioning(self.encode([self.source])[None])
-        if self.inversion_guidance == 1:
-            return (yield from inversion_calls(self.model, latents, states, self.steps, wanted))
+        text, steps = self.inverted_text(), self.inversion_steps
+        states = Conditioning(self.encode([text])[None])
+        if self.inversion_guidance == 1 or not text:  # guidance from a text to itself is none
+            return (yield from inversion_calls(self.model, latents, states, steps, wanted))
         empty = Conditioning(self.encode([""])[None])
-        return (
-            yield from inversion_calls(self.model, latents, states, self.steps, wanted, empty, self.inversion_guidance)
-        )
+        return (yield from inversion_calls(self.model, latents, states, steps, wanted, empty, self.inversion_guidance))
 
     def _cache_path(self) -> Path | None:
         """The file that keeps the inversion, named by all it depends on."""
@@ -220,8 +245,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         parts = (model.text, model.unet, model.vae.encoder)
         kinds = [str(next(part.parameters()).dtype) for part in parts]
         settings = [
-            picture, self.source, self.steps, model.size, model.scheduler_config, kinds, str(self.noise.dtype),
-            self.map_pixels(), weights_digest(parts),
+            picture, self.inverted_text(), self.inversion_steps, model.size, model.scheduler_config, kinds,
+            str(self.noise.dtype), self.map_pixels(), weights_digest(parts),
         ]  # fmt: skip
         if self.inversion_guidance != 1:  # not at 1, so that files of earlier versions are found
             settings.append(self.inversion_guidance)
@@ -235,7 +260,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             kept = load_file(path)
             maps = {layer_of(name): maps for name, maps in kept.items() if name != "latents"}
             found = Inversion(kept["latents"], dict(sorted(maps.items(), key=lambda pair: _order(pair[0]))))
-            shape = (self.steps + 1, 1, *self.noise.shape)
+            shape = (self.inversion_steps + 1, 1, *self.noise.shape)
             if found.latents.shape != shape:
                 raise ValueError(f"latents {tuple(found.latents.shape)} instead of {shape}")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -313,7 +338,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def attention_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
         """Maps (words, s, s) of the source and of each prompt's text, drawn together.
 
-        A target's are its maps after editing.
+        A target's are its maps after editing. A source row that reads no text has none.
 
         Args:
             prompts: texts with placeholders in place.
@@ -337,6 +362,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
                 torch.stack([row[..., tokens].mean(-1) for tokens in place]).cpu(),
             )
             for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
+            if self.reads_source or text != self.source
         ]
 
     def _draw_calls(
@@ -354,13 +380,11 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     def _edit_calls(
         self, rows: Sequence[str], seed: int, guidance: float, negative: str, keep: bool = False
-    ) -> Calls[tuple[Tensor, AttentionEdits]]:
+    ) -> Calls[tuple[Tensor, Edits]]:
         """Pictures (B, 3, H, W) in [0, 1] of B texts, the source first, and the controls that saw their maps."""
         conditional, unconditional = self.edit_conditions(rows, negative)
         start = yield from self.start_calls(seed)
-        edits = self.p2p.edits(
-            self.model.tokenizer, self.source, rows[1:], self.steps, start.shape[-1], self.is_guided(guidance), keep
-        )
+        edits = self.edits(rows, start.shape[-1], self.is_guided(guidance), keep)
         many = start.expand(len(rows), -1, -1, -1)
         latents = yield from self.denoise_calls(many, conditional, unconditional, guidance, edits)
         return self._decode(latents), edits

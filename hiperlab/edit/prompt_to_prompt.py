@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hiperlab.data.concept import EditSettings
-from hiperlab.edit.attention_maps import CrossEdit, blend, blend_mask, square, tokens_mask
+from hiperlab.edit.attention_maps import CrossEdit, blend, blend_mask, tokens_mask
+from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.token_alignment import (
     Window,
     bounds,
@@ -28,7 +29,7 @@ from hiperlab.edit.token_alignment import (
     words,
 )
 from hiperlab.errors import UserError, near
-from hiperlab.model.attention_control import Control, Layer
+from hiperlab.model.attention_control import Control, Layer, MapControl
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.inversion import noise_calls, previous, timesteps
 from hiperlab.model.shared_calls import Calls, answered
@@ -88,6 +89,11 @@ class PromptToPrompt:
         self.blend_except = None if blend_except is None else tuple(blend_except)
         self.blend_threshold, self.align_tail = float(blend_threshold), align_tail
         self.map_pixels, self.advice = map_pixels, advice
+
+    @classmethod
+    def off(cls, map_pixels: int | None = None) -> PromptToPrompt:
+        """Settings under which no row follows another; `map_pixels` as above."""
+        return cls("refine", 0.0, 0.0, 0.0, None, None, None, None, 0.3, False, map_pixels, False)
 
     def with_settings(self, given: EditSettings | None) -> PromptToPrompt:
         """These settings, with an edit's own where its authors named them and `advice` is on."""
@@ -165,8 +171,8 @@ class PromptToPrompt:
             edit = replace(edit, mapper=mapper, aligned=aligned)
         return Pair(
             edit,
-            _regions(tokenizer, source, target, self.blend),
-            _regions(tokenizer, source, target, self.blend_except),
+            regions(tokenizer, source, target, self.blend),
+            regions(tokenizer, source, target, self.blend_except),
         )
 
 
@@ -175,7 +181,7 @@ def map_pixels(side: int) -> int:
     return max(side // 4, min(side, 8)) ** 2
 
 
-def _regions(tokenizer: Any, source: str, target: str, pair: Sequence[str] | None) -> Tensor | None:
+def regions(tokenizer: Any, source: str, target: str, pair: Sequence[str] | None) -> Tensor | None:
     """(2, N) tokens of the source's word and the target's; None where the target does not have the word."""
     if pair is None or pair[1] not in words(target):
         return None
@@ -199,7 +205,7 @@ class Pair:
     fixed: Tensor | None = None
 
 
-class AttentionEdits:
+class AttentionEdits(Edits):
     """The controls of one drawing: which rows' maps follow row 0's, step by step, and what local blending has seen.
 
     Rows are addressed by their number in a call of B conditional rows, with as many unconditional ones in front where
@@ -217,8 +223,9 @@ class AttentionEdits:
 
     Attributes:
         largest_self: image positions of the largest self-attention maps that are exchanged.
-        sums: the edited cross-attention maps (B, heads, S, N) by layer, added up over the steps so far.
     """
+
+    remedy = "set method.p2p.map_pixels to null, or to the square of a side that the U-Net has"
 
     def __init__(
         self,
@@ -231,13 +238,12 @@ class AttentionEdits:
         guided: bool,
         keep: bool = False,
     ) -> None:
-        self.pairs, self.steps, self.pixels, self.threshold = list(pairs), steps, pixels, threshold
+        self.blends = any(pair.region is not None for pair in pairs)
+        super().__init__(Rows(len(pairs) + 1, guided), pixels, stores=keep or self.blends)
+        self.pairs, self.steps, self.threshold = list(pairs), steps, threshold
         self.self_until, self.uncond_until = int(steps * tau_s), int(steps * tau_u)
         self.guided = guided
         self.largest_self = LARGEST_SELF
-        self.blends = any(pair.region is not None for pair in pairs)
-        self.stores = keep or self.blends
-        self.sums: dict[Layer, Tensor] = {}
         self._kept: dict[tuple[int, torch.dtype, torch.device], CrossEdit] = {}
 
     def at(self, step: int) -> Control:
@@ -250,10 +256,6 @@ class AttentionEdits:
         if key not in self._kept:
             self._kept[key] = self.pairs[number].cross.to(like)
         return self._kept[key]
-
-    def store(self, layer: Layer, maps: Tensor) -> None:
-        """Add up the edited maps (B, heads, S, N) of a layer over the steps."""
-        self.sums[layer] = maps + self.sums[layer] if layer in self.sums else maps.clone()
 
     def blend(self, step: int, latents: Tensor) -> Tensor:
         """Local blending of z (B, C, H, W) after a step: outside the regions each target becomes the source.
@@ -271,19 +273,6 @@ class AttentionEdits:
             rows.append(both[1:])
         return torch.cat(rows)
 
-    def maps(self) -> Tensor:
-        """The sums of maps, (B, G, s, s, N) with G layers times heads.
-
-        Raises:
-            UserError: the U-Net has no maps of this size.
-        """
-        if not self.sums:
-            raise UserError(
-                f"method.p2p.map_pixels={self.pixels}: no cross-attention map has {self.pixels} positions. Use null, "
-                "or the square of a side that the U-Net has."
-            )
-        return square(torch.cat(list(self.sums.values()), dim=1))
-
     def mask(self, maps: Tensor, pair: Pair, size: tuple[int, int]) -> Tensor:
         """Where a pair may differ, (2, 1, H, W) bool, from maps (2, G, s, s, N)."""
         assert pair.region is not None, "pairs without regions may differ everywhere"
@@ -293,7 +282,7 @@ class AttentionEdits:
         return mask
 
 
-class _AtStep:
+class _AtStep(MapControl):
     """`AttentionEdits` in one call; changes the maps in place, so it is for drawing only."""
 
     def __init__(self, edits: AttentionEdits, step: int) -> None:
@@ -302,12 +291,9 @@ class _AtStep:
 
     def wants(self, layer: Layer, pixels: int) -> bool:
         if layer.cross:
-            return self.edits_cross or self._is_stored(layer, pixels)
+            return self.edits_cross or self.edits.is_stored(layer, pixels)
         exchanged = self.step < max(self.edits.self_until, self.edits.uncond_until if self.edits.guided else 0)
         return exchanged and pixels <= self.edits.largest_self
-
-    def _is_stored(self, layer: Layer, pixels: int) -> bool:
-        return self.edits.stores and pixels == self.edits.pixels and layer.place != "mid"
 
     def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
         rows = len(self.edits.pairs) + 1
@@ -323,7 +309,7 @@ class _AtStep:
             for number in range(rows - 1):
                 change = self.edits.cross(number, probabilities)
                 conditional[number + 1] = change(self.step, conditional[0], conditional[number + 1])
-        if self._is_stored(layer, probabilities.shape[2]):
+        if self.edits.is_stored(layer, probabilities.shape[2]):
             self.edits.store(layer, conditional)
         return probabilities
 
@@ -336,11 +322,12 @@ def edit_calls(
     conditional: Callable[[int], Conditioning],
     unconditional: Callable[[int], Conditioning],
     guidance: float | Tensor,
-    edits: AttentionEdits | None = None,
+    edits: Edits | None = None,
     pivot: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
     move: Move | None = None,
     skip: int = 0,
+    source_once: bool = False,
 ) -> Calls[Tensor]:
     """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
@@ -356,18 +343,22 @@ def edit_calls(
         watch: called with (step, latents) after each step.
         move: another step than DDIM's, before blending; None for DDIM's.
         skip: steps left out at the noisiest end; step 0 is the first that is made.
+        source_once: row 0 reads the same text in both branches: it is asked once, see `Rows`.
 
     Returns:
         z_0 (B, C, H, W), scaled.
     """
     latents, guided = start, bool(torch.as_tensor(guidance > 1).any())
+    again = range(1 if source_once else 0, len(start))  # rows with a conditional text of their own
+    conditional_rows = Rows(len(start), guided, source_once).conditional
     path = timesteps(steps, stack.num_timesteps)[: steps - skip][::-1]
     for step, timestep in enumerate(path):
         control = edits.at(step) if edits else None
         if guided:
-            both = concatenate([unconditional(step), conditional(step)]).controlled(control)
-            predicted = yield from noise_calls(stack, torch.cat([latents, latents]), timestep, both)
-            without, within = predicted.chunk(2)
+            within_text = conditional(step).rows(again) if source_once else conditional(step)
+            both = concatenate([unconditional(step), within_text]).controlled(control)
+            predicted = yield from noise_calls(stack, torch.cat([latents, latents[again.start :]]), timestep, both)
+            without, within = predicted[: len(start)], predicted[conditional_rows]
             noise = without + guidance * (within - without)
         else:
             noise = yield from noise_calls(stack, latents, timestep, conditional(step).controlled(control))

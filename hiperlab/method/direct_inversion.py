@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions, EditingMethod
+from hiperlab.base.editing_method import Conditions
 from hiperlab.base.method import Subject
-from hiperlab.edit.prompt_to_prompt import AttentionEdits, Move, PromptToPrompt, edit_calls
+from hiperlab.base.recorded_path_method import RecordedPathMethod
+from hiperlab.edit.edits import Edits
+from hiperlab.edit.prompt_to_prompt import Move, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
 from hiperlab.model.inversion import previous
 from hiperlab.model.shared_calls import Calls
@@ -26,7 +28,7 @@ from hiperlab.model.stack import FrozenStack
 TARGET_OFFSETS = ("none", "source", "target")
 
 
-class DirectInversion(EditingMethod):
+class DirectInversion(RecordedPathMethod):
     """After every sampling step the source row gets its difference to the recorded path, before local blending.
 
     Args:
@@ -54,8 +56,6 @@ class DirectInversion(EditingMethod):
     )  # fmt: skip
     published_crop = "square"  # load_512 of their utils/utils.py
 
-    path: Tensor
-
     def __init__(
         self,
         model: FrozenStack,
@@ -70,7 +70,7 @@ class DirectInversion(EditingMethod):
         offset_interval: int,
         target_offset: str,
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=True, cache=cache)
+        super().__init__(model, concepts, optimizer, seed, steps, p2p, cache)
         if target_offset not in TARGET_OFFSETS:
             raise UserError(
                 f"method.target_offset={target_offset!r} is unknown.{near(str(target_offset), TARGET_OFFSETS)}"
@@ -80,23 +80,6 @@ class DirectInversion(EditingMethod):
         self.inverse_guidance = self.inversion_guidance = float(inverse_guidance)
         self.offset_scale, self.offset_interval = float(offset_scale), offset_interval
         self.target_offset = target_offset
-        self.register_buffer("path", torch.zeros(steps + 1, *model.latent_shape))
-
-    # ---- the path ----------------------------------------------------------------------------------------------------
-
-    def set_reference(self, index: int, picture: Tensor) -> None:
-        """Take the picture (3, 8H, 8W) in [-1, 1]; it is inverted when first needed."""
-        super().set_reference(index, picture)
-        self.path.zero_()
-
-    def start_calls(self, seed: int) -> Calls[Tensor]:
-        """The path's end (1, C, H, W). Artifacts keep the whole path: the picture's end alone cannot be corrected."""
-        if not self.path.any():
-            yield from self.prepare_calls()
-            self.path.copy_(self.pivot)
-        return self.path[-1:]
-
-    # ---- drawing -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def denoise_calls(
@@ -105,7 +88,7 @@ class DirectInversion(EditingMethod):
         conditional: Conditions,
         unconditional: Conditions,
         guidance: float,
-        edits: AttentionEdits | None,
+        edits: Edits | None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Calls[Tensor]:
         """z_0 (B, C, H, W) from `start` (B, C, H, W).

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from hiperlab import draws
 from hiperlab.base.editing_method import Conditions, EditingMethod
 from hiperlab.base.method import Subject
+from hiperlab.edit.edits import Edits
 from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
 from hiperlab.model.conditioning import Conditioning, concatenate
@@ -99,6 +100,7 @@ class EditFriendly(EditingMethod):
 
     fixed_settings = ("skip", "guidance_source", "eta", "eta_form")
     sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "mode", "self_pixels")
+    negates_source = False  # its maps were found with the empty text
     published_crop = "square"  # load_512 in prompt_to_prompt/ptp_classes.py
 
     maps: Tensor
@@ -126,7 +128,7 @@ class EditFriendly(EditingMethod):
                 f"method.skip={skip} is no share of the steps. Choose one in [0, 1); published are 0.36, 0.12."
             )
         if mode == "plain":
-            p2p = PromptToPrompt("refine", 0.0, 0.0, 0.0, None, None, None, None, 0.3, False, p2p.map_pixels, False)
+            p2p = PromptToPrompt.off(p2p.map_pixels)
         super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=False, cache=None)
         self.mode, self.skip, self.guidance_source = mode, float(skip), float(guidance_source)
         self.eta = [float(each) for each in eta]
@@ -209,12 +211,6 @@ class EditFriendly(EditingMethod):
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
-        """The plain texts; the source row keeps the empty unconditional text that its maps were found with."""
-        conditional, _ = super().edit_conditions(texts, negative)
-        empty = Conditioning(self.encode(["", *[negative] * (len(texts) - 1)])[None])
-        return conditional, lambda step: empty
-
     def is_guided(self, guidance: float) -> bool:
         """Whether any row has guidance."""
         return max(guidance, self.guidance_source) > 1
@@ -226,11 +222,11 @@ class EditFriendly(EditingMethod):
         conditional: Conditions,
         unconditional: Conditions,
         guidance: float,
-        edits: AttentionEdits | None,
+        edits: Edits | None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Calls[Tensor]:
         """x_0 (B, C, H, W) from x_K (B, C, H, W): every row gets the same noise maps, the source its own guidance."""
-        if edits:
+        if isinstance(edits, AttentionEdits):
             edits.largest_self = self.self_pixels
         scales = torch.tensor([self.guidance_source, *[guidance] * (len(start) - 1)]).to(start).view(-1, 1, 1, 1)
         last = len(self.maps) - 1

@@ -47,7 +47,7 @@ class CrossAttention:
             encoder_hidden_states: what keys and values read; a plain (B, N, D) tensor as in the bare U-Net works too.
             attention_mask: None.
             temb: not read.
-            control: reads and changes the layer's map, or None.
+            control: reads and changes what the layer attends to, or None.
         """
         assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
         detach_first = False
@@ -93,20 +93,12 @@ def _attend(
     query = _split(attn.to_q(hidden_states), attn.heads)
     key, value = _split(keys, attn.heads), _split(values, attn.heads)
     if control is not None and control.wants(layer, query.shape[2]):
-        attended = _controlled(query, key, value, layer, control)
+        attended = control.attend(layer, query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
     merged = attended.transpose(1, 2).flatten(2)
     out = attn.to_out[1](attn.to_out[0](merged))
     return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
-
-
-def _controlled(query: Tensor, key: Tensor, value: Tensor, layer: Layer, control: Control) -> Tensor:
-    """softmax(Q K^T / sqrt d) V (Vaswani et al. 2017, eq. 1); the control replaces the map, float32 or float64."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * query.shape[-1] ** -0.5
-    probabilities = control(layer, scores.softmax(dim=-1))
-    return (probabilities @ value.to(dtype)).to(value.dtype)
 
 
 def _detach_first(states: Tensor) -> Tensor:

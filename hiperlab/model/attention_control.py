@@ -1,17 +1,24 @@
-"""Attention maps as values: a control gets a layer's map after the softmax and returns the one to use instead.
+"""Attention in a control's hands: it gets a layer's queries, keys and values, or its map, or a named layer's output.
 
 The processors keep nothing. A control belongs to one U-Net call and travels in its `Conditioning`; Prompt-to-Prompt
-(Hertz et al. 2022, algorithm 1) is one.
-Axes: B rows of the call, S image positions (pixels of the layer's map), N keys (tokens, or positions again).
+(Hertz et al. 2022, algorithm 1) is one that changes maps.
+Axes: B rows of the call, H heads of width d, S image positions (pixels of the layer's map), N keys (tokens, or
+positions again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hiperlab.model.layer_hooks import hooked
 
 PLACES = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
@@ -36,20 +43,62 @@ def layer_of(name: str) -> Layer:
     return Layer(name, PLACES[name.split(".")[0]], name.endswith(".attn2"))
 
 
-class Control(Protocol):
-    """Reads and changes attention maps during one U-Net call.
+class Control:
+    """Reads and changes what attention layers, and other named layers, do in one U-Net call; this one leaves all alone.
 
-    Under gradient checkpointing a layer runs twice; a control that keeps maps must overwrite, never append.
+    Under gradient checkpointing an attention layer runs twice; a control that keeps anything must overwrite, never
+    append.
     """
 
     def wants(self, layer: Layer, pixels: int) -> bool:
-        """Whether this layer, with S = `pixels` image positions, is called; all others keep their fused kernel."""
+        """Whether this layer, with S = `pixels` image positions, is asked of `attend`; others keep their own way."""
+        return False
 
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What the layer attends to (B, H, S, d), from `query` (B, H, S, d), `key` and `value` (B, H, N, d)."""
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def outputs(self) -> Collection[str]:
+        """Paths in the U-Net of the layers (convolutions, …) whose output `output` replaces; only without gradients."""
+        return ()
+
+    def output(self, name: str, states: Tensor) -> Tensor:
+        """What stands for the output `states` (B, …) of the layer `name`, same shape."""
+        return states
+
+
+class MapControl(Control, ABC):
+    """A control of attention maps: each wanted one is made, in float32 or float64, and handed over."""
+
+    @abstractmethod
     def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
         """The map to use in place of `probabilities` (B, heads, S, N), float32 or float64; rows need not sum to 1."""
 
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `Control`, through the map."""
+        return through_map(query, key, value, partial(self, layer))
 
-class Record:
+
+def through_map(query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """softmax(Q K^T / sqrt d) V (Vaswani et al. 2017, eq. 1), with the map changed between; shapes as `attend`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (change(scores.softmax(dim=-1)) @ value.to(dtype)).to(value.dtype)
+
+
+def replaced_outputs(control: Control, unet: nn.Module) -> AbstractContextManager[None]:
+    """While inside, the outputs that the control names are replaced; the U-Net itself is not changed."""
+    names = control.outputs()
+    # A block that is replayed for its gradient runs when these are gone.
+    assert not names or not torch.is_grad_enabled(), "outputs are replaced in calls without gradients"
+    return hooked(unet, [(name, partial(_replace, control, name)) for name in names])
+
+
+def _replace(control: Control, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return control.output(name, output)
+
+
+class Record(MapControl):
     """Keeps the maps of chosen layers, unchanged, and their gradients' graph.
 
     Args:

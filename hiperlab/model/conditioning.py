@@ -27,8 +27,8 @@ class Conditioning:
         row_offsets: offsets beside the U-Net's layers, each row's own; None for none. Where both are given they are the
             same change, and a call of its own takes `offsets`, a shared one these.
         detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
-        control: reads and changes the call's attention maps; it knows the call's rows by their number, so it is given
-            to the conditioning of a whole call, last of all.
+        control: reads and changes the call's attention and outputs of its layers; it knows the call's rows by their
+            number, so it is given to the conditioning of a whole call, last of all.
     """
 
     keys: Tensor
@@ -52,7 +52,7 @@ class Conditioning:
     def rows(self, index: Tensor | Sequence[int]) -> Conditioning:
         """The conditioning (L, R, N, D) of R chosen batch rows, numbers in [0, B); repeats are allowed."""
         assert self.control is None, "a control belongs to the rows of a whole call"
-        index = torch.as_tensor(index, device=self.keys.device)
+        index = torch.as_tensor(index, dtype=torch.long, device=self.keys.device)  # of no rows, too
         values = None if self.values is None else self.values[:, index]
         row_offsets = None if self.row_offsets is None else self.row_offsets.rows(index)
         return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first, row_offsets=row_offsets)
@@ -60,11 +60,11 @@ class Conditioning:
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning, keys and values (L, B, N, D) in another floating type."""
         values = None if self.values is None else self.values.to(dtype)
-        # Offsets choose their type by the weight's, controls by the map's.
+        # Offsets choose their type by the weight's, controls by what they get.
         return replace(self, keys=self.keys.to(dtype), values=values)
 
     def controlled(self, control: Control | None) -> Conditioning:
-        """The same conditioning with a control of the call's attention maps."""
+        """The same conditioning with a control of the call's attention."""
         return replace(self, control=control)
 
 

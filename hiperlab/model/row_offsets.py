@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hiperlab.model.layer_hooks import hooked
+
 
 @dataclass(frozen=True)
 class RowOffsets:
@@ -58,17 +60,13 @@ class RowOffsets:
     @contextmanager
     def beside(self, module: nn.Module) -> Iterator[None]:
         """While inside, the module's named layers give their offsets too; the module itself is not changed."""
-        handles = [
-            module.get_submodule(name.rpartition(".")[0]).register_forward_hook(partial(self._add, tensors))
-            for name, tensors in self.changes.items()
-        ]
+        hooks = [(name.rpartition(".")[0], partial(self._add, tensors)) for name, tensors in self.changes.items()]
         token = _ACTIVE.set((self, module))
         try:
-            yield
+            with hooked(module, hooks):
+                yield
         finally:
             _ACTIVE.reset(token)
-            for handle in handles:
-                handle.remove()
 
     def _add(self, tensors: tuple[Tensor, ...], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output (B, ...) with each row's product, worked out in the more precise of the two types."""

@@ -169,8 +169,8 @@ def _answers(stack: FrozenStack, calls: Sequence[Call]) -> list[Tensor]:
         return list(stack.predict(latents, times, states).split(counts))
 
 
-class _Controls:
-    """The controls of a joined call: each sees the maps of its own call's rows alone.
+class _Controls(Control):
+    """The controls of a joined call: each sees its own call's rows alone.
 
     Args:
         controls: one per call, None for none.
@@ -179,14 +179,24 @@ class _Controls:
 
     def __init__(self, controls: Sequence[Control | None], counts: Sequence[int]) -> None:
         bounds = pairwise(accumulate(counts, initial=0))
-        self.parts = [(control, slice(*bound)) for control, bound in zip(controls, bounds, strict=True)]
+        self.parts = [(control or _LEFT_ALONE, slice(*bound)) for control, bound in zip(controls, bounds, strict=True)]
 
     def wants(self, layer: Layer, pixels: int) -> bool:
-        return any(control.wants(layer, pixels) for control, _ in self.parts if control is not None)
+        return any(control.wants(layer, pixels) for control, _ in self.parts)
 
-    def __call__(self, layer: Layer, probabilities: Tensor) -> Tensor:
-        pixels, maps = probabilities.shape[2], []
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = []
         for control, rows in self.parts:
-            own = probabilities[rows]
-            maps.append(control(layer, own) if control is not None and control.wants(layer, pixels) else own)
-        return torch.cat(maps)
+            asked = control if control.wants(layer, query.shape[2]) else _LEFT_ALONE
+            found.append(asked.attend(layer, query[rows], key[rows], value[rows]))
+        return torch.cat(found)
+
+    def outputs(self) -> list[str]:
+        return list(dict.fromkeys(name for control, _ in self.parts for name in control.outputs()))
+
+    def output(self, name: str, states: Tensor) -> Tensor:
+        parts = [(control if name in control.outputs() else _LEFT_ALONE, rows) for control, rows in self.parts]
+        return torch.cat([control.output(name, states[rows]) for control, rows in parts])
+
+
+_LEFT_ALONE = Control()

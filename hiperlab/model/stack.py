@@ -6,8 +6,9 @@ Axes: L cross-attention layers, B batch, N tokens, D text width, H, W latent sid
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from hiperlab.errors import UserError
 from hiperlab.model import noise as diffusion
 from hiperlab.model import text as clip
 from hiperlab.model.attention import install_attention
+from hiperlab.model.attention_control import replaced_outputs
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.cuda_graphs import CudaGraphs
 from hiperlab.model.offsets import Offsets, checkpointed
@@ -156,6 +158,16 @@ class FrozenStack(nn.Module):
         return len(self.cross_attention)
 
     @property
+    def self_attention(self) -> list[str]:
+        """Paths of the self-attention layers in the order of execution; each precedes its block's cross-attention."""
+        return [f"{name.removesuffix('attn2')}attn1" for name in self.cross_attention]
+
+    @property
+    def decoder_blocks(self) -> list[str]:
+        """Paths of the decoder's residual blocks in the order of execution, twelve in SD 1.x and 2.x."""
+        return [name for name, _ in self.unet.named_modules() if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name)]
+
+    @property
     def num_timesteps(self) -> int:
         """Length of the noise schedule (1000)."""
         return len(self.alpha_bar)
@@ -282,7 +294,7 @@ class FrozenStack(nn.Module):
             latents: z_t (B, C, H, W).
             timestep: (B,) int64 in [0, 1000).
             conditioning: states for B rows, passed through the U-Net untouched to the processors; its offsets stand
-                in for weights and its control for attention maps during this call only; the U-Net never changes.
+                in for weights and its control for attention and outputs during this call only; the U-Net never changes.
         """
         dtype = next(self.unet.parameters()).dtype
         states, latents = conditioning.to(dtype), latents.to(dtype)
@@ -302,7 +314,11 @@ class FrozenStack(nn.Module):
         weights = states.offsets.weights(self.unet) if states.offsets else {}
         if states.control is not None:
             inputs["cross_attention_kwargs"] = {"control": states.control}
-        with beside.beside(self.unet) if beside else nullcontext():
+        with ExitStack() as during:
+            if beside is not None:
+                during.enter_context(beside.beside(self.unet))
+            if states.control is not None:  # after the offsets, whose layers' outputs it replaces
+                during.enter_context(replaced_outputs(states.control, self.unet))
             changed: Tensor = functional_call(self.unet, weights, (latents, timestep), inputs)[0]
         return changed
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from hiperlab.model.attention_control import Record, cross_maps, layer_of
+from hiperlab.model.attention_control import Control, Layer, Record, cross_maps, layer_of
 from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.shared_calls import Call, Calls, together
 from hiperlab.model.tiny import tiny
 
 
@@ -67,3 +68,59 @@ def test_a_control_belongs_to_a_whole_call() -> None:
 def test_layers_know_their_place() -> None:
     layer = layer_of("mid_block.attentions.0.transformer_blocks.0.attn1")
     assert (layer.place, layer.cross) == ("mid", False)
+
+
+CONVOLUTION = "up_blocks.1.resnets.1.conv2"
+
+
+class FirstRow(Control):
+    """Every row's queries and keys of one layer, and its output of one convolution, are row 0's."""
+
+    def wants(self, layer: Layer, pixels: int) -> bool:
+        return layer.name == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
+
+    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return super().attend(layer, query[[0, 0]], key[[0, 0]], value)
+
+    def outputs(self) -> list[str]:
+        return [CONVOLUTION]
+
+    def output(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        return states[[0, 0]]
+
+
+@torch.no_grad()
+def test_queries_keys_and_outputs_can_be_another_rows(stack) -> None:
+    """The rows that are read do not change, the others do, and nothing stays behind."""
+    z, t, states = inputs()
+    plain, changed = stack.predict(z, t, states), stack.predict(z, t, states.controlled(FirstRow()))
+    torch.testing.assert_close(changed[0], plain[0], atol=1e-5, rtol=0)
+    assert (changed[1] - plain[1]).abs().max() > 1e-3
+    seen = []
+    layer = stack.unet.get_submodule(CONVOLUTION)
+    handle = layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    assert torch.equal(stack.predict(z, t, states), plain)
+    stack.predict(z, t, states.controlled(FirstRow()))
+    handle.remove()
+    assert not layer._forward_hooks
+    torch.testing.assert_close(seen[1][0], seen[0][0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_controls_of_shared_calls_see_their_own_rows(stack) -> None:
+    z, t, states = inputs()
+    controls = [None, FirstRow(), Record(cross_maps(64)), FirstRow()]
+
+    def work(control: Control | None) -> Calls[torch.Tensor]:
+        return (yield Call(z, t, states.controlled(control)))
+
+    found = together(stack, [work(control) for control in controls])
+    for ours, control in zip(found, controls, strict=True):
+        expected = stack.predict(z, t, states.controlled(control))
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+
+
+def test_outputs_are_not_replaced_under_a_gradient(stack) -> None:
+    z, t, states = inputs()
+    with pytest.raises(AssertionError, match="without gradients"):
+        stack.predict(z, t, states.controlled(FirstRow()))

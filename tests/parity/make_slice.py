@@ -1,13 +1,8 @@
-"""Cut the committed slice from a golden folder: `python -m tests.parity.make_slice`.
+"""Cut the committed slice from the golden folders: `python -m tests.parity.make_slice`.
 
-The slice lets a fresh clone check the core numbers (positional encoding, mapper, rescaling, text encoder with bypass)
-without the full folder: groups a, b, c, g of golden/neti; of golden/hiper texts, contexts, gradients, the authors'
-files and Imagic's embedding phase; of golden/lora one layer, the text encoder's LoRA and the losses; of
-golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
-offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
-golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
-of golden/edit_friendly_ddpm the picture and diffused latents; of golden/dvar the series of losses; of golden/dco
-predictions and losses; and, of the twin's text encoder, all but the embedding rows that no golden prompt uses.
+The slice lets a fresh clone check the core numbers without the full folders: groups a, b, c, g of golden/neti
+(positional encoding, mapper, rescaling, text encoder with bypass), of the others what their functions say, and of the
+twin's text encoder all but the embedding rows that no golden prompt uses.
 """
 
 from __future__ import annotations
@@ -182,6 +177,8 @@ def _edits() -> None:
 
 _EDITS = {
     "direct_inversion": ("image", "input_ids"),
+    "masactrl": ("direct.picture",),
+    "plug_and_play": ("image",),
     "edit_friendly_ddpm": ("pixel_values", "latent0", "main.noise", "main.xts_drawn"),
 }
 _P2P = (

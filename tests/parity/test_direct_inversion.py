@@ -6,7 +6,6 @@ Sizes, prompts and settings are meta.json's. The committed slice holds the pictu
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from hiperlab.model import inversion
 from hiperlab.model.shared_calls import alone
 from tests.composed import build
 from tests.parity import golden
+from tests.parity.roots import Roots
 
 close = golden.close
 FOLDER = "direct_inversion"
@@ -218,61 +218,20 @@ def recorded_in_float64() -> list[str]:
     return [name.removesuffix(".latents") for name in names if name.endswith(".latents")] or ["none recorded"]
 
 
-class Roots:
-    """Square roots of noise levels as the recording machine's float32 had them: a last digit off the rounded ones.
-
-    Which of them are off is read from the recorded path, whose steps hold to 1e-12 for one choice and to 1e-8 for any
-    other; everything behind the path is then compared with what was found.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[float, Tensor] = {}
-
-    @staticmethod
-    def near(level: Tensor) -> list[Tensor]:
-        """The rounded root of a level in float32, and its two neighbours."""
-        middle = level.double().sqrt().float()
-        return [middle, *(torch.nextafter(middle, torch.tensor(end)) for end in (0.0, 2.0))]
-
-    def candidates(self, level: Tensor) -> list[Tensor]:
-        known = self.known.get(float(level))
-        return self.near(level) if known is None else [known]
-
-    def learn(self, made: Any, path: Tensor) -> None:
-        """Find the roots of every level of a path (T+1, 1, C, H, W)."""
-        states, _ = made.edit_conditions([made.source], "")
-        for k, timestep in enumerate(reversed(made.timesteps)):
-            here, below = inversion.levels(made.model, timestep, made.steps)
-            noise = inversion.predict_noise(made.model, path[k], timestep, states(0))
-            levels = [below, 1 - below, here, 1 - here]
-            best = min(
-                itertools.product(*map(self.candidates, levels)),
-                key=lambda roots: float((step(path[k], noise, *roots) - path[k + 1]).abs().max()),
-            )
-            self.known |= dict(zip(map(float, levels), best, strict=True))
-            close("di f64 step of the path", step(path[k], noise, *best), path[k + 1], 1e-12, absolute=True)
-
-    def move(self, latents: Tensor, noise: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        """`inversion.move` with these roots."""
-        return step(latents, noise, *(self.known[float(level)] for level in (start, 1 - start, end, 1 - end)))
-
-
-def step(latents: Tensor, noise: Tensor, start: Tensor, start_noise: Tensor, end: Tensor, end_noise: Tensor) -> Tensor:
-    return end * (latents - start_noise * noise) / start + end_noise * noise
-
-
 @pytest.mark.parametrize("which", recorded_in_float64())
 def test_in_float64(root, meta, g, which, monkeypatch) -> None:
     """The picture's latents, and all that follows from theirs, with the file's own table of noise levels."""
     f64, roots = golden.tensors(root / "golden_f64.safetensors"), Roots()
     made = method(meta, which, torch.float64, g["alphas_cumprod"])
-    roots.learn(made, f64["pivot"])
+    states, _ = made.edit_conditions([made.source], "")
+    close(
+        "di f64 step of the path", *roots.learn(made.model, made.steps, states(0), f64["pivot"]), 1e-12, absolute=True
+    )
     monkeypatch.setattr(inversion, "move", roots.move)
     # Ours rounds the posterior and the picture's levels to float32, theirs did not.
     pixels = g["image"].permute(2, 0, 1)[None].double() / 127.5 - 1
     mean = made.model.vae.encode(pixels).latent_dist.mean.detach()
     close("di f64 latents of the picture", made.model.scale(mean), f64["pivot"][0], 1e-8, absolute=True)
-    states, _ = made.edit_conditions([made.source], "")
     path = inversion.invert(made.model, f64["pivot"][0], states(0), made.steps).latents
     close("di f64 pivot", path, f64["pivot"], 1e-7, absolute=True)
     made.path.copy_(path[:, 0])
