@@ -21,6 +21,7 @@ from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
 from hiperlab.base.prior_preservation import Prior
 from hiperlab.base.rare_token_method import RareTokenMethod
+from hiperlab.base.strength import DrawnAtStrengths
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning, Part
@@ -58,7 +59,7 @@ def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
-class LoRA(RareTokenMethod):
+class LoRA(DrawnAtStrengths, RareTokenMethod):
     """A and B beside every attention projection; prompts say "sks dog" for the placeholder.
 
     Args:
@@ -80,7 +81,6 @@ class LoRA(RareTokenMethod):
     stacks_concepts = True
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
-    sampling_settings = ("strength",)
 
     def __init__(
         self,
@@ -104,13 +104,10 @@ class LoRA(RareTokenMethod):
             raise UserError(f"method.rank={rank}, method.alpha={alpha}: both must be above 0 (published: 4 and 4).")
         if not targets and not (text_encoder and text_targets):
             raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
-        if not strength:
-            raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
+        self.set_strengths(strength)
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
         self.register_buffer("alpha", torch.full((len(concepts),), float(alpha)))
-        self.strength = float(strength[0])
-        self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
         self.plain_text = TextCache(model)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # keys "unet/<module>", dots as slashes
         self.words_brought = nn.ParameterDict()  # (1, V, D) each, of another tool's file; never trained
@@ -139,7 +136,7 @@ class LoRA(RareTokenMethod):
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        strength = 1.0 if step.samples is not None else self._strength(step.variant)
+        strength = 1.0 if step.samples is not None else self.strength_of(step.variant)
         states = self._encode(self.texts(step), step.concept, strength)[None]
         changes = {f"{name}.weight": pair for name, pair in self._pairs("unet").items()}
         scale = strength * self.alpha / self.rank
@@ -148,7 +145,7 @@ class LoRA(RareTokenMethod):
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""
-        strength = self._strength(variant)
+        strength = self.strength_of(variant)
         return ChangedWeights(self.offsets("unet", 0, strength), self.offsets("text", 0, strength))
 
     def offsets(self, part: str, index: int, strength: float) -> Offsets:
@@ -165,7 +162,7 @@ class LoRA(RareTokenMethod):
             (1, N, D), or one (N, D) for each of `concepts` where their text encoders differ.
         """
         different = list(dict.fromkeys(concepts)) if self._pairs("text") else [0]
-        found = self._encode([text] * len(different), torch.tensor(different), self._strength(variant))
+        found = self._encode([text] * len(different), torch.tensor(different), self.strength_of(variant))
         return found if len(different) == 1 else found[[different.index(number) for number in concepts]]
 
     def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Tensor:
@@ -208,9 +205,6 @@ class LoRA(RareTokenMethod):
                 "concepts: draw it by itself with artifact=."
             )
         return super().composition_part(step)
-
-    def _strength(self, variant: str) -> float:
-        return float(variant.removeprefix("strength=")) if variant else self.strength
 
     def _pairs(self, part: str) -> dict[str, tuple[Tensor, Tensor]]:
         """A (K, r, in) and B (K, out, r) by the modules' names."""

@@ -43,6 +43,10 @@ class Change(ABC):
         """What it depends on beside its tensors."""
         return None
 
+    def joined(self, other: Change) -> Change | None:
+        """Both at once as one change; None where that is what each does to the frozen weight, added up."""
+        return None
+
 
 @dataclass(frozen=True)
 class Added(Change):

@@ -6,7 +6,8 @@ files and Imagic's embedding phase; of golden/lora one layer, the text encoder's
 golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prompt's tables; of golden/e4t single
 offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
 golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
-of golden/edit_friendly_ddpm the picture and diffused latents; and, of the twin's text encoder, all but the embedding
+of golden/edit_friendly_ddpm the picture and diffused latents; of golden/svdiff the recomposed weights with the frozen
+ones they are made of; and, of the twin's text encoder, all but the embedding
 rows that no golden prompt uses.
 """
 
@@ -40,6 +41,7 @@ def main() -> None:
     _dti()
     _cross_initialization()
     _edits()
+    _svdiff()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -120,6 +122,25 @@ def _cross_initialization() -> None:
     ids = used.unique()
     ids = ids[ids < len(table)]
     save_file({"ids": ids, "rows": table[ids].clone()}, target / "vocabulary.safetensors")
+
+
+def _svdiff() -> None:
+    """The slice of golden/svdiff: single layers, frozen, shifts and recomposed."""
+    source, target = golden.folder("svdiff"), golden.SLICE / "svdiff"
+    everything, meta = load_file(source / "golden.safetensors"), golden.config(source / "meta.json")
+    sizes = [shape[0] for shape in meta["shift_shapes"]]
+    shifts = dict(zip(meta["shift_names"], everything["given.delta"].split(sizes), strict=True))
+    twin = golden.twin(meta["run"]["resolution"], "golden")
+    parts = {"unet.": twin.unet, "text.text_model.": twin.text_module}
+    kept = {}
+    for layer in meta["layers"]:
+        prefix = next(prefix for prefix in parts if layer.startswith(prefix))
+        kept[f"frozen.{layer}"] = parts[prefix].get_parameter(f"{layer.removeprefix(prefix)}.weight").contiguous()
+        kept[f"given.delta.{layer}.delta"] = shifts[f"{layer}.delta"].clone()
+        kept[f"given.weight.{layer}"] = everything[f"given.weight.{layer}"]
+    target.mkdir()
+    save_file(kept, target / "golden.safetensors")
+    (target / "meta.json").write_text(json.dumps({"layers": meta["layers"]}) + "\n")
 
 
 def _saved(source: Path, target: Path) -> None:
