@@ -25,29 +25,13 @@ from hiperlab.base.strength import DrawnAtStrengths
 from hiperlab.errors import UserError
 from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.offsets import LowRank, Offsets, modules_named
 from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier, with_weights
-from hiperlab.model.text_cache import TextCache
+from hiperlab.model.text_cache import TextCache, by_concept
 
 log = logging.getLogger(__name__)
-
-
-def modules_named(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Linear and convolution layers whose names end in one of `targets`, as PEFT matches them, in the module's order.
-
-    Raises:
-        UserError: a target that no layer's name ends in.
-    """
-    layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(
-                f"no layer's name ends in {target!r}. U-Net: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, "
-                "proj_in, proj_out, conv1, conv2; text encoder: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
-            )
-    return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -170,13 +154,8 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         numbers = concepts.tolist()
         if not self._pairs("text") and not self.words_brought:
             return self.plain_text(texts)
-        found: dict[int, Tensor] = {}
-        for index in dict.fromkeys(numbers):
-            rows = [row for row, number in enumerate(numbers) if number == index]
-            own, offsets = [texts[row] for row in rows], self.offsets("text", index, strength)
-            encode = self._with_words_brought if self.words_brought else self.model.encode_text
-            found.update(zip(rows, encode(own, offsets), strict=True))
-        return torch.stack([found[row] for row in range(len(numbers))])
+        encode = self._with_words_brought if self.words_brought else self.model.encode_text
+        return by_concept(texts, numbers, lambda own, index: encode(own, self.offsets("text", index, strength)))
 
     def _with_words_brought(self, texts: Sequence[str], offsets: Offsets) -> Tensor:
         """Text states (B, N, D) with the learnt vectors of the words that came with the file."""

@@ -122,11 +122,13 @@ class SVDiff(DrawnAtStrengths, RareTokenMethod):
         unet, text = files.read(path)
         if text and not self.text_shifts:
             raise UserError(f"{path.name} comes with {files.TEXT}: set method.text_encoder=true, or move that away.")
-        for found, own in ((unet, self.unet_shifts), (text, self.text_shifts)):
+        wanted = []  # both networks' are looked at before anything is taken
+        for found, own, name in ((unet, self.unet_shifts, path.name), (text, self.text_shifts, files.TEXT)):
             ours = _by_layer(own)
-            wanted = files.fitted(found, ours, path.name) if found else {name: torch.zeros(()) for name in ours}
-            for name, value in ours.items():
-                value.copy_(wanted[name])
+            theirs = files.fitted(found, ours, name) if found else {layer: torch.zeros(()) for layer in ours}
+            wanted += [(ours[layer], value) for layer, value in theirs.items()]
+        for shift, value in wanted:
+            shift.copy_(value)
 
 
 def _by_layer(shifted: nn.ParameterDict) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ golden/stylediffusion the mapping network, its picture tokens and Prompt-to-Prom
 offsets and both encoders; of golden/dti the optimizer, the gradients and the files; of
 golden/cross_initialization starts, texts, gradients and files; of golden/direct_inversion the picture and the tokens;
 of golden/edit_friendly_ddpm the picture and diffused latents; of golden/svdiff the recomposed weights with the frozen
-ones they are made of; and, of the twin's text encoder, all but the embedding
+ones they are made of; of golden/peft two layers of every file; and, of the twin's text encoder, all but the embedding
 rows that no golden prompt uses.
 """
 
@@ -42,6 +42,7 @@ def main() -> None:
     _cross_initialization()
     _edits()
     _svdiff()
+    _peft()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -141,6 +142,24 @@ def _svdiff() -> None:
     target.mkdir()
     save_file(kept, target / "golden.safetensors")
     (target / "meta.json").write_text(json.dumps({"layers": meta["layers"]}) + "\n")
+
+
+def _peft() -> None:
+    """The slice of golden/peft: of every file the first two layers, with its whole config."""
+    source, target = golden.folder("peft"), golden.SLICE / "peft"
+    meta = golden.config(source / "meta.json")
+    first = load_file(source / "saved_ia3" / "adapter_model.safetensors")
+    layers = sorted(key.removesuffix(".ia3_l") for key in first)[:2]
+    for name in meta["tuners"]:
+        folder = f"saved_{name}"
+        (target / folder).mkdir(parents=True)
+        everything = load_file(source / folder / "adapter_model.safetensors")
+        kept = {key: value for key, value in everything.items() if key.startswith(tuple(f"{each}." for each in layers))}
+        save_file(kept, target / folder / "adapter_model.safetensors")
+        shutil.copyfile(source / folder / "adapter_config.json", target / folder / "adapter_config.json")
+    known = ("own_settings", "example_keys")
+    tuners = {name: {k: v for k, v in how.items() if k not in known} for name, how in meta["tuners"].items()}
+    (target / "meta.json").write_text(json.dumps({"targets": layers, "tuners": tuners}, indent=1) + "\n")
 
 
 def _saved(source: Path, target: Path) -> None:
