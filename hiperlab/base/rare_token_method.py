@@ -37,7 +37,7 @@ class RareTokenMethod(Method, Composable, Exportable):
 
     stacks_concepts = False
     fixed_settings: ClassVar[tuple[str, ...]] = ("identifier",)
-    training_settings = ("optimizer", "template", "prior")
+    training_settings: ClassVar[tuple[str, ...]] = ("optimizer", "template", "prior")
 
     def __init__(
         self,

@@ -286,11 +286,13 @@ def _unknown_key(key: str, base: DictConfig, groups: set[str]) -> str:
 def _unresolved(error: OmegaConfBaseException, cfg: DictConfig) -> str:
     """A reference that leads nowhere: where its path ends, and what there is instead."""
     wanted = re.search(r"Interpolation key '([\w.]+)' not found", str(error))
-    path, node = [], cfg
-    for part in wanted[1].split(".") if wanted else ():
+    asked = wanted[1] if wanted else ""
+    path: list[str] = []
+    node: Any = cfg
+    for part in asked.split("."):
         if path and isinstance(node, DictConfig) and part not in node:
             names = [str(name) for name in node]
-            return f"{error.full_key} asks for {wanted[1]}: {'.'.join(path)} has no {part}.{near(part, names)}"
+            return f"{error.full_key} asks for {asked}: {'.'.join(path)} has no {part}.{near(part, names)}"
         if not isinstance(node, DictConfig) or part not in node:
             break
         path.append(part)

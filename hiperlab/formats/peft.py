@@ -21,7 +21,7 @@ from hiperlab.hub import first_line
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-UNSUPPORTED = {  # settings that change what the tensors mean, and the only value that is read
+UNSUPPORTED: dict[str, Any] = {  # settings that change what the tensors mean, and the only value that is read
     "rank_pattern": {}, "alpha_pattern": {}, "n_frequency_pattern": {}, "modules_to_save": None,
     "layer_replication": None, "lora_bias": False, "fan_in_fan_out": False, "use_effective_conv2d": False,
 }  # fmt: skip

@@ -6,7 +6,7 @@ Axes: K concepts (always 1 here), R rows, N tokens, D text width, r singular val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _by_layer(shifted: nn.ParameterDict) -> dict[str, Tensor]:
     return {name.replace("/", "."): value[0] for name, value in shifted.items()}
 
 
-def _offsets(kept: Spectra, shifted: Mapping[str, Tensor], strength: float) -> Offsets:
+def _offsets(kept: Spectra, shifted: nn.ParameterDict, strength: float) -> Offsets:
     """The weights' changes by the module's own names."""
     return Offsets(
         {f"{name}.weight": Shifted(kept[name], shifted[name.replace(".", "/")][0], strength) for name in kept.names}
