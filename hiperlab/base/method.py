@@ -490,6 +490,10 @@ class Method(pl.LightningModule, ABC):
             return found
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
+        if self.consistency is None:
+            negatives = self.encode_negative(negative, variant, [number for _, number in same])
+        else:  # guidance is the frozen model's own then
+            negatives = self.model.encode_text([negative])
         return (
             yield from generation_calls(
                 self.model,
@@ -499,7 +503,7 @@ class Method(pl.LightningModule, ABC):
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler or ddim(steps, guidance),
-                negative=self.encode_negative(negative, variant, [number for _, number in same]),
+                negative=negatives,
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
                 reads_latents=self.reads_latents,

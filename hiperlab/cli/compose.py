@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequenc
         missing = sorted(OmegaConf.missing_keys(task))
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The config does not resolve: {_flat(error)}") from None
+        raise UserError(_unresolved(error, task)) from None
     if missing:
         how = " ".join(f"{key}=…" for key in missing)
         raise UserError(f"Missing: {', '.join(missing)}. Give {how} on the command line.")
@@ -294,6 +295,23 @@ def _unknown_key(key: str, base: DictConfig, groups: set[str]) -> str:
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     listed = f"{parent or 'The top level'} has: {', '.join(inside)}." if inside else f"{parent} is a single value."
     return f"{key}: no such setting.{hint} {listed} (+{key}=… adds one.)"
+
+
+def _unresolved(error: OmegaConfBaseException, cfg: DictConfig) -> str:
+    """A reference that leads nowhere: where its path ends, and what there is instead."""
+    wanted = re.search(r"Interpolation key '([\w.]+)' not found", str(error))
+    asked = wanted[1] if wanted else ""
+    path: list[str] = []
+    node: Any = cfg
+    for part in asked.split("."):
+        if path and isinstance(node, DictConfig) and part not in node:
+            names = [str(name) for name in node]
+            return f"{error.full_key} asks for {asked}: {'.'.join(path)} has no {part}.{near(part, names)}"
+        if not isinstance(node, DictConfig) or part not in node:
+            break
+        path.append(part)
+        node = node[part]
+    return f"The config does not resolve: {_flat(error)}"
 
 
 def _flat(error: BaseException) -> str:

@@ -84,8 +84,6 @@ class DreamBooth(RareTokenMethod):
 
     def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
         """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
-        if self.consistency is not None:  # this branch is the frozen model's
-            return super().encode_negative(text, variant, concepts)
         return self._encode([text])
 
     def _encode(self, texts: Sequence[str]) -> Tensor:

@@ -22,33 +22,19 @@ from hiperlab import draws
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
 from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
+from hiperlab.base.strength import DrawnAtStrengths
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from hiperlab.formats import lora as files
 from hiperlab.model.conditioning import Conditioning, Part
-from hiperlab.model.offsets import LowRank, Offsets
+from hiperlab.model.offsets import LowRank, Offsets, modules_named
 from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
 from hiperlab.model.text import check_identifier, with_weights
+from hiperlab.model.text_cache import by_concept
 from hiperlab.optim.held_norm import hold_norms
 
 log = logging.getLogger(__name__)
-
-
-def modules_named(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Linear and convolution layers whose names end in one of `targets`, as PEFT matches them, in the module's order.
-
-    Raises:
-        UserError: a target that no layer's name ends in.
-    """
-    layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(
-                f"no layer's name ends in {target!r}. U-Net: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, "
-                "proj_in, proj_out, conv1, conv2; text encoder: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
-            )
-    return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +46,7 @@ def resized(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
-class LoRA(RareTokenMethod):
+class LoRA(DrawnAtStrengths, RareTokenMethod):
     """A and B beside every attention projection; prompts say "sks dog" for the placeholder.
 
     Args:
@@ -86,7 +72,7 @@ class LoRA(RareTokenMethod):
     training_settings = (*RareTokenMethod.training_settings, "word_lr")
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
-    sampling_settings = (*RareTokenMethod.sampling_settings, "strength")
+    sampling_settings = (*RareTokenMethod.sampling_settings, *DrawnAtStrengths.sampling_settings)
 
     def __init__(
         self,
@@ -113,14 +99,11 @@ class LoRA(RareTokenMethod):
             raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
         if word_lr <= 0:
             raise UserError(f"method.word_lr={word_lr} is out of range. Choose above 0; DCO's authors use 5e-6.")
-        if not strength:
-            raise UserError("method.strength=[] draws nothing. Give one factor or several, e.g. [1.0].")
+        self.set_strengths(strength)
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
         self.word_norm: Tensor
         self.register_buffer("alpha", torch.full((len(concepts),), float(alpha)))
-        self.strength = float(strength[0])
-        self.variants = tuple(f"strength={value}" for value in strength) if len(strength) > 1 else ("",)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # keys "unet/<module>", dots as slashes
         self.words_brought = nn.ParameterDict()  # (1, V, D) each, of another tool's file; never trained
         self.learn_word, self.word_lr = learn_word, float(word_lr)
@@ -166,7 +149,7 @@ class LoRA(RareTokenMethod):
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        strength = 1.0 if step.samples is not None else self._strength(step.variant)
+        strength = 1.0 if step.samples is not None else self.strength_of(step.variant)
         states = self._encode(self.texts(step), step.concept, strength)[None]
         changes = {f"{name}.weight": pair for name, pair in self._pairs("unet").items()}
         scale = strength * self.alpha / self.rank
@@ -179,7 +162,7 @@ class LoRA(RareTokenMethod):
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets at the variant's strength."""
-        strength = self._strength(variant)
+        strength = self.strength_of(variant)
         return ChangedWeights(self.offsets("unet", 0, strength), self.offsets("text", 0, strength))
 
     def offsets(self, part: str, index: int, strength: float) -> Offsets:
@@ -195,10 +178,8 @@ class LoRA(RareTokenMethod):
         Returns:
             (1, N, D), or one (N, D) for each of `concepts` where their text encoders differ.
         """
-        if self.consistency is not None:  # this branch is the frozen model's
-            return super().encode_negative(text, variant, concepts)
         different = list(dict.fromkeys(concepts)) if self._pairs("text") else [0]
-        found = self._encode([text] * len(different), torch.tensor(different), self._strength(variant))
+        found = self._encode([text] * len(different), torch.tensor(different), self.strength_of(variant))
         return found if len(different) == 1 else found[[different.index(number) for number in concepts]]
 
     def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Tensor:
@@ -206,14 +187,12 @@ class LoRA(RareTokenMethod):
         numbers = concepts.tolist()
         if not self._pairs("text") and not self.words_brought and not self.learn_word:
             return self.plain_text(texts)
-        found: dict[int, Tensor] = {}
-        for index in dict.fromkeys(numbers):
-            rows = [row for row, number in enumerate(numbers) if number == index]
-            own, offsets = [texts[row] for row in rows], self.offsets("text", index, strength)
-            vectors = self._vectors(index)
-            states = self._with_vectors(own, offsets, vectors) if vectors else self.model.encode_text(own, offsets)
-            found.update(zip(rows, states, strict=True))
-        return torch.stack([found[row] for row in range(len(numbers))])
+
+        def encode(own: Sequence[str], index: int) -> Tensor:
+            offsets, vectors = self.offsets("text", index, strength), self._vectors(index)
+            return self._with_vectors(own, offsets, vectors) if vectors else self.model.encode_text(own, offsets)
+
+        return by_concept(texts, numbers, encode)
 
     def _vectors(self, index: int) -> dict[str, Tensor]:
         """Vectors (V, D) of the words that concept `index` knows: its own, and those that came with a file."""
@@ -247,9 +226,6 @@ class LoRA(RareTokenMethod):
             )
         part = super().composition_part(step)
         return replace(part, vectors=self.word[None, :1, None]) if self.learn_word else part
-
-    def _strength(self, variant: str) -> float:
-        return float(variant.removeprefix("strength=")) if variant else self.strength
 
     def _pairs(self, part: str) -> dict[str, tuple[Tensor, Tensor]]:
         """A (K, r, in) and B (K, out, r) by the modules' names."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ class Change(ABC):
 
     def settings(self) -> Hashable:
         """What it depends on beside its tensors."""
+        return None
+
+    def joined(self, other: Change) -> Change | None:
+        """Both at once as one change; None where that is what each does to the frozen weight, added up."""
         return None
 
 
@@ -114,6 +118,22 @@ class Offsets:
             for name, change in self.changes.items()
             for mine, theirs in zip(change.tensors(), other.changes[name].tensors(), strict=True)
         )
+
+
+def modules_named(module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Linear and convolution layers whose names end in one of `targets`, as PEFT matches them, in the module's order.
+
+    Raises:
+        UserError: a target that no layer's name ends in.
+    """
+    layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"no layer's name ends in {target!r}. U-Net: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, "
+                "proj_in, proj_out, conv1, conv2; text encoder: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
+            )
+    return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def parameter_names(unet: nn.Module, weights: str) -> list[str]:

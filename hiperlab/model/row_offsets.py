@@ -24,8 +24,8 @@ class RowOffsets:
     """Offsets of K concepts: row b of a layer reads scale[k] * delta[k] beside its own weight or bias, k = which[b].
 
     Args:
-        changes: parameter name -> delta (K, out, in) of a linear layer's weight or (K, out) of its bias, as `Added` has
-            them in `hiperlab.model.offsets`; or for a weight A (K, r, in, ...) and B (K, out, r, ...), as `LowRank`.
+        changes: parameter name -> delta (K, out, in, ...) of a weight or (K, out) of a bias, as `Added` has them in
+            `hiperlab.model.offsets`; or for a weight A (K, r, in, ...) and B (K, out, r, ...), as `LowRank`.
         scale: (K,) factor of each concept's changes.
         which: (B,) int64, the concept of each row.
     """
@@ -74,8 +74,11 @@ class RowOffsets:
         *first, last = (each[self.which].to(x) for each in tensors)
         last = last * self.scale[self.which].to(x).view(-1, *[1] * (last.dim() - 1))  # far fewer numbers than x
         if last.dim() == 2:  # of a bias
-            return (output.to(x) + last.view(len(last), *[1] * (output.dim() - 2), -1)).to(output.dtype)
-        if isinstance(layer, nn.Conv2d):
+            shape = [-1, 1, 1] if isinstance(layer, nn.Conv2d) else [*[1] * (output.dim() - 2), -1]
+            return (output.to(x) + last.view(len(last), *shape)).to(output.dtype)
+        if isinstance(layer, nn.Conv2d) and not first:
+            summed = output.flatten(2).to(x) + _convolved(x, last, layer)
+        elif isinstance(layer, nn.Conv2d):
             summed = torch.baddbmm(output.flatten(2).to(x), last.flatten(2), _convolved(x, first[0], layer))
         else:
             x = x.reshape(len(x), -1, x.shape[-1])

@@ -1,8 +1,8 @@
-"""Plain text states, worked out once per text: the text encoder is frozen, so a text always means the same numbers."""
+"""Text states: plain ones, worked out once per text as the text encoder is frozen, and those of several encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,3 +35,18 @@ class TextCache:
         for key in missing:
             self.kept[key] = self.stack.encode_text([key[0]])[0]
         return torch.stack([self.kept[key] for key in keys])
+
+
+def by_concept(texts: Sequence[str], concepts: Sequence[int], encode: Callable[[Sequence[str], int], Tensor]) -> Tensor:
+    """States (R, N, D) of R texts, each through its concept's own text encoder.
+
+    Args:
+        texts: R of them.
+        concepts: number of each text's concept.
+        encode: texts and a concept's number -> their states (B, N, D).
+    """
+    found: dict[int, Tensor] = {}
+    for index in dict.fromkeys(concepts):
+        rows = [row for row, number in enumerate(concepts) if number == index]
+        found.update(zip(rows, encode([texts[row] for row in rows], index), strict=True))
+    return torch.stack([found[row] for row in range(len(texts))])

@@ -125,4 +125,17 @@ def sum_changes(several: Sequence[Offsets | None]) -> Offsets | None:
             by_name.setdefault(name, []).append(change)
     if not by_name:
         return None
-    return Offsets({name: each[0] if len(each) == 1 else Sum(tuple(each)) for name, each in by_name.items()})
+    return Offsets({name: _at_once(each) for name, each in by_name.items()})
+
+
+def _at_once(several: Sequence[Change]) -> Change:
+    """All changes of one weight: those that have a form for that are joined, the others added up."""
+    found: list[Change] = []
+    for change in several:
+        for place, known in enumerate(found):
+            if (both := known.joined(change)) is not None:
+                found[place] = both
+                break
+        else:
+            found.append(change)
+    return found[0] if len(found) == 1 else Sum(tuple(found))

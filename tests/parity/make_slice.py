@@ -37,6 +37,8 @@ def main() -> None:
     _edits()
     _dvar()
     _dco()
+    _svdiff()
+    _peft()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -137,6 +139,43 @@ def _dco() -> None:
     target.mkdir(exist_ok=True)
     save_file(kept, target / "golden.safetensors")
     shutil.copyfile(source / "meta.json", target / "meta.json")
+
+
+def _svdiff() -> None:
+    """The slice of golden/svdiff: single layers, frozen, shifts and recomposed."""
+    source, target = golden.folder("svdiff"), golden.SLICE / "svdiff"
+    everything, meta = load_file(source / "golden.safetensors"), golden.config(source / "meta.json")
+    sizes = [shape[0] for shape in meta["shift_shapes"]]
+    shifts = dict(zip(meta["shift_names"], everything["given.delta"].split(sizes), strict=True))
+    twin = golden.twin(meta["run"]["resolution"], "golden")
+    parts = {"unet.": twin.unet, "text.text_model.": twin.text_module}
+    kept = {}
+    for layer in meta["layers"]:
+        prefix = next(prefix for prefix in parts if layer.startswith(prefix))
+        kept[f"frozen.{layer}"] = parts[prefix].get_parameter(f"{layer.removeprefix(prefix)}.weight").contiguous()
+        kept[f"given.delta.{layer}.delta"] = shifts[f"{layer}.delta"].clone()
+        kept[f"given.weight.{layer}"] = everything[f"given.weight.{layer}"]
+    target.mkdir()
+    save_file(kept, target / "golden.safetensors")
+    (target / "meta.json").write_text(json.dumps({"layers": meta["layers"]}) + "\n")
+
+
+def _peft() -> None:
+    """The slice of golden/peft: of every file the first two layers, with its whole config."""
+    source, target = golden.folder("peft"), golden.SLICE / "peft"
+    meta = golden.config(source / "meta.json")
+    first = load_file(source / "saved_ia3" / "adapter_model.safetensors")
+    layers = sorted(key.removesuffix(".ia3_l") for key in first)[:2]
+    for name in meta["tuners"]:
+        folder = f"saved_{name}"
+        (target / folder).mkdir(parents=True)
+        everything = load_file(source / folder / "adapter_model.safetensors")
+        kept = {key: value for key, value in everything.items() if key.startswith(tuple(f"{each}." for each in layers))}
+        save_file(kept, target / folder / "adapter_model.safetensors")
+        shutil.copyfile(source / folder / "adapter_config.json", target / folder / "adapter_config.json")
+    known = ("own_settings", "example_keys")
+    tuners = {name: {k: v for k, v in how.items() if k not in known} for name, how in meta["tuners"].items()}
+    (target / "meta.json").write_text(json.dumps({"targets": layers, "tuners": tuners}, indent=1) + "\n")
 
 
 def _saved(source: Path, target: Path) -> None:
