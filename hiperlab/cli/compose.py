@@ -125,7 +125,8 @@ def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequenc
     )
     check_types(base, task)
     for key, choice, table in OPTIONAL:
-        if OmegaConf.select(task, key) != choice and (changed := _changed(base, task, table)):
+        chosen = OmegaConf.select(task, key, default=choice)  # a method without the key has no such choice
+        if chosen != choice and (changed := _changed(base, task, table)):
             raise UserError(f"{changed} is read with {key}={choice} only: give both, or neither.")
     check_targets(plain, request.allowed_targets)
 
@@ -171,6 +172,8 @@ def _worth_trying(override: Override, groups: set[str]) -> list[str]:
 OPTIONAL = (  # key, its choice with which the settings of a table are read
     ("fit.stop", "dvar", "fit.dvar"),
     ("method.loss", "dco", "method.dco"),
+    ("method.attention", "masactrl", "method.mutual"),
+    ("method.attention", "p2p", "method.p2p"),
 )
 SET_BY_US = {  # arguments of Lightning's Trainer -> what to set instead
     "max_steps": "use fit.steps",

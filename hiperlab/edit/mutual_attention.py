@@ -47,6 +47,9 @@ class WordMasks:
     threshold: float
 
 
+LOOKUPS = ("source", "both", "own")
+
+
 class MutualAttention(Edits):
     """In chosen steps and layers every row's self-attention has its source's keys and values, and its own queries.
 
@@ -57,6 +60,9 @@ class MutualAttention(Edits):
         masks: parts that look up one another only; None for everywhere.
         pixels: see `Edits`.
         stores: see `Edits`.
+        lookup: whose keys and values targets read in guidance's unconditional rows and in the conditional ones: the
+            "source"'s, "both" its and their own, or their "own" (phymhan/prompt-to-prompt, masactrl/masactrl.py,
+            inject_uncond and inject_cond).
     """
 
     remedy = "set method.mask_pixels to null, or to the square of a side that the U-Net has"
@@ -69,8 +75,11 @@ class MutualAttention(Edits):
         masks: GivenMasks | WordMasks | None,
         pixels: int,
         stores: bool,
+        lookup: tuple[str, str] = ("source", "source"),
     ) -> None:
         super().__init__(rows, pixels, stores)
+        assert masks is None or lookup == ("source", "source"), "masks tell parts of the source apart"
+        self.lookup = lookup
         self.layers, self.steps, self.masks = frozenset(layers), frozenset(steps), masks
         self.found_maps = False
 
@@ -117,6 +126,8 @@ class _AtStep(StepControl):
             return super().attend(layer, query, key, value)
         rows = self.edits.rows
         assert len(query) == len(rows), "a call of other rows"
+        if self.mutual.lookup != ("source", "source"):
+            return self._from(query, key, value)
         key, value = key[rows.sources], value[rows.sources]
         attended = F.scaled_dot_product_attention(query, key, value)
         for number in range(rows.texts - 1):
@@ -125,6 +136,23 @@ class _AtStep(StepControl):
                 own = rows.target(number)
                 source, target = (mask.to(query.device) for mask in masks)
                 attended[own] = by_parts(query[own], key[own], value[own], source, target)
+        return attended
+
+    def _from(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention (R, H, S, d) in which each branch's targets read what `lookup` says."""
+        rows, attended = self.edits.rows, F.scaled_dot_product_attention(query, key, value)
+        conditional = rows.conditional
+        branches = [(conditional[0], conditional[1:], self.mutual.lookup[1])]
+        if rows.guided:
+            branches.append((0, list(range(1, rows.texts)), self.mutual.lookup[0]))
+        for source, targets, kind in branches:
+            if kind == "own" or not targets:
+                continue
+            first = [source] * len(targets)
+            keys, values = key[first], value[first]
+            if kind == "both":
+                keys, values = torch.cat([keys, key[targets]], dim=2), torch.cat([values, value[targets]], dim=2)
+            attended[targets] = F.scaled_dot_product_attention(query[targets], keys, values)
         return attended
 
     def _masks(self, number: int, positions: int) -> tuple[Tensor, Tensor] | None:

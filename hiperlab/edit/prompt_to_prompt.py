@@ -39,6 +39,7 @@ MODES = ("auto", "replace", "refine")
 LARGEST_SELF = 32**2  # positions: by default, larger self-attention maps are never exchanged
 BLEND_START = 0.2  # share of the steps before local blending begins
 Move = Callable[[int, Tensor, Tensor], Tensor]  # step, latents and guided noise (B, C, H, W) -> the step's result
+Guide = Callable[[int, Tensor, Tensor], Tensor]  # sampling step, e_u and e_c (B, C, H, W) -> noise
 
 
 class PromptToPrompt:
@@ -328,6 +329,7 @@ def edit_calls(
     move: Move | None = None,
     skip: int = 0,
     source_once: bool = False,
+    guide: Guide | None = None,
 ) -> Calls[Tensor]:
     """Draw the source and its targets together, from the same noise, with DDIM (Song et al. 2021, eq. 12, eta = 0).
 
@@ -344,6 +346,7 @@ def edit_calls(
         move: another step than DDIM's, before blending; None for DDIM's.
         skip: steps left out at the noisiest end; step 0 is the first that is made.
         source_once: row 0 reads the same text in both branches: it is asked once, see `Rows`.
+        guide: another way from e_u and e_c to the noise than e_u + w (e_c - e_u), where there is guidance.
 
     Returns:
         z_0 (B, C, H, W), scaled.
@@ -359,7 +362,7 @@ def edit_calls(
             both = concatenate([unconditional(step), within_text]).controlled(control)
             predicted = yield from noise_calls(stack, torch.cat([latents, latents[again.start :]]), timestep, both)
             without, within = predicted[: len(start)], predicted[conditional_rows]
-            noise = without + guidance * (within - without)
+            noise = guide(step, without, within) if guide else without + guidance * (within - without)
         else:
             noise = yield from noise_calls(stack, latents, timestep, conditional(step).controlled(control))
         latents = move(step, latents, noise) if move else previous(stack, latents, noise, timestep, steps)
