@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.composition import Composition
 from hiperlab.base.method import Method
+from hiperlab.cli.process import config_dir
 from hiperlab.cli.targets import check_targets
 from hiperlab.errors import UserError
 from hiperlab.report.grid import grid, save_png
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
 from hiperlab.run.sample import MANIFEST, draw_missing, seeds_of
 from hiperlab.run.session import Session
+
+APART = ("optimizer", "cache")  # settings that drawing kept concepts does not take from their files
 
 
 def check_artifacts_together(session: Session) -> None:
@@ -60,7 +64,7 @@ def compose(session: Session) -> Composition:
 
 def _method(session: Session, path: Path, kept: artifact.Artifact) -> Method:
     session.stack.base.check(kept.base, str(path))
-    settings = {key: value for key, value in kept.settings.items() if key not in ("optimizer", "cache")}
+    settings = {key: value for key, value in kept.settings.items() if key not in APART}
     check_targets(settings, session.cfg.allowed_targets, "method")  # the file may come from anywhere
     target = str(kept.settings.get("_target_"))
     try:
@@ -69,12 +73,29 @@ def _method(session: Session, path: Path, kept: artifact.Artifact) -> Method:
         known = False
     if not known:
         raise UserError(f"{path} was learnt by {target}, which is no method here.")
+    settings = {**later_settings(target), **settings}
     # Drawing needs no optimizer; where something is kept on disk is not the file's to say.
     own = {"optimizer": None, "cache": None}
     factory = instantiate(settings, _partial_=True, **{key: own[key] for key in own if key in kept.settings})
     method: Method = factory(model=session.stack, concepts=[kept.subject], seed=session.cfg.seed)
     artifact.load_into(method, 0, path)
     return method.to(session.device)
+
+
+def later_settings(target: str) -> dict[str, Any]:
+    """A method's settings by its yaml, for a file that was kept before some of them were there.
+
+    What an earlier version did is what their defaults do; references to other settings are left out.
+
+    Args:
+        target: the method's dotted name.
+    """
+    for path in sorted((config_dir() / "method").glob("*.yaml")):
+        table = OmegaConf.load(path).get("method", {})
+        if table.get("_target_") == target:
+            plain: dict[str, Any] = OmegaConf.to_container(table, resolve=False)  # type: ignore[assignment]
+            return {key: value for key, value in plain.items() if key not in APART and "${" not in str(value)}
+    return {}
 
 
 def sample(session: Session) -> None:
