@@ -1,8 +1,9 @@
-"""Settings that a model brings for each method, in place of the published ones, unless the command says otherwise.
+"""Settings that a model or an experiment brings for each method, in place of the published ones.
 
 Published settings were made for Stable Diffusion; a model of another size needs other rates and steps. Its yaml holds
 one table, `tuned`: method -> setting -> value, and under "default" what holds for every method that does not say
-otherwise. After composing, `tuned` holds only what was put in, and what stood there before.
+otherwise. An experiment that compares methods holds such a table of its own, `per_method`, in place of the model's, which is
+left aside then. The command line always wins. After composing, `tuned` holds only what was put in, and what stood there before.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ GROUPS = ("method", "model", "sampler")  # choosing a member of these says nothi
 
 
 def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
-    """Put the model's settings for the chosen method into a composed config, in place.
+    """Put the model's or the experiment's settings for the chosen method into a composed config, in place.
 
     Args:
         cfg: composed; `hydra.runtime.choices` names method, model and experiment.
-        lines: the overrides it was composed from; a setting named there is left as it is. An experiment brings its own
-            settings, so with one nothing is put in.
+        lines: the overrides it was composed from; a setting named there is left as it is. With an experiment only its
+            own `per_method` counts.
 
     Raises:
-        UserError: `defaults_from` names no source; `tuned` is no table, or names a setting that the method does not
-            have.
+        UserError: `defaults_from` names no source; a table is none, or names a setting that the method does not have.
     """
     if "tuned" not in cfg:
         return
@@ -37,11 +37,11 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     if source not in SOURCES:
         raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
     chosen = cfg.hydra.runtime.choices
-    table: Any = OmegaConf.to_container(cfg.tuned, resolve=False) if OmegaConf.is_dict(cfg.tuned) else None
-    if table is None or not all(isinstance(each, dict) for each in table.values()):
-        raise UserError(f"tuned={cfg.tuned}: expected a table, method -> setting -> value, as in conf/model/mini.yaml.")
+    experiment = str(chosen.get("experiment")) != "None"
+    name = "per_method" if experiment else "tuned"
+    table = _table(cfg, name)
     wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
-    if source == "published" or str(chosen.get("experiment")) != "None":
+    if source == "published" and not experiment:
         wanted = {}
     said = [override.key_or_group for override in parse(lines) if override.key_or_group not in GROUPS]
     put: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
             continue
         before = OmegaConf.select(cfg, key, default=_MISSING)
         if before is _MISSING:
-            raise UserError(f"tuned.{chosen.get('method')}: {key} is no setting of method={chosen.get('method')}.")
+            raise UserError(f"{name}.{chosen.get('method')}: {key} is no setting of method={chosen.get('method')}.")
         if before != value:
             put[key] = {"used": value, "published": before}
             OmegaConf.update(cfg, key, value)
@@ -61,10 +61,30 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
 _MISSING = object()
 
 
-def line(cfg: Mapping[str, Any], model: str) -> str:
-    """What was put in, for people: `mini: fit.steps 300 (published 5000); defaults=…`; may be ""."""
+def _table(cfg: DictConfig, name: str) -> dict[str, dict[str, Any]]:
+    """Method -> setting -> value.
+
+    Raises:
+        UserError: it is another thing.
+    """
+    given = cfg.get(name, {})
+    table: Any = OmegaConf.to_container(given, resolve=False) if OmegaConf.is_dict(given) else None
+    if table is None or not all(isinstance(each, dict) for each in table.values()):
+        raise UserError(f"{name}={given}: expected a table, method -> setting -> value, as in conf/model/mini.yaml.")
+    return table
+
+
+def line(cfg: Mapping[str, Any], model: str, experiment: str = "") -> str:
+    """What was put in, for people: `mini: fit.steps 300 (published 5000); defaults=…`; may be "".
+
+    Args:
+        cfg: composed.
+        model: its name.
+        experiment: the experiment's, "" for none; then that has put it in.
+    """
     put = cfg.get("tuned") or {}
     if not put:
         return ""
     names = [f"{key} {each['used']} (published {each['published']})" for key, each in put.items()]
-    return f"{model}: {', '.join(names)}; defaults=published for those"
+    said = ", ".join(names)
+    return f"{experiment}: {said}" if experiment else f"{model}: {said}; defaults=published for those"

@@ -62,7 +62,8 @@ def within_run(hydra: Any, request: Request, cfg: Any, task: Callable[[Any], Any
     """
     cfg.hydra.mode = RunMode.RUN
     check_config(cfg, request, hydra, request.overrides)
-    said = line(cfg, str(cfg.hydra.runtime.choices.get("model")))
+    chosen = cfg.hydra.runtime.choices
+    said = line(cfg, str(chosen.get("model")), str(chosen.get("experiment") or ""))
     if said and not cfg.artifacts:  # kept concepts bring the settings they were learnt with
         print(f"hiperlab: {said}", flush=True)
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)

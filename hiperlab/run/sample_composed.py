@@ -91,7 +91,8 @@ def later_settings(target: str) -> dict[str, Any]:
         target: the method's dotted name.
     """
     for path in sorted((config_dir() / "method").glob("*.yaml")):
-        table = OmegaConf.load(path).get("method", {})
+        loaded: Any = OmegaConf.load(path)
+        table = loaded.get("method", {})
         if table.get("_target_") == target:
             plain: dict[str, Any] = OmegaConf.to_container(table, resolve=False)  # type: ignore[assignment]
             return {key: value for key, value in plain.items() if key not in APART and "${" not in str(value)}

@@ -73,3 +73,20 @@ def test_the_line_is_printed_before_the_run(tmp_path, monkeypatch, capsys) -> No
     assert bench.job
     assert door.main(["method=ti", "run_dir=run"]) == 0
     assert "hiperlab: mini: fit.steps 300 (published 5000)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pie_bench", "editors"])
+def test_an_experiment_that_compares_methods_sets_each(name, capsys) -> None:
+    """Its table names methods and settings that exist; the command line wins."""
+    path = MINI.parents[1] / "experiment" / f"{name}.yaml"
+    table = yaml.safe_load(path.read_text())["per_method"]
+    swept = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]["method"].split(",")
+    assert set(table) <= {"default", *swept} and set(swept) <= set(METHODS)
+    for method in swept:
+        words = [f"experiment={name}", f"method={method}", "model=tiny", "hydra.mode=RUN"]
+        words += ["data.dir=tests"] if name == "pie_bench" else []
+        asked = composed(capsys, *words)
+        for key, value in {**table["default"], **table.get(method, {})}.items():
+            assert OmegaConf.select(OmegaConf.create(asked), key) == value
+    asked = composed(capsys, *words, "sampler.guidance=1.5")
+    assert asked["sampler"]["guidance"] == 1.5
