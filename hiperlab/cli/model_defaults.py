@@ -2,8 +2,8 @@
 
 Published settings were made for Stable Diffusion; a model of another size needs other rates and steps. Its yaml holds
 one table, `tuned`: method -> setting -> value, and under "default" what holds for every method that does not say
-otherwise. An experiment that compares methods holds such a table of its own, `per_method`, in place of the model's, which is
-left aside then. The command line always wins. After composing, `tuned` holds only what was put in, and what stood there before.
+otherwise. An experiment that compares methods holds such a table of its own, `per_method`; the model's is left aside
+then. The command line always wins. After composing, `tuned` holds only what was put in, and what stood there before.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The key of a drawn picture: what its pixels depend on, complete by construction, so that none is shown as another's.
 
 Everything that drawing is given goes in: the method's settings but for those it calls training-only or names in its
-variants, the concept, the artifact's tensors, all weights of the model, the sampler, the texts. A setting too many
-draws a picture again; one too few would show an old picture under a new name.
+variants (a path with what its file holds), the concept, the artifact's tensors, all weights of the model, the sampler,
+the texts. A setting too many draws a picture again; one too few would show an old picture under a new name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from hiperlab import files
 from hiperlab.base.method import Method, Subject
 from hiperlab.model.sampler import Sampler
 from hiperlab.model.stack import FrozenStack, weights_digest
+
+LONGEST_PATH = 1024  # of a setting that could be one
 
 
 def model_inputs(stack: FrozenStack, precision: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,10 +57,22 @@ def concept_inputs(
     """
     elsewhere = {*method.training_settings, *method.variant_settings}
     return {
-        "settings": {name: value for name, value in settings.items() if name not in elsewhere},
+        "settings": {name: with_contents(value) for name, value in settings.items() if name not in elsewhere},
         "subject": asdict(subject),
         "artifact": tensors_digest(tensors),
     }
+
+
+def with_contents(value: Any) -> Any:
+    """A setting, or a list or table of them, in which the path of a file goes with what the file holds now."""
+    if isinstance(value, Mapping):
+        return {name: with_contents(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_contents(each) for each in value]
+    if not isinstance(value, str) or len(value) > LONGEST_PATH or "\0" in value:
+        return value
+    path = files.expand(value)
+    return [value, files.sha256(path)] if path.is_file() else value
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

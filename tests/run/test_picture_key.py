@@ -43,6 +43,23 @@ def test_every_setting_of_every_method_counts(name) -> None:
         assert (key(changed) == first) == (path.split(".")[0] in elsewhere), path
 
 
+def test_what_a_named_file_holds_counts(tmp_path) -> None:
+    """In a setting of its own, in a list and in a table; a text that names no file is itself."""
+    method: Any = get_class(quick("masactrl")["_target_"])
+    path = tmp_path / "mask.png"
+    settings = {"masks": [str(path), "a text"], "nested": {"file": str(path)}, "identifier": "sks" * 2000}
+
+    def key() -> str:
+        return picture_key(concept=concept_inputs(method, settings, SUBJECTS[0], {}))
+
+    keys = [key()]
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        keys.append(key())
+    path.write_bytes(b"one")
+    assert len(set(keys)) == 3 and key() == keys[1]
+
+
 def test_the_concept_and_what_was_learnt_count() -> None:
     method: Any = get_class(quick("ti")["_target_"])
     tensors = {"vectors": torch.zeros(1, 4)}
