@@ -87,7 +87,9 @@ class Resampler(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Tokens (B, M, D) of the encoder's states (B, P, F)."""
         picture, queries = self.proj_in(states), self.latents.expand(len(states), -1, -1)
-        for look, feed_forward in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            look, feed_forward = layer
             queries = queries + look(picture, queries)
             queries = queries + feed_forward(queries)
         tokens: Tensor = self.norm_out(self.proj_out(queries))

@@ -275,15 +275,14 @@ class AttnDreamBooth(RareTokenMethod):
                 f"{row.name} holds {count} vectors of width {width}, this run {tuple(self.vectors[index].shape)}. Set "
                 f"method.num_vectors={count} and a base model of text width {width}."
             )
-        self.vectors[index].copy_(vectors)
-        for value in self.unet_offsets.values():
-            value.zero_()
-        if not unet.is_file():
+        found: dict[str, Tensor] = {}  # both files are read before either is taken
+        if unet.is_file():
+            found = files.differences(files.read(unet), dict(self.model.unet.named_parameters()), unet.name)
+        else:
             log.warning("%s holds the word only: pictures are drawn with the unchanged U-Net.", row.name)
-            return
-        found = files.differences(files.read(unet), dict(self.model.unet.named_parameters()), unet.name)
+        self.vectors[index].copy_(vectors)
         for name, value in self.unet_offsets.items():
-            value.copy_(found[name.replace("/", ".")][None])
+            value.copy_(found[name.replace("/", ".")][None] if found else torch.zeros_like(value))
 
 
 def _row_of(unet: Path) -> Path:
