@@ -248,6 +248,16 @@ class Method(pl.LightningModule, ABC):
         """
         return self.model.encode_text([text])
 
+    def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
+        """All that guidance's unconditional branch reads, of one row or one for each of `concepts`; by default text.
+
+        Args:
+            text: the negative text.
+            variant: one of `variants`.
+            concepts: number of each picture's concept.
+        """
+        return Conditioning(self.encode_negative(text, variant, concepts)[None])
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -491,9 +501,9 @@ class Method(pl.LightningModule, ABC):
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
         if self.consistency is None:
-            negatives = self.encode_negative(negative, variant, [number for _, number in same])
+            negatives = self.negative_condition(negative, variant, [number for _, number in same])
         else:  # guidance is the frozen model's own then
-            negatives = self.model.encode_text([negative])
+            negatives = Conditioning(self.model.encode_text([negative])[None])
         return (
             yield from generation_calls(
                 self.model,

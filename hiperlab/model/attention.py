@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hiperlab.model.attention_control import Control, Layer, layer_of
 from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.decoupled_attention import DecoupledAttention
 
 
 class CrossAttention:
@@ -50,16 +51,17 @@ class CrossAttention:
             control: reads and changes what the layer attends to, or None.
         """
         assert attention_mask is None, "Stable Diffusion gives its cross-attention no mask"
-        detach_first = False
+        detach_first, further = False, None
         if isinstance(encoder_hidden_states, Conditioning):
             for_keys, for_values = encoder_hidden_states.layer(self.index)
-            detach_first = encoder_hidden_states.detach_first
+            detach_first, further = encoder_hidden_states.detach_first, encoder_hidden_states.decoupled
         else:
             for_keys = for_values = encoder_hidden_states
         keys, values = attn.to_k(for_keys), attn.to_v(for_values)
         if detach_first:
             keys, values = _detach_first(keys), _detach_first(values)
-        return _attend(attn, hidden_states, keys, values, self.layer, control)
+        beside = None if further is None else (further, self.index)
+        return _attend(attn, hidden_states, keys, values, self.layer, control, beside)
 
 
 class SelfAttention:
@@ -88,7 +90,13 @@ class SelfAttention:
 
 
 def _attend(
-    attn: Attention, hidden_states: Tensor, keys: Tensor, values: Tensor, layer: Layer, control: Control | None
+    attn: Attention,
+    hidden_states: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer: Layer,
+    control: Control | None,
+    beside: tuple[DecoupledAttention, int] | None = None,
 ) -> Tensor:
     query = _split(attn.to_q(hidden_states), attn.heads)
     key, value = _split(keys, attn.heads), _split(values, attn.heads)
@@ -96,9 +104,17 @@ def _attend(
         attended = control.attend(layer, query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
+    if beside is not None:
+        attended = attended + _beside(query, attn.heads, *beside)
     merged = attended.transpose(1, 2).flatten(2)
     out = attn.to_out[1](attn.to_out[0](merged))
     return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+def _beside(query: Tensor, heads: int, further: DecoupledAttention, index: int) -> Tensor:
+    """What further tokens add (B, H, S, d) at a layer, for queries of that shape; no control sees them."""
+    key, value = _split(further.keys[index], heads), _split(further.values[index], heads)
+    return further.scale.to(query)[:, None, None, None] * F.scaled_dot_product_attention(query, key, value)
 
 
 def _detach_first(states: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hiperlab.model import decoupled_attention
 from hiperlab.model.attention_control import Control
+from hiperlab.model.decoupled_attention import DecoupledAttention
 from hiperlab.model.offsets import Offsets
 from hiperlab.model.row_offsets import RowOffsets, joined
 
@@ -29,6 +31,7 @@ class Conditioning:
         detach_first: no gradient goes through the first token's key and value (Custom Diffusion); values are the same.
         control: reads and changes the call's attention and outputs of its layers; it knows the call's rows by their
             number, so it is given to the conditioning of a whole call, last of all.
+        decoupled: further tokens of the B rows with a softmax of their own; None for none.
     """
 
     keys: Tensor
@@ -37,6 +40,7 @@ class Conditioning:
     detach_first: bool = False
     control: Control | None = None
     row_offsets: RowOffsets | None = None
+    decoupled: DecoupledAttention | None = None
 
     @property
     def layers(self) -> int:
@@ -55,13 +59,15 @@ class Conditioning:
         index = torch.as_tensor(index, dtype=torch.long, device=self.keys.device)  # of no rows, too
         values = None if self.values is None else self.values[:, index]
         row_offsets = None if self.row_offsets is None else self.row_offsets.rows(index)
-        return Conditioning(self.keys[:, index], values, self.offsets, self.detach_first, row_offsets=row_offsets)
+        decoupled = None if self.decoupled is None else self.decoupled.rows(index)
+        return replace(self, keys=self.keys[:, index], values=values, row_offsets=row_offsets, decoupled=decoupled)
 
     def to(self, dtype: torch.dtype) -> Conditioning:
-        """The same conditioning, keys and values (L, B, N, D) in another floating type."""
+        """The same conditioning, keys and values (L, B, N, D) in another floating type, further tokens too."""
         values = None if self.values is None else self.values.to(dtype)
         # Offsets choose their type by the weight's, controls by what they get.
-        return replace(self, keys=self.keys.to(dtype), values=values)
+        decoupled = None if self.decoupled is None else self.decoupled.to(dtype)
+        return replace(self, keys=self.keys.to(dtype), values=values, decoupled=decoupled)
 
     def controlled(self, control: Control | None) -> Conditioning:
         """The same conditioning with a control of the call's attention."""
@@ -92,7 +98,8 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """Join along the batch; shared layers are repeated where another part has one state per layer.
 
     A U-Net call has one set of weights: parts without offsets (guidance's unconditional half) take those of the others,
-    and different offsets cannot be joined. Offsets by row go along with their rows, see `row_offsets.joined`.
+    and different offsets cannot be joined. Offsets by row go along with their rows, see `row_offsets.joined`, and
+    further tokens, see `decoupled_attention.joined`.
     """
     assert all(part.control is None for part in parts), "join first, then give the whole call its control"
     offsets = next((part.offsets for part in parts if part.offsets is not None), None)
@@ -105,9 +112,10 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         return states.expand(layers, *states.shape[1:])
 
     beside = joined([(part.row_offsets, part.keys.shape[1]) for part in parts])
+    decoupled = decoupled_attention.joined([(part.decoupled, part.keys.shape[1]) for part in parts])
     keys = torch.cat([spread(part.keys) for part in parts], dim=1)
     detach_first = any(part.detach_first for part in parts)  # matters to gradients only, and joining serves sampling
     if all(part.values is None for part in parts):
-        return Conditioning(keys, None, offsets, detach_first, row_offsets=beside)
+        return Conditioning(keys, None, offsets, detach_first, row_offsets=beside, decoupled=decoupled)
     values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
-    return Conditioning(keys, values, offsets, detach_first, row_offsets=beside)
+    return Conditioning(keys, values, offsets, detach_first, row_offsets=beside, decoupled=decoupled)

@@ -242,7 +242,7 @@ def generation_calls(
     steps: int,
     guidance: float,
     sampler: Sampler,
-    negative: Tensor,
+    negative: Tensor | Conditioning,
     batch_size: int,
     time_dependent: bool,
     reads_latents: bool = False,
@@ -260,7 +260,8 @@ def generation_calls(
         steps: denoising steps.
         guidance: s.
         sampler: which scheduler.
-        negative: text states of the unconditional branch, (1, N, D) for all pictures or one (N, D) for each.
+        negative: text states of the unconditional branch, (1, N, D) for all pictures or one (N, D) for each; or all
+            that the branch reads, of one row or one for each.
         batch_size: pictures per U-Net call; with a scheduler that adds noise it is always one, shared with nobody.
         time_dependent: False if `condition` ignores the timestep, which is then asked once per key.
         reads_latents: True if it depends on z_t, so that nothing can be shared or kept.
@@ -279,6 +280,7 @@ def generation_calls(
     frozen_cache = None if frozen is None else _ConditionCache(frozen, first, False)
     if sampler.adds_noise:  # a matrix product's rounding depends on its rows, and noise makes it grow
         batch_size = 1
+    empty = Conditioning(negative[None]) if isinstance(negative, Tensor) else negative
     pictures: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -286,8 +288,7 @@ def generation_calls(
             each.prepare([keys[row] for row in rows])
         generators = private([seeds[row] for row in rows])
         noise = draw(generators, stack.latent_shape).to(stack.device, dtype)
-        empty = negative.expand(len(rows), -1, -1) if len(negative) == 1 else negative[rows]
-        unconditional = Conditioning(empty[None])
+        unconditional = empty.rows([0] * len(rows) if empty.keys.shape[1] == 1 else rows)
         states = functools.partial(condition, rows) if reads_latents else cache
         scheduler = sampler.build(stack, steps)
         latents = yield from denoising_calls(

@@ -150,8 +150,9 @@ def _kind(call: Call, number: int) -> Hashable:
     if call.apart or (states.offsets is not None and states.row_offsets is None):
         return number
     form = None if states.row_offsets is None else states.row_offsets.form()
+    further = None if states.decoupled is None else states.decoupled.form()
     tokens = states.keys.shape[2:]
-    return call.gradient, call.latents.shape[1:], call.latents.dtype, tokens, form, states.detach_first
+    return call.gradient, call.latents.shape[1:], call.latents.dtype, tokens, form, further, states.detach_first
 
 
 def _answers(stack: FrozenStack, calls: Sequence[Call]) -> list[Tensor]:

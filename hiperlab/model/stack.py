@@ -298,7 +298,8 @@ class FrozenStack(nn.Module):
         """
         dtype = next(self.unet.parameters()).dtype
         states, latents = conditioning.to(dtype), latents.to(dtype)
-        replays = states.offsets is None and states.control is None and latents.is_cuda
+        own = (states.offsets, states.control, states.decoupled)  # what no graph is recorded with
+        replays = all(each is None for each in own) and latents.is_cuda
         answer = self.graphs if self.graphs is not None and replays else self._call
         out = answer(latents, timestep, states)
         return out if dtype == torch.float64 else out.float()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from hiperlab import files
@@ -26,12 +26,14 @@ FOLDER = "image_encoder"  # beside a model's unet/, where diffusers keeps a pict
 _HEAD_WIDTH = {1280: 80}  # ViT-H; all other towers of OpenAI and OpenCLIP that are around have heads of 64
 
 
-def load(path: str) -> VisionTower:
+def load(path: str, setting: str = "method.tower", projection: bool = False) -> VisionTower:
     """A tower in transformers' layout, float32. Safetensors only; nothing is ever unpickled.
 
     Args:
         path: a folder with config.json and model.safetensors, or a hub id; of a whole CLIP its tower is taken. A
             folder's preprocessor_config.json says with which mean and std it was trained, else CLIP's are meant.
+        setting: what named it, for messages.
+        projection: whether its projection into CLIP's common space is needed, too.
 
     Raises:
         UserError: nothing is there, the hub cannot be reached, or it holds no picture tower.
@@ -41,26 +43,27 @@ def load(path: str) -> VisionTower:
     if folder.is_dir():
         path = str(folder)
     elif path.startswith((".", "/", "~", files.SHIPPED)):
-        raise UserError(f"method.tower={path} does not exist. Give a folder with config.json and model.safetensors.")
+        raise UserError(f"{setting}={path} does not exist. Give a folder with config.json and model.safetensors.")
     elif reason := hub_problem():
         if not isinstance(try_to_load_from_cache(path, "config.json"), str):
             raise UserError(
                 f"the picture tower {path} is not in the local hub cache and cannot be fetched ({reason}). Fetch it "
-                f"where there is a connection with `hf download {path}`, or give a local folder as method.tower."
+                f"where there is a connection with `hf download {path}`, or give a local folder as {setting}."
             )
         options["local_files_only"] = True
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the rest of a whole CLIP would be reported at length
     try:
-        loaded: Any = CLIPVisionModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+        kind: Any = CLIPVisionModelWithProjection if projection else CLIPVisionModel
+        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split()).split(". ")[0][:200]
-        raise UserError(f"method.tower={path} cannot be loaded ({first}). Give a CLIP picture tower.") from error
+        raise UserError(f"{setting}={path} cannot be loaded ({first}). Give a CLIP picture tower.") from error
     finally:
         transformers_logging.set_verbosity(level)
     network, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"method.tower={path} is no CLIP picture tower: it lacks {missing[0]}. Give another.")
+        raise UserError(f"{setting}={path} is no CLIP picture tower: it lacks {missing[0]}. Give another.")
     mean, std = _colours(folder / PREPARED)
     return VisionTower(network.float().eval(), int(network.config.image_size), mean, std)
 
@@ -112,15 +115,16 @@ def fill(tower: VisionTower, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict({name: value.float() for name, value in found.items()})
 
 
-def tiny_tower(seed: int, width: int = 16) -> VisionTower:
+def tiny_tower(seed: int, width: int = 16, projection: bool = False) -> VisionTower:
     """A tower with random weights, for checks with `model=tiny`; the global random state is left as it was."""
     config = CLIPVisionConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=2, image_size=32,
-        patch_size=8, hidden_act="gelu",
+        patch_size=8, hidden_act="gelu", projection_dim=width,
     )  # fmt: skip
+    kind = CLIPVisionModelWithProjection if projection else CLIPVisionModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VisionTower(CLIPVisionModel(config).eval(), 32)
+        return VisionTower(kind(config).eval(), 32)
 
 
 def beside(base: str | None) -> str | None:

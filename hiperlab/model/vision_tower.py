@@ -10,8 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1]
@@ -48,6 +50,18 @@ def preprocess(
     small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=align_corners)
     middle, spread = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return ((small + 1) / 2 - middle) / spread
+
+
+def clip_pixels(pixels: Tensor, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Square pictures (B, 3, S, S) in [-1, 1] -> (B, 3, size, size) as transformers' CLIPImageProcessor makes them.
+
+    In 8 bits, bicubic with antialiasing, normalised. Of a square nothing is cut.
+    """
+    levels = ((pixels.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    small = [Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC) for each in levels]
+    found = torch.stack([torch.from_numpy(np.array(each)) for each in small]).permute(0, 3, 1, 2).to(pixels) / 255
+    middle, spread = (found.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (found - middle) / spread
 
 
 class VisionTower(nn.Module):
@@ -98,6 +112,24 @@ class VisionTower(nn.Module):
         layers, norm = found.hidden_states, self._inner.post_layernorm  # the first are embeddings, not a layer
         classes = torch.stack([norm(layer[:, 0]) for layer in layers[2::2]], dim=1)
         return Seen(norm(layers[-1][:, 0]), layers[-1][:, 1:], classes)
+
+    @torch.no_grad()
+    def projected(self, pixels: Tensor) -> Tensor:
+        """CLIP's embedding of pictures (B, width of the common space); the network must have its projection.
+
+        Args:
+            pixels: as `clip_pixels` gives them.
+        """
+        network: Any = self.network
+        found: Tensor = network(pixel_values=pixels).image_embeds
+        return found
+
+    @torch.no_grad()
+    def last_but_one(self, pixels: Tensor) -> Tensor:
+        """Class and patch tokens (B, P + 1, D) before the last layer, without a norm; pixels as `projected`."""
+        network: Any = self.network
+        found: Tensor = network(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        return found
 
     @torch.no_grad()
     def all_tokens(self, pixels: Tensor) -> Tensor:
