@@ -315,9 +315,9 @@ def test_image_does_not_depend_on_its_batch(name) -> None:
     how = {"steps": 2, "guidance": 7.5}
     both = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how)
     alone = method.sample(["a dog"], [2], **how)
-    torch.testing.assert_close(both[1:2], alone, atol=1e-8, rtol=0)
+    torch.testing.assert_close(both[1:2], alone, atol=1e-7, rtol=0)  # pictures are float32: 6e-8 is its last digit
     split = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how, batch_size=1)
-    torch.testing.assert_close(both, split, atol=1e-8, rtol=0)
+    torch.testing.assert_close(both, split, atol=1e-7, rtol=0)
 
 
 def test_a_model_of_velocities_draws_the_same_pictures(name) -> None:
