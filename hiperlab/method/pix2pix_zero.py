@@ -62,7 +62,8 @@ def inversion_path(stack: FrozenStack, steps: int, kind: str) -> list[tuple[int,
 def drawn_rolls(seed: int, step: int, outer: int, inner: int, channels: int, side: int) -> Tensor:
     """Rolls (M, N, C, K) of one step, int64: M rounds of N, for C channels at K levels.
 
-    Each is uniform in [1, half the side of its level). A roll of 0 would push down the noise's own power; the authors' code excludes it since September 2024.
+    Each is uniform in [1, half the side of its level). A roll of 0 would push down the noise's own power; the authors'
+    code excludes it since September 2024.
 
     Args:
         seed: of the draws.
