@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ from hiperlab.edit.edits import Edits
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit_calls
 from hiperlab.edit.token_alignment import word_tokens, words
 from hiperlab.errors import DiskFullError, UserError
+from hiperlab.model import noise as diffusion
 from hiperlab.model.attention_control import Layer, cross_maps, layer_of
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import Inversion, inversion_calls, timesteps
@@ -79,6 +80,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     reads_source = True  # whether the source row of a drawing does
     negates_source = True  # whether the source row, too, has the negative text; else its unconditional text is empty
     inversion_guidance = 1.0  # w along the inversion; at 1 the source text alone is asked
+    keeps_path = True  # whether the inversion's whole path is kept; else its end alone
+    latent = "mean"  # of the VAE's posterior: what is inverted, or "sample_once" for a draw
     training_settings = ("optimizer", "cache")  # the cache is a place, not a choice
     sampling_settings: ClassVar[tuple[str, ...]] = ("p2p", "inject_source_latents", "cache")
 
@@ -220,9 +223,16 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         return self._picture
 
     def picture_latents(self) -> Tensor:
-        """z_0 (1, C, H, W), scaled: the mean of the VAE's posterior of the picture."""
-        mean = self.model.encode_moments(self._reference()[None]).chunk(2, dim=1)[0]
-        return self.model.scale(mean).to(self.noise)
+        """z_0 (1, C, H, W), scaled: the mean of the VAE's posterior of the picture, or a draw (`latent`)."""
+        moments = self.model.encode_moments(self._reference()[None])
+        first = torch.zeros(1, dtype=torch.long)
+        noise = diffusion.posterior_noise(self.latent, self.seed, first, first, self.model.latent_shape)
+        return self.model.scale(diffusion.sample_posterior(moments, noise.to(moments))).to(self.noise)
+
+    def inversion_choices(self) -> list[Any]:
+        """What an inversion depends on beside the picture, its text, steps and the model; names the kept file."""
+        choices: list[Any] = [] if self.latent == "mean" else [self.latent, self.seed]
+        return choices if self.inversion_guidance == 1 else [self.inversion_guidance, *choices]
 
     def _inversion_calls(self) -> Calls[Inversion]:
         latents = self.picture_latents()
@@ -248,8 +258,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             picture, self.inverted_text(), self.inversion_steps, model.size, model.scheduler_config, kinds,
             str(self.noise.dtype), self.map_pixels(), weights_digest(parts),
         ]  # fmt: skip
-        if self.inversion_guidance != 1:  # not at 1, so that files of earlier versions are found
-            settings.append(self.inversion_guidance)
+        settings += self.inversion_choices()  # none by default, so that files of earlier versions are found
         name = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:20]
         return self.cache / f"{name}.safetensors"
 
@@ -260,7 +269,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             kept = load_file(path)
             maps = {layer_of(name): maps for name, maps in kept.items() if name != "latents"}
             found = Inversion(kept["latents"], dict(sorted(maps.items(), key=lambda pair: _order(pair[0]))))
-            shape = (self.inversion_steps + 1, 1, *self.noise.shape)
+            shape = (self.inversion_steps + 1 if self.keeps_path else 1, 1, *self.noise.shape)
             if found.latents.shape != shape:
                 raise ValueError(f"latents {tuple(found.latents.shape)} instead of {shape}")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -385,7 +394,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         conditional, unconditional = self.edit_conditions(rows, negative)
         start = yield from self.start_calls(seed)
         edits = self.edits(rows, start.shape[-1], self.is_guided(guidance), keep)
-        many = start.expand(len(rows), -1, -1, -1)
+        many = start.expand(len(rows), *start.shape[1:])
         latents = yield from self.denoise_calls(many, conditional, unconditional, guidance, edits)
         return self._decode(latents), edits
 

@@ -133,6 +133,7 @@ class Method(pl.LightningModule, ABC):
 
     stacks_concepts: ClassVar[bool] = True  # False: one object has room for one concept
     why_alone: ClassVar[str] = ""  # why no U-Net call of its training can be shared with others', for people to read
+    why_apart: ClassVar[str] = ""  # the same of its pictures, of those of an edit's source at the least
     why_no_early_stop: ClassVar[str] = ""  # why a flat loss on fixed inputs says nothing about its training
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step

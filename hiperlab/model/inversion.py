@@ -82,7 +82,12 @@ def following(stack: FrozenStack, latents: Tensor, noise: Tensor, timestep: int,
 
 
 def noise_calls(
-    stack: FrozenStack, latents: Tensor, timestep: int, conditioning: Conditioning, level: Tensor | None = None
+    stack: FrozenStack,
+    latents: Tensor,
+    timestep: int,
+    conditioning: Conditioning,
+    level: Tensor | None = None,
+    apart: bool = False,
 ) -> Calls[Tensor]:
     """The noise (B, C, H, W) that the U-Net sees in z at `timestep`; a predicted velocity is converted.
 
@@ -95,9 +100,10 @@ def noise_calls(
         conditioning: of B rows.
         level: alpha_bar that z is at, 0-d, where that is not the timestep's: DDIM inversion asks about z at the level
             below, and converts with that level as diffusers' DDIMInverseScheduler.step does.
+        apart: see `Call`.
     """
     when = torch.full((len(latents),), timestep, device=latents.device)
-    found = yield Call(latents, when, conditioning)
+    found = yield Call(latents, when, conditioning, apart=apart)
     if stack.prediction_type != "v_prediction":
         return found
     here = stack.alpha_bar[timestep] if level is None else level

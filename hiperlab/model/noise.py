@@ -28,6 +28,7 @@ SCHEDULE = {  # Stable Diffusion 1.x's, as a diffusers scheduler config: scaled 
     "prediction_type": "epsilon",
 }
 LATENTS = ("sample_once", "mean", "resample")
+INVERTED = LATENTS[:2]  # an inversion is made once
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's DiagonalGaussianDistribution
 
 
@@ -47,14 +48,14 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
 
 
-def check_latent(latent: str) -> str:
+def check_latent(latent: str, known: Sequence[str] = LATENTS) -> str:
     """The choice itself.
 
     Raises:
-        UserError: it is none of `LATENTS`.
+        UserError: it is none of `known`.
     """
-    if latent not in LATENTS:
-        raise UserError(f"method.latent={latent!r} is unknown. Choose {', '.join(LATENTS)}.")
+    if latent not in known:
+        raise UserError(f"method.latent={latent!r} is unknown. Choose {', '.join(known)}.")
     return latent
 
 

@@ -37,7 +37,8 @@ class Call:
         timestep: (B,) int64 in [0, 1000).
         conditioning: of the B rows.
         gradient: whether the answer is to carry a gradient; what is enabled where the call is made.
-        apart: no other rows may be in the call, because even their rounding would be seen in the result.
+        apart: no other rows may be in the call, because even their rounding would be seen in the result, or because a
+            gradient that the work takes itself would walk back through them.
     """
 
     latents: Tensor

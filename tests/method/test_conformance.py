@@ -230,7 +230,7 @@ def test_side_by_side_with_another_it_is_itself(name, stack, monkeypatch) -> Non
         torch.testing.assert_close(mine, one, atol=1e-6, rtol=0)  # the VAE's answer is float32
     joint = asked.taken()
     assert sum(call.rows for call in joint) == sum(call.rows for call in single)
-    assert len(joint) == len(single) // (1 if single[-1].changed else 2)
+    assert len(joint) == len(single) // (1 if method_class(name).why_apart or single[-1].changed else 2)
     assert all(method.training for method in beside), "left as they were"
 
 
@@ -315,9 +315,9 @@ def test_image_does_not_depend_on_its_batch(name) -> None:
     how = {"steps": 2, "guidance": 7.5}
     both = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how)
     alone = method.sample(["a dog"], [2], **how)
-    torch.testing.assert_close(both[1:2], alone, atol=1e-8, rtol=0)
+    torch.testing.assert_close(both[1:2], alone, atol=1e-7, rtol=0)  # pictures are float32: 6e-8 is its last digit
     split = method.sample([f"a {word}", "a dog", f"a {word}"], [1, 2, 3], **how, batch_size=1)
-    torch.testing.assert_close(both, split, atol=1e-8, rtol=0)
+    torch.testing.assert_close(both, split, atol=1e-7, rtol=0)
 
 
 def test_a_model_of_velocities_draws_the_same_pictures(name) -> None:
