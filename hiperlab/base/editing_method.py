@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +41,26 @@ from hiperlab.model.text_cache import TextCache
 
 log = logging.getLogger(__name__)
 Conditions = Callable[[int], Conditioning]  # sampling step i -> conditioning of the rows
+
+
+class Drawing(NamedTuple):
+    """What is drawn together: a source and its targets.
+
+    Attributes:
+        start: noise of the B rows (B, C, H, W), the source's first, or what else a method starts from.
+        conditional: conditioning of the B rows at each sampling step.
+        unconditional: the same of guidance's other branch.
+        guidance: w.
+        edits: the controls of attention, None for none.
+        watch: called with (sampling step, latents) after each step.
+    """
+
+    start: Tensor
+    conditional: Conditions
+    unconditional: Conditions
+    guidance: float
+    edits: Edits | None
+    watch: Callable[[int, Tensor], None] | None = None
 
 
 class EditingSettings(TypedDict):
@@ -159,16 +179,9 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         """Whether `denoise_calls` asks for unconditional rows, too."""
         return guidance > 1
 
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
-        """z_0 (B, C, H, W) of the source and its targets, drawn from `start` (B, C, H, W) as `edit_calls` does."""
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
+        """z_0 (B, C, H, W) of the source and its targets, drawn as `edit_calls` does."""
+        start, conditional, unconditional, guidance, edits, watch = drawing
         pivot = yield from self._recorded_calls()
         return (
             yield from edit_calls(
@@ -395,7 +408,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         start = yield from self.start_calls(seed)
         edits = self.edits(rows, start.shape[-1], self.is_guided(guidance), keep)
         many = start.expand(len(rows), *start.shape[1:])
-        latents = yield from self.denoise_calls(many, conditional, unconditional, guidance, edits)
+        latents = yield from self.denoise_calls(Drawing(many, conditional, unconditional, guidance, edits))
         return self._decode(latents), edits
 
     def _recorded_calls(self) -> Calls[Tensor | None]:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions
+from hiperlab.base.editing_method import Conditions, Drawing
 from hiperlab.base.method import Subject
 from hiperlab.base.recorded_path_method import RecordedPathMethod
-from hiperlab.edit.edits import Edits
 from hiperlab.edit.prompt_to_prompt import Move, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
 from hiperlab.model.inversion import previous
@@ -82,20 +81,13 @@ class DirectInversion(RecordedPathMethod):
         self.target_offset = target_offset
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
-        """z_0 (B, C, H, W) from `start` (B, C, H, W).
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
+        """z_0 (B, C, H, W) of a drawing.
 
         Attention control never changes the source row. With its whole offsets it therefore ends every step on the
         recorded path, and is put there at once: without the pass that finds the offsets, equal up to rounding.
         """
+        start, conditional, unconditional, guidance, edits, watch = drawing
         whole = self.offset_scale == 1 and self.offset_interval == 1
         pivot = self.path if whole else None
         move: Move | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions, EditingMethod
+from hiperlab.base.editing_method import Drawing, EditingMethod
 from hiperlab.base.method import Subject
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.own_source import OwnSourceEdits, block_alignment
@@ -252,19 +252,12 @@ class Edict(EditingMethod):
         return OwnSourceEdits(Rows(len(texts), guided=False), map_pixels(side), keep, taken)
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
         """x_0 (B, C, H, W) from the noisy pair (B, 2, C, H, W); x_1 is nearly the same.
 
         `watch` is given the pair.
         """
+        start, conditional, unconditional, guidance, edits, watch = drawing
         targets = range(1, len(start))
         again = [[0] * len(targets)] if isinstance(edits, OwnSourceEdits) and edits.taken else []
 

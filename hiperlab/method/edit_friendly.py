@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.base.editing_method import Conditions, EditingMethod
+from hiperlab.base.editing_method import Drawing, EditingMethod
 from hiperlab.base.method import Subject
-from hiperlab.edit.edits import Edits
 from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
 from hiperlab.model.conditioning import Conditioning, concatenate
@@ -216,16 +215,9 @@ class EditFriendly(EditingMethod):
         return max(guidance, self.guidance_source) > 1
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
         """x_0 (B, C, H, W) from x_K (B, C, H, W): every row gets the same noise maps, the source its own guidance."""
+        start, conditional, unconditional, guidance, edits, watch = drawing
         if isinstance(edits, AttentionEdits):
             edits.largest_self = self.self_pixels
         scales = torch.tensor([self.guidance_source, *[guidance] * (len(start) - 1)]).to(start).view(-1, 1, 1, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import files
-from hiperlab.base.editing_method import Conditions
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.data.masks import read_mask
@@ -129,20 +129,13 @@ class MasaCtrl(RecordedPathMethod):
         return MutualAttention(rows, self.control_layers, self.control_steps, masks, self.mask_pixels, stores=keep)
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
-        """z_0 (B, C, H, W) from `start` (B, C, H, W).
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
+        """z_0 (B, C, H, W) of a drawing.
 
         An empty source text is the same in both branches of guidance, so that the source has one row: T calls of three
         rows for one target, where the authors make four.
         """
+        start, conditional, unconditional, guidance, edits, watch = drawing
         pivot = self.path if self.reference else None
         return (
             yield from edit_calls(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.base.editing_method import Conditions, EditingMethod
+from hiperlab.base.editing_method import Conditions, Drawing, EditingMethod
 from hiperlab.base.method import Subject
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, map_pixels
@@ -243,16 +243,9 @@ class Pix2PixZero(EditingMethod):
         return Edits(Rows(len(texts), guided=True), map_pixels(side), stores=keep)
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
         """z_0 (B, C, H, W) of the reconstruction and its edits, from the same start (B, C, H, W)."""
+        start, conditional, unconditional, guidance, edits, watch = drawing
         source, latents = start[:1], start[1:]
         targets, keeps = range(1, len(start)), edits is not None and edits.stores
         for step, timestep in enumerate(self.timesteps):

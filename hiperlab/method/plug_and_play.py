@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.edit.edits import Edits, Rows
@@ -104,16 +104,9 @@ class PlugAndPlay(RecordedPathMethod):
         )  # fmt: skip
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
         """z_0 (B, C, H, W) from s(t_0) for all rows, (B, C, H, W): one source row for both branches of all targets."""
+        start, conditional, unconditional, guidance, edits, watch = drawing
         return (
             yield from edit_calls(
                 self.model, start, self.steps, conditional, unconditional, guidance, edits, self.path, watch,

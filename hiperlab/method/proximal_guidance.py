@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions
+from hiperlab.base.editing_method import Conditions, Drawing
 from hiperlab.base.method import Subject
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.edit.edits import Edits, Rows
@@ -188,20 +188,13 @@ class ProximalGuidance(RecordedPathMethod):
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def denoise_calls(
-        self,
-        start: Tensor,
-        conditional: Conditions,
-        unconditional: Conditions,
-        guidance: float,
-        edits: Edits | None,
-        watch: Callable[[int, Tensor], None] | None = None,
-    ) -> Calls[Tensor]:
-        """z_0 (B, C, H, W) from `start` (B, C, H, W).
+    def denoise_calls(self, drawing: Drawing) -> Calls[Tensor]:
+        """z_0 (B, C, H, W) of a drawing.
 
         Raises:
             UserError: guidance of 1 or less has no direction to shrink.
         """
+        start, conditional, unconditional, guidance, edits, watch = drawing
         if self.prox != "none" and not self.is_guided(guidance):
             raise UserError(
                 f"sampler.guidance={guidance}: without guidance there is nothing to shrink: method.prox=none."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiperlab.base import artifact
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.prompt_to_prompt import edit, edit_calls
 from hiperlab.errors import UserError
@@ -33,7 +34,7 @@ def drawn(method: Any, controlled: bool = True) -> Tensor:
     found: list[Tensor] = []
     edits = method.p2p.edits(method.model.tokenizer, TEXTS[0], TEXTS[1:], 3, 16, True) if controlled else None
     states = method.edit_conditions(TEXTS, "")
-    alone(method.model, method.denoise_calls(method.start, *states, 7.5, edits, lambda _, z: found.append(z)))
+    alone(method.model, method.denoise_calls(Drawing(method.start, *states, 7.5, edits, lambda _, z: found.append(z))))
     return torch.stack(found)
 
 

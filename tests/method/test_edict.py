@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiperlab.base import artifact
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.own_source import block_alignment
 from hiperlab.errors import UserError
@@ -38,7 +39,7 @@ def work(method: Any, texts: list[str] = TEXTS, guidance: float = 3.0, ends: lis
     edits = method.edits(texts, start.shape[-1], guided=True, keep=False)
     watch = None if ends is None else lambda _, pair: ends.append(pair)
     many = start.expand(len(texts), *start.shape[1:])
-    return method.denoise_calls(many, *method.edit_conditions(texts, "ugly"), guidance, edits, watch)
+    return method.denoise_calls(Drawing(many, *method.edit_conditions(texts, "ugly"), guidance, edits, watch))
 
 
 def drawn(method: Any, *args: Any, **how: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiperlab import draws
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.errors import UserError
 from hiperlab.method.edit_friendly import coefficients
@@ -37,7 +38,7 @@ def drawn(method: Any, negative: str = "", guidance: float = 9.0) -> Tensor:
     start = alone(method.model, method.start_calls(0)).expand(2, -1, -1, -1)
     edits = method.p2p.edits(method.model.tokenizer, TEXTS[0], TEXTS[1:], 4, 16, method.is_guided(guidance))
     states = method.edit_conditions(TEXTS, negative)
-    alone(method.model, method.denoise_calls(start, *states, guidance, edits, lambda _, z: found.append(z)))
+    alone(method.model, method.denoise_calls(Drawing(start, *states, guidance, edits, lambda _, z: found.append(z))))
     return torch.stack(found)
 
 

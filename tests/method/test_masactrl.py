@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.edits import Rows
 from hiperlab.edit.mutual_attention import MutualAttention, by_parts, word_map
@@ -38,7 +39,7 @@ def drawn(method: Any, texts: list[str], controlled: bool = True) -> Tensor:
     """Latents of all rows (B, C, H, W) at the end, each guided."""
     start = alone(method.model, method.start_calls(0)).expand(len(texts), -1, -1, -1)
     edits = method.edits(texts, 16, guided=True, keep=False) if controlled else None
-    return alone(method.model, method.denoise_calls(start, *method.edit_conditions(texts, ""), 7.5, edits))
+    return alone(method.model, method.denoise_calls(Drawing(start, *method.edit_conditions(texts, ""), 7.5, edits)))
 
 
 def same(ours: Tensor, theirs: Tensor) -> None:
@@ -80,7 +81,7 @@ def test_an_empty_source_has_one_row(double, monkeypatch) -> None:
     def work(method: Any) -> Any:
         first = method.path[-1:].expand(3, -1, -1, -1)
         edits = method.edits(TEXTS, 16, guided=True, keep=False)
-        return method.denoise_calls(first, *method.edit_conditions(TEXTS, ""), 7.5, edits)
+        return method.denoise_calls(Drawing(first, *method.edit_conditions(TEXTS, ""), 7.5, edits))
 
     both = together(double, [work(method), edit_calls(double, start, STEPS, *states, 7.5), work(other)])
     assert [call.rows for call in asked.taken()] == [5 + 6 + 6] * STEPS

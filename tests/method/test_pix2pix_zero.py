@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hiperlab.base import artifact
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.errors import UserError
 from hiperlab.loss.white_noise import PUBLISHED, autocorrelation, divergence, sides, whitened
@@ -40,7 +41,7 @@ def made(stack: Any, subject: Subject = SUBJECT, **changes: Any) -> Any:
 
 def work(method: Any, texts: list[str] = TEXTS, guidance: float = 5.0, negative: str = "") -> Any:
     start = alone(method.model, method.start_calls(0)).expand(len(texts), -1, -1, -1)
-    return method.denoise_calls(start, *method.edit_conditions(texts, negative), guidance, None)
+    return method.denoise_calls(Drawing(start, *method.edit_conditions(texts, negative), guidance, None))
 
 
 def drawn(method: Any, *args: Any, **how: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiperlab.base import artifact
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.prompt_to_prompt import edit
 from hiperlab.errors import UserError
@@ -39,7 +40,7 @@ def work(
     start = alone(method.model, method.start_calls(0)).expand(len(texts), -1, -1, -1)
     edits = method.edits(texts, 16, guided=True, keep=False) if controlled else None
     watch = None if seen is None else lambda _, z: seen.append(z)
-    return method.denoise_calls(start, *method.edit_conditions(texts, negative), 7.5, edits, watch)
+    return method.denoise_calls(Drawing(start, *method.edit_conditions(texts, negative), 7.5, edits, watch))
 
 
 def drawn(method: Any, texts: list[str] = TEXTS, negative: str = "ugly", **how: Any) -> Tensor:

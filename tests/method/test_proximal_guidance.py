@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.prompt_to_prompt import edit
 from hiperlab.edit.proximal import shrunk, slerp, threshold
@@ -36,7 +37,9 @@ def drawn(method: Any, texts: list[str], guidance: float = 7.5) -> Tensor:
     """Latents of all rows (B, C, H, W) at the end."""
     start = alone(method.model, method.start_calls(0)).expand(len(texts), -1, -1, -1)
     edits = method.edits(texts, 16, guided=guidance > 1, keep=False)
-    return alone(method.model, method.denoise_calls(start, *method.edit_conditions(texts, ""), guidance, edits))
+    return alone(
+        method.model, method.denoise_calls(Drawing(start, *method.edit_conditions(texts, ""), guidance, edits))
+    )
 
 
 def same(ours: Tensor, theirs: Tensor, near: float = 1e-9) -> None:

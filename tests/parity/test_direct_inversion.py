@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.data.images import to_pixels
 from hiperlab.edit import prompt_to_prompt
@@ -119,7 +120,7 @@ def drawn(made: Any, rows: list[str], scale: float, controlled: bool = True) -> 
             masks.append(edits.mask(edits.maps(), edits.pairs[0], (side, side)))
 
     start = made.path[-1:].expand(len(rows), -1, -1, -1)
-    alone(made.model, made.denoise_calls(start, *made.edit_conditions(rows, ""), scale, edits, watch))
+    alone(made.model, made.denoise_calls(Drawing(start, *made.edit_conditions(rows, ""), scale, edits, watch)))
     return torch.stack(latents), torch.stack(masks) if masks else torch.empty(0)
 
 

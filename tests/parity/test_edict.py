@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.data.images import to_pixels
 from hiperlab.method.edict import invert_calls
@@ -162,11 +163,10 @@ def test_drawing(stack, meta, g, name, monkeypatch) -> None:
     row = int(how["prompt"] != how["inversion_prompt"])
     rows = [how["inversion_prompt"], *[how["prompt"]] * row]
     noise = Noted(made, monkeypatch)
-    work = made.denoise_calls(
+    work = made.denoise_calls(Drawing(
         made.noise[None].expand(len(rows), *made.noise.shape), *made.edit_conditions(rows, ""), how["guidance"],
         made.edits(rows, made.noise.shape[-1], guided=True, keep=False),
-        lambda _, pair: seen.append(pair[row][None]),
-    )  # fmt: skip
+        lambda _, pair: seen.append(pair[row][None])))  # fmt: skip
     found = alone(made.model, work)
     close(f"edict {name}, drawing", kept(how, seen), g[f"{name}.drawing"], LIMIT)
     close(f"edict {name}, noise", torch.cat(noise.seen[row :: len(rows)][:2]), g[f"{name}.noise"][:2], LIMIT)
@@ -184,7 +184,7 @@ def test_round_trip(stack, meta, g, name) -> None:
     start = alone(made.model, made.start_calls(0))
     ends: list[Tensor] = []
     work = made.denoise_calls(
-        start, *made.edit_conditions(rows, ""), how["guidance"], None, lambda _, pair: ends.append(pair[0])
+        Drawing(start, *made.edit_conditions(rows, ""), how["guidance"], None, lambda _, pair: ends.append(pair[0]))
     )
     alone(made.model, work)
     close(f"edict {name}, ours", ends[-1], g["z0"].expand(2, -1, -1, -1), 1e-9, absolute=True)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.data.images import to_pixels
 from hiperlab.method import edit_friendly
@@ -107,7 +108,7 @@ def drawn(made: Any, edit: dict[str, Any], inversion: dict[str, Any], path: Tens
     edits = made.p2p.edits(made.model.tokenizer, rows[0], rows[1:], made.steps, side, made.is_guided(scales[-1]))
     start = alone(made.model, made.start_calls(0)).expand(len(rows), -1, -1, -1)
     watch = lambda _, z: found.append(z)  # noqa: E731
-    alone(made.model, made.denoise_calls(start, *made.edit_conditions(rows, ""), scales[-1], edits, watch))
+    alone(made.model, made.denoise_calls(Drawing(start, *made.edit_conditions(rows, ""), scales[-1], edits, watch)))
     return torch.stack(found)[:, 1:] if alone_in_call else torch.stack(found)
 
 

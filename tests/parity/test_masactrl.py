@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.data.images import to_pixels
 from hiperlab.edit import mutual_attention
@@ -102,7 +103,7 @@ def drawn(made: Any, meta: dict[str, Any], name: str) -> Tensor:
         edits.masks = WordMasks([torch.stack(tokens)], run["map_pixels"], run["thres"])
     start = made.path[-1:].expand(2, -1, -1, -1)
     states = made.edit_conditions(rows, "")
-    work = made.denoise_calls(start, *states, meta["guidance"], edits, lambda _, z: latents.append(z))
+    work = made.denoise_calls(Drawing(start, *states, meta["guidance"], edits, lambda _, z: latents.append(z)))
     alone(made.model, work)
     return torch.stack(latents)
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.loss.white_noise import PUBLISHED, autocorrelation, divergence, sides
 from hiperlab.method import pix2pix_zero
@@ -90,7 +91,9 @@ def drawn(made: Any, meta: dict[str, Any], name: str, start: Tensor) -> tuple[Te
     texts = [meta["prompts"]["source"], meta["prompts"]["target"]]
     states = made.edit_conditions(texts, "" if made.unconditional == "source" else how["negative"])
     many = made.noise[None].expand(2, -1, -1, -1)
-    end = alone(made.model, made.denoise_calls(many, *states, how["guidance"], None, lambda _, z: seen.append(z)))
+    end = alone(
+        made.model, made.denoise_calls(Drawing(many, *states, how["guidance"], None, lambda _, z: seen.append(z)))
+    )
     return end, seen
 
 

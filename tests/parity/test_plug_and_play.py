@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.data.images import to_pixels
 from hiperlab.edit.prompt_to_prompt import edit
@@ -72,7 +73,7 @@ def drawn(made: Any, meta: dict[str, Any], name: str) -> Tensor:
     edits = made.edits(rows, made.path.shape[-1], guided=True, keep=False)
     states = made.edit_conditions(rows, meta["negative_prompt"])
     start = made.path[-1:].expand(2, -1, -1, -1)
-    work = made.denoise_calls(start, *states, meta["guidance"], edits, lambda _, z: latents.append(z[1:]))
+    work = made.denoise_calls(Drawing(start, *states, meta["guidance"], edits, lambda _, z: latents.append(z[1:])))
     alone(made.model, work)
     return torch.stack(latents)
 

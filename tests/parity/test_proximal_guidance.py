@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from hiperlab.base.editing_method import Drawing
 from hiperlab.base.method import Subject
 from hiperlab.edit.proximal import edited, shrunk, threshold
 from hiperlab.model.conditioning import Conditioning
@@ -105,7 +106,7 @@ def drawn(found: Any, meta) -> tuple[Tensor, list[Tensor]]:
     start = found.path[-1:].expand(2, -1, -1, -1)
     seen: list[Tensor] = []
     work = found.denoise_calls(
-        start, conditional, unconditional, meta["guidance"], edits, lambda step, latents: seen.append(latents)
+        Drawing(start, conditional, unconditional, meta["guidance"], edits, lambda step, latents: seen.append(latents))
     )
     return alone(found.model, work), seen
 
