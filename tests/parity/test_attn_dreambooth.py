@@ -24,8 +24,7 @@ from tests.composed import ROOT
 from tests.composed import build as compose
 from tests.parity import golden
 
-FOLDER = "attn_dreambooth"
-FOLDERS = {"golden": lambda: golden.folder(FOLDER), "slice": lambda: golden.SLICE / FOLDER}
+GOLDEN = "attn_dreambooth"
 STAGES = ("stage1", "stage2", "stage3")
 KINDS = {"f64": torch.float64, "f32": torch.float32}
 # Adam divides by gradients that are 0 but for rounding, so float32's weights are compared by their mean distance.
@@ -39,26 +38,6 @@ def close(item: str, ours: Tensor, theirs: Tensor, limit: float, scale: Tensor |
     golden.close(f"attn_dreambooth {item}", ours / scale, theirs / scale, limit, absolute=True)
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return FOLDERS[source]()
-
-
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
-
-
 def last_stages() -> list[str]:
     """The recorded runs of the third stage, whatever they are."""
     path = next((path for name in ("golden", "slice") if (path := _path(name)).is_file()), None)
@@ -67,7 +46,7 @@ def last_stages() -> list[str]:
 
 
 def _path(source: str) -> Path:
-    return (golden.place(FOLDER) if source == "golden" else golden.SLICE / FOLDER) / "meta.json"
+    return (golden.place(GOLDEN) if source == "golden" else golden.SLICE / GOLDEN) / "meta.json"
 
 
 def stack_of(meta: dict[str, Any], source: str, kind: torch.dtype) -> Any:
@@ -86,7 +65,7 @@ def make(meta: dict[str, Any], stack: Any, last: str, **changes: Any) -> AttnDre
         "reg_mean": [run["reg_mean"] for run in runs], "reg_var": [run["reg_var"] for run in runs],
         "prior": {"weight": 0.0}, "optimizer": first,
     }  # fmt: skip
-    method = compose(FOLDER, stack, [Subject("it", "<it>", noun)], **{**settings, **changes})
+    method = compose(GOLDEN, stack, [Subject("it", "<it>", noun)], **{**settings, **changes})
     assert isinstance(method, AttnDreamBooth)
     return method
 

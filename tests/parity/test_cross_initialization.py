@@ -7,7 +7,6 @@ Every number, text and setting is read from the folder, so that another recorded
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,31 +31,11 @@ from tests.parity import golden
 from tests.parity.replay import filled, texts
 
 NAME = "cross_initialization"
-FOLDERS = {"golden": lambda: golden.folder(NAME), "slice": lambda: golden.SLICE / NAME}
+GOLDEN = NAME
 
 
 def close(item: str, ours, theirs, limit: float, absolute: bool = True) -> None:
     golden.close(f"cross {item}", ours, theirs, limit, absolute=absolute)
-
-
-@pytest.fixture(scope="module", params=FOLDERS)
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return FOLDERS[source]()
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 @pytest.fixture(scope="module")

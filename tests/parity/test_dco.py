@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,31 +26,11 @@ from tests.composed import build as compose
 from tests.parity import golden
 from tests.parity.replay import texts
 
-FOLDERS = {"golden": lambda: golden.folder("dco"), "slice": lambda: golden.SLICE / "dco"}
+GOLDEN = "dco"
 
 
 def close(item: str, ours, theirs, limit: float, absolute: bool = True) -> None:
     golden.close(f"dco {item}", torch.as_tensor(ours), theirs, limit, absolute=absolute)
-
-
-@pytest.fixture(scope="module", params=FOLDERS)
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return FOLDERS[source]()
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 @pytest.fixture(scope="module")

@@ -34,16 +34,6 @@ def root() -> Path:
     return golden.folder(FOLDER)
 
 
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
-
-
 def pytest_generate_tests(metafunc) -> None:
     """`name` is each of the recorded runs, whatever they are."""
     if "name" in metafunc.fixturenames:

@@ -6,7 +6,6 @@ Every number and text is read from the folder, so that another recorded set of t
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from tests.composed import build as compose
 from tests.parity import golden
 from tests.parity.replay import filled, texts
 
-FOLDERS = {"golden": lambda: golden.folder("dti"), "slice": lambda: golden.SLICE / "dti"}
+GOLDEN = "dti"
 EPS = 1e-8  # the authors' constant; meta.json does not name it
 
 
@@ -41,26 +40,6 @@ def close(item: str, ours, theirs, limit: float) -> None:
 def close_square(item: str, ours, theirs, limit: float = 1e-5) -> None:
     """Second moments span many sizes: relative to each."""
     golden.close(f"dti {item} (relative)", ours / theirs, torch.ones_like(theirs), limit, absolute=True)
-
-
-@pytest.fixture(scope="module", params=FOLDERS)
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return FOLDERS[source]()
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 @pytest.fixture(scope="module")

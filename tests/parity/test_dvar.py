@@ -7,7 +7,6 @@ Every number and text is read from the folder, so that another recorded set of t
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,31 +29,11 @@ from tests.composed import build as compose
 from tests.parity import golden
 from tests.parity.replay import filled, texts
 
-FOLDERS = {"golden": lambda: golden.folder("dvar"), "slice": lambda: golden.SLICE / "dvar"}
+GOLDEN = "dvar"
 
 
 def close(item: str, ours, theirs, limit: float) -> None:
     golden.close(f"dvar {item}", ours, theirs, limit, absolute=True)
-
-
-@pytest.fixture(scope="module", params=FOLDERS)
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return FOLDERS[source]()
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 def test_published_settings() -> None:

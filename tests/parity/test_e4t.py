@@ -48,11 +48,6 @@ def core(request) -> Path:
 
 
 @pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
 def twin(meta):
     return golden.twin(int(meta["d"]["args"]["resolution"]), "golden")
 

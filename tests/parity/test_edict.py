@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,23 +29,9 @@ from tests.composed import build
 from tests.parity import golden
 
 close = golden.close
+GOLDEN = "edict"
 COUPLED = ("edit", "recon", "odd", "p1", "noleap", "p2p")
 LIMIT = 1e-10  # of latents, relative
-
-
-@pytest.fixture(scope="module", params=["golden", "slice"])
-def root(request) -> Path:
-    return golden.folder("edict") if request.param == "golden" else golden.SLICE / "edict"
-
-
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
 
 
 class _Embedding(nn.Module):

@@ -38,16 +38,6 @@ def root() -> Path:
     return golden.folder(FOLDER)
 
 
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
-
-
 @pytest.fixture(scope="module", params=["golden", "slice"])
 def inputs(request) -> Path:
     """The full golden folder, and the slice of it that is committed."""

@@ -47,16 +47,6 @@ def root(source) -> Path:
 
 
 @pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
 def twin(meta, source):
     return golden.twin(meta["resolution"], source)
 

@@ -25,26 +25,12 @@ from hiperlab.model.sampler import ddim, denoise
 from tests.composed import build as compose
 from tests.parity import golden
 
+GOLDEN = "lora"
 ZERO = torch.zeros(1, dtype=torch.long)
 
 
 def close(item: str, ours, theirs, limit: float) -> None:
     golden.close(f"lora {item}", ours, theirs, limit)
-
-
-@pytest.fixture(scope="module", params=["golden", "slice"])
-def source(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(source) -> Path:
-    return golden.folder("lora") if source == "golden" else golden.SLICE / "lora"
-
-
-@pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
 
 
 @pytest.fixture(scope="module")

@@ -38,16 +38,6 @@ def root() -> Path:
     return golden.folder(FOLDER)
 
 
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
-
-
 def recorded(item: str, file: str = "golden.safetensors") -> list[str]:
     """The runs that have this item, whatever they are."""
     path = golden.place(FOLDER) / file

@@ -39,11 +39,6 @@ def root(source) -> Path:
 
 
 @pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
 def cfg(root):
     return golden.config(root / "config.json")
 

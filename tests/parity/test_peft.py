@@ -43,16 +43,6 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
 def twin(g):
     return golden.twin(8 * g["sample"].shape[-1], "golden")
 

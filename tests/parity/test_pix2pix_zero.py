@@ -7,7 +7,6 @@ form is a golden folder "pix2pix_zero" on the twin of the others.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,20 +30,7 @@ from tests.parity import golden
 close = golden.close
 INVERSIONS, EDITS = ("real", "noreg", "roll0"), ("real", "strong", "synthetic", "xa0", "nothing")
 
-
-@pytest.fixture(scope="module", params=["golden", "slice"])
-def root(request) -> Path:
-    return golden.folder("pix2pix_zero") if request.param == "golden" else golden.SLICE / "pix2pix_zero"
-
-
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
+GOLDEN = "pix2pix_zero"
 
 
 @pytest.fixture(scope="module")

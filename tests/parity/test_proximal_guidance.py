@@ -7,7 +7,6 @@ is meta.json's, so that another recorded set of the same form can be tried.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,27 +25,12 @@ from hiperlab.model.tiny import tiny
 from tests.composed import ROOT, build
 from tests.parity import golden
 
-FOLDERS = {"golden": lambda: golden.folder("proximal_guidance"), "slice": lambda: golden.SLICE / "proximal_guidance"}
+GOLDEN = "proximal_guidance"
 KINDS = {"src": "source", "joint": "both", "none": "own"}
 
 
 def close(item: str, ours: Tensor, theirs: Tensor, limit: float) -> None:
     golden.close(f"proximal {item}", ours, theirs, limit)
-
-
-@pytest.fixture(scope="module", params=FOLDERS)
-def root(request) -> Path:
-    return FOLDERS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def meta(root) -> dict[str, Any]:
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root) -> dict[str, Tensor]:
-    return golden.tensors(root / "golden.safetensors")
 
 
 @pytest.fixture(scope="module")

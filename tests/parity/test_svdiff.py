@@ -43,16 +43,6 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="module")
-def meta(root):
-    return golden.config(root / "meta.json")
-
-
-@pytest.fixture(scope="module")
-def g(root):
-    return golden.tensors(root / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
 def twin(meta):
     return golden.twin(meta["run"]["resolution"], "golden")
 
