@@ -7,6 +7,7 @@ own examples where they have any. Axes: K concepts, R rows, N tokens, D text wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Unpack
 
@@ -101,7 +102,7 @@ class Peft(DrawnAtStrengths, RareTokenMethod):
         self.way = _way(tuner, tuners)
         self.adapters = nn.ParameterDict()  # (K, ...) each, see `Layer.place`
         self.layers: list[Layer] = []
-        self._kept: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._kept: tuple[list[Tensor], dict[tuple[str, float], dict[str, Tensor]]] = ([], {})
         for part, module, ends in (
             ("unet", model.unet, self.way.targets),
             ("text", model.text_module, text_targets if text_encoder else ()),
@@ -157,14 +158,15 @@ class Peft(DrawnAtStrengths, RareTokenMethod):
     def _differences(self, part: str, strength: float) -> dict[str, Tensor]:
         """W' - W and c' - c, (K, *shape) each, by the module's parameter names.
 
-        While pictures are drawn, the same tensors again: calls that share their weights know them by their memory.
+        While pictures are drawn, the same tensors again: calls that share their weights know them by their memory. What
+        they were worked out from is compared by its numbers, because fused optimizers leave torch's version counters.
         """
         if torch.is_grad_enabled():
             return self._worked_out(part, strength)
-        state = tuple((value.data_ptr(), value._version, value.dtype) for value in self.adapters.values())
-        if self._kept[0] != state:
-            self._kept = (state, {})
-        kept: dict[Any, dict[str, Tensor]] = self._kept[1]  # type: ignore[assignment]
+        now = list(self.adapters.values())
+        if not all(_same(before, value) for before, value in zip_longest(self._kept[0], now)):
+            self._kept = ([value.detach().clone() for value in now], {})
+        kept = self._kept[1]
         if (part, strength) not in kept:
             kept[part, strength] = self._worked_out(part, strength)
         return kept[part, strength]
@@ -289,6 +291,13 @@ def _way(name: str, tuners: Mapping[str, Mapping[str, Any]]) -> Any:
     """The tuner with its settings; `lr` among them is read by the optimizer's."""
     settings = tuners.get(name, {}) if name in TUNERS else {}
     return tuner(name, {key: value for key, value in settings.items() if key != "lr"})
+
+
+def _same(before: Tensor | None, now: Tensor | None) -> bool:
+    """Whether both are tensors of the same numbers, type and device."""
+    if before is None or now is None or (before.dtype, before.device) != (now.dtype, now.device):
+        return False
+    return torch.equal(before, now)
 
 
 def _offsets(changes: Mapping[str, Tensor], index: int) -> Offsets:
