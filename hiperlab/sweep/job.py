@@ -98,9 +98,12 @@ def environment(gpus: Sequence[str] | None) -> dict[str, str]:
 
 def last_error(log: Path, start: int) -> str:
     """The line of a log that says why: the last that names an exception, else the last one."""
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - 65536))
-        text = file.read().decode("utf-8", "replace")
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - 65536))
+            text = file.read().decode("utf-8", "replace")
+    except FileNotFoundError:  # somebody removed the folder of a running job
+        return f"{log} is gone"
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]+", text)]
     lines = [line for line in lines if line][-60:]
     named = [line for line in lines if _ERROR_LINE.match(line)]

@@ -387,3 +387,7 @@ def test_other_launchers_run_the_same_jobs(here, name, module):
     assert rows["behave=well"]["status"] == "finished" and rows["behave=well"]["objective"] == -25.0
     assert rows["behave=raise"]["status"] == "failed" and "the mapper exploded" in rows["behave=raise"]["error"]
     assert results(rows["behave=well"])["sweep"] == "x"
+
+
+def test_a_job_whose_folder_was_removed_is_named(tmp_path) -> None:
+    assert sweep_job.last_error(tmp_path / "job.log", 0) == f"{tmp_path / 'job.log'} is gone"
