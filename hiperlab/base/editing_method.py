@@ -63,17 +63,22 @@ class Drawing(NamedTuple):
     watch: Callable[[int, Tensor], None] | None = None
 
 
-class EditingSettings(TypedDict):
-    """What every editing method is built with; see `EditingMethod`."""
+class EditorSettings(TypedDict):
+    """What every method that keeps inversions is built with; see `EditingMethod`."""
 
     model: FrozenStack
     concepts: Sequence[Subject]
     optimizer: Callable[..., Optimizer]
     seed: int
     steps: int
+    cache: str | None
+
+
+class EditingSettings(EditorSettings):
+    """What `EditingMethod` itself is built with."""
+
     p2p: PromptToPrompt
     inject_source_latents: bool
-    cache: str | None
 
 
 class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):

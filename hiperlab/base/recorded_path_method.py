@@ -5,46 +5,29 @@ Axes: T steps, C latent channels, H, W latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import EditingMethod
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import EditingMethod, EditorSettings
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt
 from hiperlab.model.shared_calls import Calls
-from hiperlab.model.stack import FrozenStack
 
 
 class RecordedPathMethod(EditingMethod):
     """Artifacts keep the path (T+1, C, H, W), from the picture to its noise: its end alone would not do.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: parameters -> optimizer; unused by methods that train nothing.
-        seed: of draws.
-        steps: T, of every drawing.
         p2p: how attention maps are taken over.
-        cache: folder of kept inversions; None keeps them in memory.
+        editor: as in `EditingMethod`.
     """
 
     path: Tensor
 
-    def __init__(
-        self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        p2p: PromptToPrompt,
-        cache: str | None,
-    ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, p2p, inject_source_latents=True, cache=cache)
-        self.register_buffer("path", torch.zeros(steps + 1, *model.latent_shape))
+    def __init__(self, p2p: PromptToPrompt, **editor: Unpack[EditorSettings]) -> None:
+        super().__init__(p2p=p2p, inject_source_latents=True, **editor)
+        self.register_buffer("path", torch.zeros(self.steps + 1, *self.model.latent_shape))
 
     def set_reference(self, index: int, picture: Tensor) -> None:
         """Take the picture (3, 8H, 8W) in [-1, 1]; it is inverted when first needed."""

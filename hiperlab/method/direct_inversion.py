@@ -8,21 +8,17 @@ Axes: B rows (the source and its targets), C latent channels, H, W latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions, Drawing
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Conditions, Drawing, EditorSettings
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.edit.prompt_to_prompt import Move, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
 from hiperlab.model.inversion import previous
 from hiperlab.model.shared_calls import Calls
-from hiperlab.model.stack import FrozenStack
 
 TARGET_OFFSETS = ("none", "source", "target")
 
@@ -31,19 +27,14 @@ class DirectInversion(RecordedPathMethod):
     """After every sampling step the source row gets its difference to the recorded path, before local blending.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: unused, nothing is random.
-        steps: T, of the inversion and of every drawing.
         p2p: how attention maps are taken over.
-        cache: folder of kept inversions; None keeps them in memory.
         inverse_guidance: guidance of the inversion; the drawing has the sampler's.
         offset_scale: factor of the offsets, 1 or any other (theirs: ablation_directinversion_04, _08).
         offset_interval: n, at least 1: offsets are 0 at steps that n does not divide (theirs:
             ablation_directinversion_interval).
         target_offset: what targets get: "none", the "source" row's offset (theirs: add-source) or that of their own
             text without attention control, "target" (add-target).
+        editor: as in `EditingMethod`; nothing is fitted or random.
 
     Raises:
         UserError: a setting out of its range.
@@ -57,19 +48,14 @@ class DirectInversion(RecordedPathMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
         p2p: PromptToPrompt,
-        cache: str | None,
         inverse_guidance: float,
         offset_scale: float,
         offset_interval: int,
         target_offset: str,
+        **editor: Unpack[EditorSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, p2p, cache)
+        super().__init__(p2p, **editor)
         if target_offset not in TARGET_OFFSETS:
             raise UserError(
                 f"method.target_offset={target_offset!r} is unknown.{near(str(target_offset), TARGET_OFFSETS)}"

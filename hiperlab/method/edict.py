@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Drawing, EditingMethod
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Drawing, EditingMethod, EditorSettings
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.own_source import OwnSourceEdits, block_alignment
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, map_pixels
@@ -141,18 +139,13 @@ class Edict(EditingMethod):
     Artifacts keep the noisy pair in float64.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: of the draw from the VAE's posterior.
-        steps: T, a divisor of the schedule's length.
-        cache: folder of kept pairs; None keeps them in memory.
         strength: s in (0, 1], share of the steps that are made (theirs: init_image_strength).
         mix_weight: p in (0, 1].
         leapfrog: the two take turns in being moved first (theirs: leapfrog_steps); False as in the paper.
         guidance_source: w of the inversion and of the source row; the targets have the sampler's.
         use_p2p: targets read the source text's attention maps in all layers and steps, see `OwnSourceEdits`.
         latent: what is inverted, "sample_once" (a draw from the VAE's posterior) or its "mean".
+        editor: as in `EditingMethod`; T divides the schedule's length, and the seed is that of the posterior's draw.
 
     Raises:
         UserError: a setting out of its range.
@@ -167,29 +160,22 @@ class Edict(EditingMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        cache: str | None,
         strength: float,
         mix_weight: float,
         leapfrog: bool,
         guidance_source: float,
         use_p2p: bool,
         latent: str,
+        **editor: Unpack[EditorSettings],
     ) -> None:
-        self.path = coupled_timesteps(steps, strength, model.num_timesteps)
+        self.path = coupled_timesteps(editor["steps"], strength, editor["model"].num_timesteps)
         if not 0 < mix_weight <= 1:
             raise UserError(f"method.mix_weight={mix_weight} cannot be undone. Choose 0.9 to 1; published is 0.93.")
-        super().__init__(
-            model, concepts, optimizer, seed, steps, PromptToPrompt.off(), inject_source_latents=False, cache=cache
-        )
+        super().__init__(p2p=PromptToPrompt.off(), inject_source_latents=False, **editor)
         self.strength, self.mix_weight, self.leapfrog = float(strength), float(mix_weight), leapfrog
         self.guidance_source = self.inversion_guidance = float(guidance_source)
         self.use_p2p, self.latent = use_p2p, check_latent(latent, INVERTED)
-        self.register_buffer("noise", torch.zeros(2, *model.latent_shape, dtype=torch.float64))  # the noisy pair
+        self.register_buffer("noise", torch.zeros(2, *self.model.latent_shape, dtype=torch.float64))  # the noisy pair
 
     # ---- the inversion -----------------------------------------------------------------------------------------------
 

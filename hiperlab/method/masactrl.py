@@ -8,17 +8,15 @@ Axes: B rows (the source and its targets), C latent channels, H, W latent sides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hiperlab import files
-from hiperlab.base.editing_method import Drawing
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Drawing, EditorSettings
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.data.masks import read_mask
 from hiperlab.edit.edits import Edits, Rows
@@ -27,7 +25,6 @@ from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit_calls, map_pixel
 from hiperlab.edit.token_alignment import word_indices, words
 from hiperlab.errors import UserError
 from hiperlab.model.shared_calls import Calls
-from hiperlab.model.stack import FrozenStack
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +33,6 @@ class MasaCtrl(RecordedPathMethod):
     """Targets keep their own queries and take keys and values of the source row, in late steps and in the decoder.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: unused, nothing is random.
-        steps: T, of the inversion and of every drawing.
-        cache: folder of kept inversions; None keeps them in memory.
         reference: hold the source row to the recorded path (theirs: ref_intermediate_latents); False samples it freely.
         start_step: S, counted from 0, the noisiest.
         start_layer: L, of the self-attention layers in the order of execution, the middle one included.
@@ -53,6 +44,7 @@ class MasaCtrl(RecordedPathMethod):
         mask_words: [source word, target word] whose cross-attention makes such masks in every step; None for none.
         mask_threshold: where these begin, of a map stretched to [0, 1].
         mask_pixels: image positions of the maps they are made of; None chooses, see `map_pixels`.
+        editor: as in `EditingMethod`; nothing is fitted or random.
 
     Raises:
         UserError: a setting out of its range, or two that exclude one another.
@@ -68,12 +60,6 @@ class MasaCtrl(RecordedPathMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        cache: str | None,
         reference: bool,
         start_step: int,
         start_layer: int,
@@ -85,26 +71,27 @@ class MasaCtrl(RecordedPathMethod):
         mask_words: Sequence[str] | None,
         mask_threshold: float,
         mask_pixels: int | None,
+        **editor: Unpack[EditorSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, PromptToPrompt.off(), cache)
+        super().__init__(PromptToPrompt.off(), **editor)
         self.reference, self.source_text = reference, source_text
         self.inverts_source = self.reads_source = source_text
         self.inverse_guidance = self.inversion_guidance = float(inverse_guidance)
-        layers = model.self_attention
-        if control_steps is None and start_step >= steps:
-            log.warning("method.start_step=%s of %d steps: nothing is controlled.", start_step, steps)
-        self.control_steps = _chosen("step", control_steps, start_step, steps, beyond=True)
+        layers = self.model.self_attention
+        if control_steps is None and start_step >= self.steps:
+            log.warning("method.start_step=%s of %d steps: nothing is controlled.", start_step, self.steps)
+        self.control_steps = _chosen("step", control_steps, start_step, self.steps, beyond=True)
         self.control_layers = [layers[k] for k in _chosen("layer", control_layers, start_layer, len(layers))]
         if mask_words is not None and masks is not None:
             raise UserError("method.masks and method.mask_words are two ways to give masks: give one of them.")
         self.masks = None if masks is None else _read_masks(masks)
-        self.mask_words = None if mask_words is None else self._checked(mask_words, concepts[0].targets)
+        self.mask_words = None if mask_words is None else self._checked(mask_words, self.concepts[0].targets)
         if not 0 <= mask_threshold <= 1:
             raise UserError(
                 f"method.mask_threshold={mask_threshold} is no share of a map's range. Choose one in [0, 1]."
             )
         self.mask_threshold = float(mask_threshold)
-        self.mask_pixels = map_pixels(model.size // 8) if mask_pixels is None else mask_pixels
+        self.mask_pixels = map_pixels(self.model.size // 8) if mask_pixels is None else mask_pixels
 
     def _checked(self, pair: Sequence[str], targets: Sequence[str]) -> tuple[str, str]:
         """The words of source and target, both of which are in a text."""

@@ -9,17 +9,15 @@ channels, H, W latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hiperlab import draws
-from hiperlab.base.editing_method import Conditions, Drawing, EditingMethod
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Conditions, Drawing, EditingMethod, EditorSettings
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, map_pixels
 from hiperlab.errors import UserError, near
@@ -103,12 +101,6 @@ class Pix2PixZero(EditingMethod):
     calls are shared.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: of the rolls, and of the draw from the VAE's posterior.
-        steps: T, of the inversion and of every drawing.
-        cache: folder of kept inversions; None keeps them in memory.
         levels: "all" or "authors", see `inversion_path`.
         lambda_ac: weight of the noise's autocorrelation along the inversion, at latents of 4 x 64 x 64.
         lambda_kl: the same of its distance from unit variance.
@@ -120,6 +112,7 @@ class Pix2PixZero(EditingMethod):
         target_sentences: the same of the target. None, both: the texts of source and target themselves.
         direction_scale: factor of the direction.
         latent: what is inverted, "sample_once" (a draw from the VAE's posterior) or its "mean".
+        editor: as in `EditingMethod`; the seed is that of the rolls and of the posterior's draw.
 
     Raises:
         UserError: a setting out of its range, or sentences that cannot be read or serve several targets.
@@ -133,12 +126,6 @@ class Pix2PixZero(EditingMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        cache: str | None,
         levels: str,
         lambda_ac: float,
         lambda_kl: float,
@@ -150,6 +137,7 @@ class Pix2PixZero(EditingMethod):
         target_sentences: str | Sequence[str] | None,
         direction_scale: float,
         latent: str,
+        **editor: Unpack[EditorSettings],
     ) -> None:
         for name, value, known in (("levels", levels, LEVELS), ("unconditional", unconditional, UNCONDITIONAL)):
             if value not in known:
@@ -160,17 +148,15 @@ class Pix2PixZero(EditingMethod):
         for name, count in (("num_reg_steps", num_reg_steps), ("num_ac_rolls", num_ac_rolls)):
             if count < 1:
                 raise UserError(f"method.{name}={count} makes none. Choose 1 or more, or method.lambda_ac=0.")
-        super().__init__(
-            model, concepts, optimizer, seed, steps, PromptToPrompt.off(), inject_source_latents=False, cache=cache
-        )
-        inversion_path(model, steps, levels)
+        super().__init__(p2p=PromptToPrompt.off(), inject_source_latents=False, **editor)
+        inversion_path(self.model, self.steps, levels)
         self.levels, self.unconditional, self.latent = levels, unconditional, check_latent(latent, INVERTED)
         self.lambda_ac, self.lambda_kl = float(lambda_ac), float(lambda_kl)
         self.num_reg_steps, self.num_ac_rolls = num_reg_steps, num_ac_rolls
         self.xa_guidance, self.direction_scale = float(xa_guidance), float(direction_scale)
         self.sentences = _sentences(source_sentences, target_sentences)
         self._direction: Tensor | None = None
-        self._check_targets(len({text for text in concepts[0].targets if text != self.source}))
+        self._check_targets(len({text for text in self.concepts[0].targets if text != self.source}))
 
     def _check_targets(self, count: int) -> None:
         if self.sentences is not None and count > 1:

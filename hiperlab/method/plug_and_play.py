@@ -8,15 +8,13 @@ Axes: B rows (the source and its targets), C latent channels, H, W latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Drawing
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Drawing, EditorSettings
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.feature_injection import FeatureInjection
@@ -24,7 +22,6 @@ from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit_calls, map_pixel
 from hiperlab.errors import UserError
 from hiperlab.model.inversion import timesteps
 from hiperlab.model.shared_calls import Calls
-from hiperlab.model.stack import FrozenStack
 
 
 class PlugAndPlay(RecordedPathMethod):
@@ -33,18 +30,13 @@ class PlugAndPlay(RecordedPathMethod):
     Artifacts keep the latents at the T levels of a drawing, and the picture's.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: unused, nothing is random.
-        steps: T.
-        cache: folder of kept inversions; None keeps them in memory.
         inversion_steps: N; every timestep of a drawing must be among the inversion's.
         source_text: invert with the source text; False with an empty one. The source row of a drawing has none.
         tau_f: in [0, 1], share of the steps with the source's features (theirs: pnp_f_t).
         tau_a: in [0, 1], share of the steps with its queries and keys (theirs: pnp_attn_t).
         feature_layer: number of the residual block of the decoder whose second convolution gives the features.
         attention_layer: number of the first one whose self-attention is injected; later ones are, too.
+        editor: as in `EditingMethod`; nothing is fitted or random.
 
     Raises:
         UserError: a setting out of its range, or levels that the inversion does not pass.
@@ -57,34 +49,29 @@ class PlugAndPlay(RecordedPathMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
-        cache: str | None,
         inversion_steps: int,
         source_text: bool,
         tau_f: float,
         tau_a: float,
         feature_layer: int,
         attention_layer: int,
+        **editor: Unpack[EditorSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, PromptToPrompt.off(), cache)
+        super().__init__(PromptToPrompt.off(), **editor)
         for name, share in (("tau_f", tau_f), ("tau_a", tau_a)):
             if not 0 <= share <= 1:
                 raise UserError(f"method.{name}={share} is no share of the steps. Choose one in [0, 1].")
-        blocks = model.decoder_blocks
+        blocks = self.model.decoder_blocks
         for name, number in (("feature_layer", feature_layer), ("attention_layer", attention_layer)):
             if not 0 <= number < len(blocks):
                 raise UserError(f"method.{name}={number} is no layer of the decoder. Choose 0 to {len(blocks) - 1}.")
         self.inversion_steps = inversion_steps
         self.source_text = self.inverts_source = source_text
-        self.levels = _kept(timesteps(inversion_steps, model.num_timesteps), self.timesteps)
+        self.levels = _kept(timesteps(inversion_steps, self.model.num_timesteps), self.timesteps)
         self.tau_f, self.tau_a = float(tau_f), float(tau_a)
         self.convolution = f"{blocks[feature_layer]}.conv2"
         beside = tuple(f"{block.replace('.resnets.', '.attentions.')}." for block in blocks[attention_layer:])
-        self.attention_layers = [name for name in model.self_attention if name.startswith(beside)]
+        self.attention_layers = [name for name in self.model.self_attention if name.startswith(beside)]
 
     # ---- the inversion -----------------------------------------------------------------------------------------------
 

@@ -7,16 +7,14 @@ Axes: B rows (the source and its targets), C latent channels, H, W latent sides,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
-from typing import ClassVar, TypedDict
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from hiperlab.base.editing_method import Conditions, Drawing
-from hiperlab.base.method import Subject
+from hiperlab.base.editing_method import Conditions, Drawing, EditorSettings
 from hiperlab.base.recorded_path_method import RecordedPathMethod
 from hiperlab.edit.edits import Edits, Rows
 from hiperlab.edit.mutual_attention import LOOKUPS, MutualAttention
@@ -26,7 +24,6 @@ from hiperlab.errors import UserError, near
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import levels, previous
 from hiperlab.model.shared_calls import Calls
-from hiperlab.model.stack import FrozenStack
 
 ATTENTION = ("p2p", "masactrl")
 PULLS = ("none", "reconstruction", "inversion")
@@ -52,13 +49,7 @@ class ProximalGuidance(RecordedPathMethod):
     """The source text stands for the unconditional one, and only large differences to it are guided.
 
     Args:
-        model: the frozen stack.
-        concepts: one picture with its source text and, where known, its targets.
-        optimizer: unused, nothing is fitted.
-        seed: unused, nothing is random.
-        steps: T, of the inversion and of every drawing.
         p2p: how attention maps are taken over, with `attention` "p2p".
-        cache: folder of kept inversions; None keeps them in memory.
         attention: "p2p" (ProxNPI) or "masactrl" (ProxMasaCtrl), whose source row is guided with 1 and never shrunk.
         mutual: its settings.
         source_negative: the source text is the unconditional one (negative-prompt inversion, Miyake et al. 2023); False
@@ -73,6 +64,7 @@ class ProximalGuidance(RecordedPathMethod):
         pull_below: timesteps below this one are pulled.
         pull_rate: eta, 0 to 1.
         dilate: cells by which the edit's mask grows.
+        editor: as in `EditingMethod`; nothing is fitted or random.
 
     Raises:
         UserError: a setting out of its range, a pull without a threshold.
@@ -86,13 +78,7 @@ class ProximalGuidance(RecordedPathMethod):
 
     def __init__(
         self,
-        model: FrozenStack,
-        concepts: Sequence[Subject],
-        optimizer: Callable[..., Optimizer],
-        seed: int,
-        steps: int,
         p2p: PromptToPrompt,
-        cache: str | None,
         attention: str,
         mutual: Mutual,
         source_negative: bool,
@@ -104,8 +90,9 @@ class ProximalGuidance(RecordedPathMethod):
         pull_below: int,
         pull_rate: float,
         dilate: int,
+        **editor: Unpack[EditorSettings],
     ) -> None:
-        super().__init__(model, concepts, optimizer, seed, steps, p2p, cache)
+        super().__init__(p2p, **editor)
         choices = {
             "attention": (attention, ATTENTION), "prox": (prox, KINDS), "pull": (pull, PULLS),
             "mutual.unconditional": (mutual["unconditional"], LOOKUPS),
@@ -116,9 +103,9 @@ class ProximalGuidance(RecordedPathMethod):
                 raise UserError(f"method.{name}={value!r} is unknown.{near(str(value), known)}")
         ranges = {
             "npi_interp": (npi_interp, 0, 1), "quantile": (quantile, -inf, 1), "pull_rate": (pull_rate, 0, 1),
-            "prox_step": (prox_step, 0, inf), "dilate": (dilate, 0, model.size // 8),
+            "prox_step": (prox_step, 0, inf), "dilate": (dilate, 0, self.model.size // 8),
             "mutual.start_step": (mutual["start_step"], 0, inf),
-            "mutual.start_layer": (mutual["start_layer"], 0, len(model.self_attention) - 1),
+            "mutual.start_layer": (mutual["start_layer"], 0, len(self.model.self_attention) - 1),
         }  # fmt: skip
         for name, (number, least, most) in ranges.items():
             if not least <= number <= most:
