@@ -124,18 +124,21 @@ def check_config(cfg: DictConfig, request: Request, hydra: Hydra, lines: Sequenc
         with_log_configuration=False,
     )
     check_types(base, task)
-    for key, choice, table in OPTIONAL:
-        chosen = OmegaConf.select(task, key, default=choice)  # a method without the key has no such choice
-        if chosen != choice and (changed := _changed(base, task, table)):
-            raise UserError(f"{changed} is read with {key}={choice} only: give both, or neither.")
+    _check_optional(task, parse(lines, hydra.config_loader))
     check_targets(plain, request.allowed_targets)
 
 
-def _changed(base: DictConfig, cfg: DictConfig, table: str) -> str | None:
-    """The first setting of a table that is not its default, as key=value; None for none."""
-    defaults = OmegaConf.select(base, table) or {}
-    given = OmegaConf.select(cfg, table) or {}
-    return next((f"{table}.{key}={given[key]}" for key in given if given[key] != defaults.get(key)), None)
+def _check_optional(cfg: DictConfig, given: Sequence[Override]) -> None:
+    """Refuse settings that the command gives and nobody would read. A model or an experiment may bring them along.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for key, choice, table in OPTIONAL:
+        unread = OmegaConf.select(cfg, key, default=choice) != choice  # a method without the key has no such choice
+        said = [each.input_line for each in given if f"{each.key_or_group}.".startswith(f"{table}.")]
+        if unread and said:
+            raise UserError(f"{said[0]} is read with {key}={choice} only: give both, or neither.")
 
 
 def check_plugins(cfg: DictConfig) -> None:

@@ -37,11 +37,10 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     if source not in SOURCES:
         raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
     chosen = cfg.hydra.runtime.choices
-    experiment = str(chosen.get("experiment")) != "None"
-    name = "per_method" if experiment else "tuned"
+    name = "tuned" if str(chosen.get("experiment")) == "None" else "per_method"
     table = _table(cfg, name)
     wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
-    if source == "published" and not experiment:
+    if source == "published":
         wanted = {}
     said = [override.key_or_group for override in parse(lines) if override.key_or_group not in GROUPS]
     put: dict[str, Any] = {}
@@ -74,17 +73,15 @@ def _table(cfg: DictConfig, name: str) -> dict[str, dict[str, Any]]:
     return table
 
 
-def line(cfg: Mapping[str, Any], model: str, experiment: str = "") -> str:
+def line(cfg: Mapping[str, Any], whose: str) -> str:
     """What was put in, for people: `mini: fit.steps 300 (published 5000); defaults=…`; may be "".
 
     Args:
         cfg: composed.
-        model: its name.
-        experiment: the experiment's, "" for none; then that has put it in.
+        whose: name of the model or experiment that brought it.
     """
     put = cfg.get("tuned") or {}
     if not put:
         return ""
     names = [f"{key} {each['used']} (published {each['published']})" for key, each in put.items()]
-    said = ", ".join(names)
-    return f"{experiment}: {said}" if experiment else f"{model}: {said}; defaults=published for those"
+    return f"{whose}: {', '.join(names)}; defaults=published for those"

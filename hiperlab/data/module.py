@@ -8,7 +8,7 @@ stay the same (tests/data/test_module.py, tests/run/test_resume.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -92,7 +92,11 @@ class MicroBatches(Dataset[Batch]):
         start = (m * self.world + self.rank) * self.rows
         samples = list(range(start, start + self.rows))
         flips = uniform(self.seed, "flip", samples) < self.flip
-        return self._batch(samples, flips, view_order, training_prompts)
+        views = [view_order(self.seed, samples, len(concept.views)) for concept in self.dataset.concepts]
+        prompts = [
+            training_prompts(self.seed, samples, *pair) for pair in zip(self.dataset.concepts, views, strict=True)
+        ]
+        return self._batch(samples, flips, views, prompts)
 
     def in_turn(self, rows: int) -> Batch:
         """A batch that is no training step's: row j shows view j and says template j, each modulo their number.
@@ -100,32 +104,24 @@ class MicroBatches(Dataset[Batch]):
         Args:
             rows: of each concept.
         """
-        samples = list(range(rows))
+        samples, concepts = list(range(rows)), self.dataset.concepts
         flips = uniform(self.seed, "fixed flip", samples) < self.flip
-        return self._batch(
-            samples,
-            flips,
-            lambda seed, numbers, count: [number % count for number in numbers],
-            lambda seed, numbers, concept, views: _texts(concept, [n % len(concept.templates) for n in numbers], views),
-        )
+        views = [[sample % len(concept.views) for sample in samples] for concept in concepts]
+        prompts = [
+            _texts(concept, [sample % len(concept.templates) for sample in samples], shown)
+            for concept, shown in zip(concepts, views, strict=True)
+        ]
+        return self._batch(samples, flips, views, prompts)
 
     def _batch(
-        self,
-        samples: list[int],
-        flips: Tensor,
-        choose: Callable[[int, Sequence[int], int], list[int]],
-        say: Callable[[int, Sequence[int], Concept, Sequence[int]], list[str]],
+        self, samples: list[int], flips: Tensor, views: Sequence[list[int]], prompts: Sequence[list[str]]
     ) -> Batch:
+        """Rows with the sample numbers and flips of all concepts, and each concept's views and prompts."""
         pixels: list[Tensor] = []
         masks: list[Tensor] = []
-        prompts: list[str] = []
-        views: list[int] = []
         offsets: list[int] = []
-        for index, concept in enumerate(self.dataset.concepts):
-            chosen = choose(self.seed, samples, len(concept.views))
-            views += chosen
-            prompts += say(self.seed, samples, concept, chosen)
-            for sample, view, flip in zip(samples, chosen, flips.tolist(), strict=True):
+        for index, shown in enumerate(views):
+            for sample, view, flip in zip(samples, shown, flips.tolist(), strict=True):
                 offset = self._offset(sample, index, view)
                 offsets.append(offset or 0)
                 pixels.append(in_range(self.cache.picture(index, view, offset, flip)))
@@ -134,10 +130,10 @@ class MicroBatches(Dataset[Batch]):
         count = len(self.dataset.concepts)
         return Batch(
             pixels=torch.stack(pixels),
-            prompts=prompts,
-            concept=torch.arange(count).repeat_interleave(self.rows),
+            prompts=[prompt for said in prompts for prompt in said],
+            concept=torch.arange(count).repeat_interleave(len(samples)),
             sample=torch.tensor(samples).repeat(count),
-            view=torch.tensor(views),
+            view=torch.tensor([view for shown in views for view in shown]),
             flip=flips.repeat(count),
             offset=torch.tensor(offsets) if self.random_crop else None,
             mask=torch.stack(masks) if self.masked else None,

@@ -63,7 +63,7 @@ def within_run(hydra: Any, request: Request, cfg: Any, task: Callable[[Any], Any
     cfg.hydra.mode = RunMode.RUN
     check_config(cfg, request, hydra, request.overrides)
     chosen = cfg.hydra.runtime.choices
-    said = line(cfg, str(chosen.get("model")), str(chosen.get("experiment") or ""))
+    said = line(cfg, str(chosen.get("experiment") or chosen.get("model")))
     if said and not cfg.artifacts:  # kept concepts bring the settings they were learnt with
         print(f"hiperlab: {said}", flush=True)
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
