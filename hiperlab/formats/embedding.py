@@ -50,6 +50,27 @@ def read(path: Path) -> Tensor:
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
 
 
+def read_like(path: Path, own: Tensor, setting: str) -> Tensor:
+    """`read`, of the shape (V, D) of a method's own rows.
+
+    Args:
+        path: the file.
+        own: the rows that it is to replace, (V, D).
+        setting: for messages, what gives a run as many rows as the file, "{}" for their number.
+
+    Raises:
+        UserError: as `read`, or the file has another number of rows or another width.
+    """
+    rows = read(path)
+    if rows.shape != own.shape:
+        count, width = rows.shape
+        raise UserError(
+            f"{path.name} holds {count} rows of width {width}, this run {tuple(own.shape)}. Set "
+            f"{setting.replace('{}', str(count))} and load a base model of text width {width}."
+        )
+    return rows
+
+
 def tensors(path: Path) -> dict[str, Tensor]:
     """All tensors, of any shape, of another tool's safetensors file.
 

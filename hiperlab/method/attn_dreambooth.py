@@ -268,13 +268,7 @@ class AttnDreamBooth(RareTokenMethod):
         row, unet = path, path.parent / files.UNET
         if path.parent.name == files.UNET.parent.name:
             row, unet = _row_of(path), path
-        vectors = embedding.read(row)
-        if vectors.shape != self.vectors[index].shape:
-            count, width = vectors.shape
-            raise UserError(
-                f"{row.name} holds {count} vectors of width {width}, this run {tuple(self.vectors[index].shape)}. Set "
-                f"method.num_vectors={count} and a base model of text width {width}."
-            )
+        vectors = embedding.read_like(row, self.vectors[index], "method.num_vectors={}")
         found: dict[str, Tensor] = {}  # both files are read before either is taken
         if unet.is_file():
             found = files.differences(files.read(unet), dict(self.model.unet.named_parameters()), unet.name)

@@ -137,13 +137,7 @@ class CrossInitialization(Method, Composable, Exportable):
 
     def load_foreign(self, index: int, path: Path) -> None:
         """The authors' file or any other embedding file; e0 stays what the settings say."""
-        rows = embedding.read(path)
-        if rows.shape != self.rows[index].shape:
-            count, width = rows.shape
-            raise UserError(
-                f"{path.name} holds {count} rows of width {width}, this run {tuple(self.rows[index].shape)}. "
-                f"Set method.initializer to words of {count} tokens and load a base model of text width {width}."
-            )
+        rows = embedding.read_like(path, self.rows[index], "method.initializer to words of {} tokens")
         with torch.no_grad():
             self.rows[index].copy_(rows)
 

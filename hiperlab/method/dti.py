@@ -127,13 +127,7 @@ class DirectionalTextualInversion(Method, Composable, Exportable):
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
         """Any embedding file, also of plain Textual Inversion: each row is its norm m times its direction v."""
-        rows = embedding.read(path)
-        if rows.shape != self.direction[index].shape:
-            count, width = rows.shape
-            raise UserError(
-                f"{path.name} holds {count} rows of width {width}, this run {tuple(self.direction[index].shape)}. "
-                f"Set method.initializer to words of {count} tokens and load a base model of text width {width}."
-            )
+        rows = embedding.read_like(path, self.direction[index], "method.initializer to words of {} tokens")
         norms = rows.norm(dim=1, keepdim=True)
         if not (norms > 0).all():
             raise UserError(f"{path.name} holds a row of zeros, which has no direction. Load a trained concept.")

@@ -70,12 +70,6 @@ class TextualInversion(Method, Composable, Exportable):
 
     def load_foreign(self, index: int, path: Path) -> None:
         """Any embedding file that is around: diffusers, CompVis, A1111, a bare tensor."""
-        vectors = embedding.read(path)
-        if vectors.shape != self.vectors[index].shape:
-            count, width = vectors.shape
-            raise UserError(
-                f"{path.name} holds {count} vectors of width {width}, this run {tuple(self.vectors[index].shape)}. "
-                f"Set method.num_vectors={count} and a base model of text width {width}."
-            )
+        vectors = embedding.read_like(path, self.vectors[index], "method.num_vectors={}")
         with torch.no_grad():
             self.vectors[index].copy_(vectors)

@@ -90,3 +90,15 @@ def test_an_experiment_that_compares_methods_sets_each(name, capsys) -> None:
             assert OmegaConf.select(OmegaConf.create(asked), key) == value
     asked = composed(capsys, *words, "sampler.guidance=1.5")
     assert asked["sampler"]["guidance"] == 1.5
+    assert composed(capsys, *words, "defaults=published")["tuned"] == {}
+
+
+def test_what_an_experiment_puts_in_is_not_refused_as_unread(capsys, tmp_path) -> None:
+    """Only what the command itself gives is."""
+    words = ["experiment=pie_bench", "method=proximal_guidance", "model=tiny", "hydra.mode=RUN", "logger=csv"]
+    words += [f"run_dir='{tmp_path / 'run'}'", "data.dir=nowhere", "method.attention=masactrl"]
+    assert composed(capsys, *words)["method"]["p2p"]["mode"] == "refine"
+    assert door.main(words) == 2
+    assert "data.dir=nowhere does not exist" in capsys.readouterr().err
+    assert door.main([*words, "method.p2p.tau_c=0.1"]) == 2
+    assert "method.p2p.tau_c=0.1 is read with method.attention=p2p only" in capsys.readouterr().err
