@@ -43,7 +43,8 @@ def _are_betas(value: Any) -> bool:
 
 
 def _one_of(*names: str, null: bool = False) -> Range:
-    return Range(f"one of {', '.join(names)}", lambda value: value in names, null)
+    known = [*names, "null"] if null else names
+    return Range(f"one of {', '.join(known)}", lambda value: value in names, null)
 
 
 TYPE = _one_of("float32", "bfloat16", "float16", "float64")
