@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from hiperlab.base.capability import Composable, EditsPicture, Exportable
 from hiperlab.base.method import Method, Step, Subject
+from hiperlab.base.variants import value_of, variants_of
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
@@ -80,7 +81,7 @@ class HiPer(Method, EditsPicture, Composable, Exportable):
             raise UserError("method.scale_edit=[] draws nothing. Give one factor or several, e.g. [0.8].")
         self.n_hiper, self.latent, self.export_every = n_hiper, check_latent(latent), export_every
         self.scale_source, self.scale_edit = float(scale_source), float(scale_edit[0])
-        self.variants = tuple(f"scale={value}" for value in scale_edit) if len(scale_edit) > 1 else ("",)
+        self.variants = variants_of("scale", scale_edit)
         self.sources = tuple(concept.source or described(concept.word) for concept in concepts)
         self.encode = TextCache(model)
         self._measured: set[str] = set()
@@ -109,7 +110,7 @@ class HiPer(Method, EditsPicture, Composable, Exportable):
 
     def _tail(self, step: Step, texts: Sequence[str]) -> Tensor:
         """Factor h (R, N, D)."""
-        edit = float(step.variant.removeprefix("scale=")) if step.variant else self.scale_edit
+        edit = value_of(step.variant, self.scale_edit)
         factors = [
             # What is trained on is the source by definition, however its text is worded.
             self.scale_source if step.samples is not None or text == self.sources[place] else edit

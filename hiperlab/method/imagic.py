@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from hiperlab.base.capability import EditsPicture, Exportable
 from hiperlab.base.method import Method, Step, Subject
+from hiperlab.base.variants import value_of, variants_of
 from hiperlab.data.batch import Batch
 from hiperlab.data.edit import described
 from hiperlab.errors import UserError
@@ -91,7 +92,7 @@ class Imagic(Method, EditsPicture, Exportable):
             raise UserError("method.eta=[] draws nothing. Give one weight of the target text or several, e.g. [0.7].")
         self.embedding_steps, self.batch_size = round(embedding_share * steps), batch_size
         self.model_lr, self.latent, self.eta = float(model_lr), check_latent(latent), float(eta[0])
-        self.variants = tuple(f"eta={value}" for value in eta) if len(eta) > 1 else ("",)
+        self.variants = variants_of("eta", eta)
         subject = concepts[0]
         self.source = subject.source or described(subject.word)
         self.target = subject.targets[0] if subject.targets else self.source
@@ -112,7 +113,7 @@ class Imagic(Method, EditsPicture, Exportable):
             if self.fits_embedding(step.samples):
                 return Conditioning(optimized[None])
             return Conditioning(optimized.detach()[None], offsets=self.weight_offsets())
-        eta = float(step.variant.removeprefix("eta=")) if step.variant else self.eta
+        eta = value_of(step.variant, self.eta)
         texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
         states = interpolate(self.encode(texts).to(optimized.dtype), optimized, eta)
         # The source text asks for the picture itself: eta = 0.

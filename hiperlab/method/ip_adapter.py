@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from hiperlab import files
 from hiperlab.base.capability import ReadsPicture
 from hiperlab.base.method import Method, Step, Subject
+from hiperlab.base.variants import value_of, variants_of
 from hiperlab.errors import UserError
 from hiperlab.formats import ip_adapter as formats
 from hiperlab.model import vision_loader as towers
@@ -69,7 +70,7 @@ class IPAdapter(Method, ReadsPicture):
         if not scale or min(scale) < 0:
             raise UserError(f"method.scale={list(scale)}: give one number or several, 0 or more, e.g. [0.5].")
         self.scale = float(scale[0])
-        self.variants = tuple(f"scale={value}" for value in scale) if len(scale) > 1 else ("",)
+        self.variants = variants_of("scale", scale)
         self.encode = TextCache(model)
         self._tower: list[VisionTower] = []  # not a module of this one: it is frozen, and large
         self._adapter, self._encoder = self._found(weights, image_encoder)
@@ -144,7 +145,7 @@ class IPAdapter(Method, ReadsPicture):
 
     def _beside(self, picture: bool, rows: int, variant: str) -> DecoupledAttention:
         """The tokens of the picture, or of none, for R rows."""
-        scale = float(variant.removeprefix("scale=")) if variant else self.scale
+        scale = value_of(variant, self.scale)
         tokens = self.tokens()[0 if picture else 1].expand(rows, -1, -1)
         weights = [(key.to(tokens), value.to(tokens)) for key, value in self._adapter.weights]
         return projected(tokens, weights, tokens.new_full((rows,), scale))

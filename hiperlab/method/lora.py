@@ -22,7 +22,7 @@ from hiperlab import draws
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
 from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
-from hiperlab.base.strength import DrawnAtStrengths
+from hiperlab.base.variants import DrawnAtStrengths
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from hiperlab.formats import lora as files

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
 from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
-from hiperlab.base.strength import DrawnAtStrengths
+from hiperlab.base.variants import DrawnAtStrengths
 from hiperlab.errors import UserError, near
 from hiperlab.formats import peft as files
 from hiperlab.layer.tuner import TUNERS, tuner

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from hiperlab.base.capability import ChangedWeights
 from hiperlab.base.method import Step, Subject
 from hiperlab.base.rare_token_method import RareTokenMethod, RareTokenSettings
-from hiperlab.base.strength import DrawnAtStrengths
+from hiperlab.base.variants import DrawnAtStrengths
 from hiperlab.errors import UserError
 from hiperlab.formats import svdiff as files
 from hiperlab.model.conditioning import Conditioning
