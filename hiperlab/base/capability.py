@@ -112,7 +112,14 @@ class WordMaps:
 
 
 class ShowsAttention(ABC):
-    """Edits by attention maps and can show them."""
+    """Edits by attention maps and can show them.
+
+    Attributes:
+        keeps_maps: whether the next drawings keep the maps of their first texts, so that `attention_maps` need not
+            draw them again. For a method that is not trained any more.
+    """
+
+    keeps_maps: bool = False
 
     @abstractmethod
     def attention_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:

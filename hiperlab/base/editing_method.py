@@ -40,6 +40,7 @@ from hiperlab.model.stack import FrozenStack, weights_digest
 from hiperlab.model.text_cache import TextCache
 
 log = logging.getLogger(__name__)
+MOST_MAPS = 8  # texts whose maps are kept as they are drawn
 Conditions = Callable[[int], Conditioning]  # sampling step i -> conditioning of the rows
 
 
@@ -135,6 +136,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         self.register_buffer("noise", torch.zeros(model.latent_shape))  # the pivot's end, all that editing needs
         self._picture: Tensor | None = None
         self._inversion: Inversion | None = None
+        self._maps: dict[tuple[str, int, float, str], WordMaps] = {}  # by text, seed, guidance and negative text
 
     # ---- what a method of this kind may write ------------------------------------------------------------------------
 
@@ -365,7 +367,8 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def attention_maps(self, prompts: Sequence[str], seed: int, *, guidance: float) -> list[WordMaps]:
         """Maps (words, s, s) of the source and of each prompt's text, drawn together.
 
-        A target's are its maps after editing. A source row that reads no text has none.
+        A target's are its maps after editing. A source row that reads no text has none. Those that `keeps_maps` kept
+        are not drawn again.
 
         Args:
             prompts: texts with placeholders in place.
@@ -373,24 +376,27 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             guidance: classifier-free guidance scale.
         """
         texts = list(dict.fromkeys([self.source, *(self.concepts[0].with_class_noun(prompt) for prompt in prompts)]))
-        try:
-            places = [word_tokens(text, self.model.tokenizer) for text in texts]
-        except UserError as error:
-            log.warning("no attention pictures: %s", error)
+        drawn = {text: self._maps.get((text, seed if self.seeded else 0, guidance, "")) for text in texts}
+        if not all(drawn.values()):
+            try:
+                places = [word_tokens(text, self.model.tokenizer) for text in texts]
+            except UserError as error:
+                log.warning("no attention pictures: %s", error)
+                return []
+            with self._evaluating():
+                pictures, edits = alone(self.model, self._edit_calls(texts, seed, guidance, "", keep=True))
+            drawn = dict(zip(texts, word_maps(texts, places, pictures, edits), strict=True))
+        return [maps for text, maps in drawn.items() if maps and (self.reads_source or text != self.source)]
+
+    def _places_to_keep(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Of each text the tokens of each word where this drawing's maps are to be kept, else nothing."""
+        if not self.keeps_maps or len(self._maps) >= MOST_MAPS:
             return []
-        with self._evaluating():
-            pictures, edits = alone(self.model, self._edit_calls(texts, seed, guidance, "", keep=True))
-        maps = edits.maps().mean(1)  # (B, s, s, N)
-        return [
-            WordMaps(
-                text,
-                picture,
-                tuple(words(text)),
-                torch.stack([row[..., tokens].mean(-1) for tokens in place]).cpu(),
-            )
-            for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
-            if self.reads_source or text != self.source
-        ]
+        try:
+            return [word_tokens(text, self.model.tokenizer) for text in texts]
+        except UserError as error:  # `attention_maps` says so again where they are asked for
+            log.info("no attention pictures: %s", error)
+            return []
 
     def _draw_calls(
         self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
@@ -401,7 +407,11 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         found: dict[str, Tensor] = {}
         for start in range(0, max(1, len(targets)), room):
             rows = [self.source, *targets[start : start + room]]
-            pictures, _ = yield from self._edit_calls(rows, seed, guidance, negative)
+            places = self._places_to_keep(rows)
+            pictures, edits = yield from self._edit_calls(rows, seed, guidance, negative, keep=bool(places))
+            if places and edits.sums:
+                for maps in word_maps(rows, places, pictures, edits):
+                    self._maps[maps.text, seed, guidance, negative] = maps
             found = {**dict(zip(rows, pictures, strict=True)), **found}
         return found
 
@@ -443,3 +453,24 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 def _order(layer: Layer) -> tuple[int, str]:
     """Down, middle, up; inside a block the names are in the order of execution."""
     return ("down", "mid", "up").index(layer.place), layer.name
+
+
+def word_maps(
+    texts: Sequence[str], places: Sequence[Sequence[Sequence[int]]], pictures: Tensor, edits: Edits
+) -> list[WordMaps]:
+    """Where the words of B texts looked, mean over layers and heads, summed over steps.
+
+    Args:
+        texts: B.
+        places: of each text, the tokens of each word.
+        pictures: what was drawn (B, 3, 8H, 8W) in [0, 1].
+        edits: the controls that saw the maps.
+
+    Raises:
+        UserError: the U-Net has no maps of that size.
+    """
+    maps = edits.maps().mean(1)  # (B, s, s, N)
+    return [
+        WordMaps(text, picture, tuple(words(text)), torch.stack([row[..., each].mean(-1) for each in place]).cpu())
+        for text, picture, row, place in zip(texts, pictures, maps, places, strict=True)
+    ]

@@ -186,6 +186,8 @@ class _Sampling:
     def _load(self, number: int, group: list[int]) -> _Drawing:
         session = self.sessions[number]
         method = load_artifacts(session, group).to(session.device)
+        if isinstance(method, ShowsAttention):
+            method.keeps_maps = True
         records = []
         for place, index in enumerate(group):
             own = concept_inputs(

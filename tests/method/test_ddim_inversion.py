@@ -78,6 +78,26 @@ def test_word_maps_cover_every_word(stack) -> None:
         assert each.picture.shape == (3, 128, 128) and (each.maps > 0).all()
 
 
+@pytest.mark.parametrize("name", ["ddim_inversion", "edit_friendly", "masactrl", "proximal_guidance"])
+def test_maps_kept_while_drawing_are_those_drawn_for_them(stack, name) -> None:
+    """What `keeps_maps` saves is the second drawing, nothing else; another seed or guidance is still drawn."""
+    texts = ["a dog on a mat", "a cat on a bed"]
+    anew = build(name, stack, [SUBJECT]).attention_maps(texts, 0, guidance=7.5)
+    method = build(name, stack, [SUBJECT])
+    method.keeps_maps = True
+    method.sample(texts, [0, 0], **HOW)
+    calls: list[int] = []
+    hook = stack.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = method.attention_maps(texts, 0, guidance=7.5)
+    assert calls == [] and [each.text for each in found] == [each.text for each in anew]
+    for one, other in zip(found, anew, strict=True):
+        assert one.words == other.words
+        torch.testing.assert_close(one.maps, other.maps, atol=1e-3, rtol=1e-3)
+    method.attention_maps(texts, 0, guidance=5.0)
+    hook.remove()
+    assert calls
+
+
 def test_a_held_source_is_of_the_artifacts_picture(stack) -> None:
     """The path is of the picture that the data has now, the noise of the one that the artifact was made with."""
     kept = build("ddim_inversion", stack, [SUBJECT]).artifact(0)
