@@ -377,7 +377,7 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
 def _write_card(session: Session, rows: list[dict[str, Any]]) -> None:
     written = [each for row in rows for each in row["written"]]
     name, stack = session.cfg.method._target_.rsplit(".", 1)[-1], session.stack
-    steps = max(row["artifact_steps"] for row in rows)
+    steps = [row["artifact_steps"] for row in rows]
     text = artifact.card(name, stack.base, stack.note, steps, str(session.results["command"]), written)
     files.atomic_write(session.folder / "artifacts" / "README.md", text)
 
