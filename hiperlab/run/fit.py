@@ -323,7 +323,7 @@ def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_com
             trainer.fit(method, datamodule=data, ckpt_path=trainee.start, weights_only=True)
     stop.raise_if_stopped()
     seconds = time.monotonic() - start
-    kept = _kept(trainee, trainer.global_step) if trainer.is_global_zero else {"written": []}
+    kept = _kept(trainee, trainer.global_step) if trainer.is_global_zero else {"written": [], "monitor": None}
     trainer.strategy.barrier()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = _row(trainee, trainer.global_step, trainer.world_size, accumulate, seconds, metrics)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hiperlab.metric.protocol import TextScore
 from hiperlab.report.monitor import ScoreMonitor
 from hiperlab.run.folded import run_folded
 from hiperlab.run.main import main
+from tests.composed import ROOT
 from tests.run.test_fold import learnt, losses
 
 JOB = [
@@ -48,6 +51,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def artifact_step(folder: Path, name: str = "cats") -> int:
+    """The step that the run's artifact is of."""
     with safe_open(folder / "artifacts" / f"{name}.safetensors", "pt") as file:
         return int(file.metadata()["steps"])
 
@@ -317,9 +321,9 @@ def test_several_concepts_and_folded_jobs_choose_one_by_one(watched, tmp_path) -
     lines = {name: [*JOB, *ON, *more, f"run_dir='{tmp_path / name}'"] for name, more in asked.items()}
     request.write_text(json.dumps(lines))
     assert run_folded(request) == 0
-    for alone, folded in ((watched, "first"), (other, "second")):
+    for alone, folded, name in ((watched, "first", "cats"), (other, "second", "puppy")):
         assert fitted(tmp_path / folded)["shared_by"] == 2
-        assert artifact_step(tmp_path / folded) == artifact_step(alone)
+        assert artifact_step(tmp_path / folded, name) == artifact_step(alone, name)
         ours, theirs = logged(tmp_path / folded), logged(alone)
         assert [step for step, _ in ours] == [step for step, _ in theirs]
         values = [[value for _, value in each] for each in (ours, theirs)]
@@ -349,6 +353,16 @@ def test_the_loss_may_end_what_the_score_chooses(scripted, tmp_path) -> None:
     found = fitted(folder)
     assert found["steps"] < 8 and found["steps_saved"] == {"cats": 40 - found["steps"]}
     assert logged(folder)[-1][0] == found["steps"]
+
+
+def test_two_processes_agree(tmp_path) -> None:
+    """The first one scores, both end where it says."""
+    words = ["trainer=ddp_cpu", "monitor=dino", "fit.monitor.every=2", "fit.monitor.patience=0"]
+    command = [*JOB, *words, "fit.monitor.min_delta=1.0", f"run_dir='{tmp_path / 'ddp'}'"]
+    done = subprocess.run([sys.executable, "-m", "hiperlab.run", *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    found = fitted(tmp_path / "ddp")
+    assert found["world_size"] == 2 and found["steps"] == 4 and found["monitor"]["cats"]["evaluations"] == 2
 
 
 # ---- refused -------------------------------------------------------------------------------------------------------
