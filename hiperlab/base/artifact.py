@@ -192,21 +192,24 @@ def load_into(method: Method, index: int, path: Path) -> None:
     method.load_artifact(index, artifact.tensors)
 
 
-def card(method: str, base: Base, note: str, steps: int, run: str, written: Sequence[tuple[Subject, list[str]]]) -> str:
+def card(
+    method: str, base: Base, note: str, steps: Sequence[int], run: str, written: Sequence[tuple[Subject, list[str]]]
+) -> str:
     """Markdown that tells a stranger what the files beside it are and how to use them.
 
     Args:
         method: the method's name.
         base: the model the concepts belong to.
         note: what must be known of that model, "" for nothing.
-        steps: optimizer steps taken.
+        steps: optimizer steps behind the concepts' files; they may differ.
         run: command that trained them.
         written: each concept with the names of its files in other tools' formats.
     """
+    taken = " to ".join(str(each) for each in sorted({min(steps), max(steps)}))
     lines = [
         f"# {method} on {base.name}",
         "",
-        f"Trained for {steps} steps with hiperlab: `{run}`",
+        f"Trained for {taken} steps with hiperlab: `{run}`",
         *([f"\n**Note:** {note}"] if note else []),
         "",
         "| concept | placeholder | class noun | file | for other tools |",

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hiperlab import draws
+from hiperlab.base.best_score import KEY as BEST_SCORE
+from hiperlab.base.best_score import BestScore
 from hiperlab.base.early_stop import KEY as EARLY_STOP
 from hiperlab.base.early_stop import EarlyStop, FixedInputs
 from hiperlab.data.batch import Batch
@@ -134,7 +136,7 @@ class Method(pl.LightningModule, ABC):
     stacks_concepts: ClassVar[bool] = True  # False: one object has room for one concept
     why_alone: ClassVar[str] = ""  # why no U-Net call of its training can be shared with others', for people to read
     why_apart: ClassVar[str] = ""  # the same of its pictures, of those of an edit's source at the least
-    why_no_early_stop: ClassVar[str] = ""  # why a flat loss on fixed inputs says nothing about its training
+    why_no_early_stop: ClassVar[str] = ""  # why neither a flat loss nor a score may end its training or choose a step
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
     fixed_settings: ClassVar[tuple[str, ...]] = ()  # kept as attributes; a concept only works with the same values
@@ -169,7 +171,8 @@ class Method(pl.LightningModule, ABC):
         self._moments: dict[tuple[int, int, bool, int], Tensor] = {}
         self._losses: list[Tensor] = []
         self.last_timesteps: Tensor | None = None
-        self.early_stop: EarlyStop | None = None  # given by who trains it
+        self.early_stop: EarlyStop | None = None  # given by who trains it, as the next
+        self.best_score: BestScore | None = None
 
     # ---- what a method writes --------------------------------------------------------------------------------------
 
@@ -267,8 +270,8 @@ class Method(pl.LightningModule, ABC):
 
     @property
     def ended(self) -> bool:
-        """Whether training makes no further step: it has finished, or `early_stop` says so."""
-        return self.finished or (self.early_stop is not None and self.early_stop.ended)
+        """Whether training makes no further step: it has finished, or `early_stop` or `best_score` says so."""
+        return self.finished or any(each.ended for each in (self.early_stop, self.best_score) if each is not None)
 
     def step_calls(self, batch: Batch) -> Calls[Tensor]:
         """`training_calls`; before the first of an optimizer step, `early_stop` sees the loss on its fixed inputs."""
@@ -403,6 +406,8 @@ class Method(pl.LightningModule, ABC):
         checkpoint["state_dict"] = {name: value for name, value in states.items() if not name.startswith("model.")}
         if self.early_stop is not None:
             checkpoint[EARLY_STOP] = self.early_stop.state()
+        if self.best_score is not None:
+            checkpoint[BEST_SCORE] = self.best_score.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the stack's own tensors back so that loading stays strict.
@@ -420,6 +425,8 @@ class Method(pl.LightningModule, ABC):
         checkpoint["state_dict"] = {**states, **checkpoint["state_dict"]}
         if self.early_stop is not None:
             self.early_stop.load(checkpoint.get(EARLY_STOP), int(checkpoint["global_step"]))
+        if self.best_score is not None:
+            self.best_score.load(checkpoint.get(BEST_SCORE), int(checkpoint["global_step"]))
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

@@ -135,10 +135,12 @@ def _check_optional(cfg: DictConfig, given: Sequence[Override]) -> None:
         UserError: naming the first.
     """
     for key, choice, table in OPTIONAL:
-        unread = OmegaConf.select(cfg, key, default=choice) != choice  # a method without the key has no such choice
+        # A method without the key has no such choice.
+        chosen = OmegaConf.select(cfg, key) if _has(cfg, key) else choice
+        unread = chosen is None if choice is None else chosen != choice
         said = [each.input_line for each in given if f"{each.key_or_group}.".startswith(f"{table}.")]
         if unread and said:
-            raise UserError(f"{said[0]} is read with {key}={choice} only: give both, or neither.")
+            raise UserError(f"{said[0]} is read with {key}={choice or '…'} only: give both, or neither.")
 
 
 def check_plugins(cfg: DictConfig) -> None:
@@ -172,8 +174,9 @@ def _worth_trying(override: Override, groups: set[str]) -> list[str]:
     return options if override.key_or_group in groups or len(options) <= 8 else [options[0], options[-1]]
 
 
-OPTIONAL = (  # key, its choice with which the settings of a table are read
+OPTIONAL = (  # key, its choice (None: any but null) with which the settings of a table are read
     ("fit.stop", "dvar", "fit.dvar"),
+    ("monitor", None, "fit.monitor"),
     ("method.loss", "dco", "method.dco"),
     ("method.attention", "masactrl", "method.mutual"),
     ("method.attention", "p2p", "method.p2p"),

@@ -42,6 +42,14 @@ def _are_betas(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_fits(v, "a number") and 0 <= v < 1 for v in value)
 
 
+def _are_seeds(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_whole(0).holds(each) for each in value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _one_of(*names: str, null: bool = False) -> Range:
     known = [*names, "null"] if null else names
     return Range(f"one of {', '.join(known)}", lambda value: value in names, null)
@@ -66,15 +74,19 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "fit.dvar.every": _whole(1),
     "fit.dvar.rows": _whole(1),
     "fit.dvar.parts": _whole(1),
+    "monitor": Range("a score of the metric, e.g. monitor=identity, or null", _is_name, null=True),
+    "fit.monitor.every": _whole(1),
+    "fit.monitor.seeds": Range("a list of whole numbers, each 0 or more, e.g. fit.monitor.seeds=[1000]", _are_seeds),
+    "fit.monitor.sampler_steps": _whole(1, null=True, most=1000),
+    "fit.monitor.patience": _whole(0, null=True),
+    "fit.monitor.min_delta": _number("a number, 0 or more", lambda value: value >= 0),
+    "fit.monitor.keep": _one_of("best", "last"),
     "fit.checkpoint_every": _whole(0),
     "fit.sample_every": _whole(0),
     "fit.sample_prompts": _whole(0),
     "sample.prompts": _whole(1, null=True),
     "sample.batch_size": _whole(1),
-    "sample.seeds": Range(
-        "a list, e.g. sample.seeds=[0,1], of whole numbers, each 0 or more",
-        lambda value: isinstance(value, list) and bool(value) and all(_whole(0).holds(each) for each in value),
-    ),
+    "sample.seeds": Range("a list, e.g. sample.seeds=[0,1], of whole numbers, each 0 or more", _are_seeds),
     "sample.negative": Range('a text, "" for none', lambda value: isinstance(value, str)),
     "sampler.steps": _whole(1),
     "sampler.guidance": _number("a number, 0 or more", lambda value: value >= 0),
@@ -92,8 +104,9 @@ RANGES = {  # a method's own numbers are checked by its constructor
 }
 ANYWHERE = {"seed": _whole(0), "width": _whole(1)}  # by the last part of a key
 HYDRAS_OWN = ("._convert_", "._partial_", "._recursive_")
-# Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several; fold=auto or fold=8.
-FREE = ("trainer.", "data.identity_seed", "fold")
+# Lightning takes devices=2, devices=[0,3] and devices=auto alike; one held-out subject or several; fold=auto or fold=8;
+# a list's name or the prompts themselves.
+FREE = ("trainer.", "data.identity_seed", "fold", "fit.monitor.prompts")
 
 
 def group_lines(lines: Sequence[str], groups: set[str], loader: ConfigLoader) -> list[str]:

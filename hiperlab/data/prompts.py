@@ -17,12 +17,13 @@ def prompt_lists() -> dict[str, str]:
     return {f.name.removesuffix(".txt"): f.read_text(encoding="utf-8") for f in found}
 
 
-def load_prompts(source: str | Sequence[str]) -> tuple[str, ...]:
+def load_prompts(source: str | Sequence[str], key: str = "data.prompts") -> tuple[str, ...]:
     """The prompts of a list.
 
     Args:
         source: name of a shipped list ("neti"), path of a text file (one prompt per line, "#" starts a comment
             line), or the prompts themselves.
+        key: the setting, for messages.
 
     Returns:
         prompts, each with the slot "{}".
@@ -31,7 +32,7 @@ def load_prompts(source: str | Sequence[str]) -> tuple[str, ...]:
         UserError: unknown name, unreadable file, no prompt, or prompts without "{}".
     """
     if not isinstance(source, str):
-        return _checked(list(source), "data.prompts")
+        return _checked(list(source), key)
     shipped = prompt_lists()
     if source in shipped:
         return _checked(_lines(shipped[source]), source)

@@ -81,7 +81,7 @@ class AttnDreamBooth(RareTokenMethod):
         *RareTokenMethod.training_settings,
         *("stages", "steps", "batch_size", "cross_lr", "unet_lr", "reg_mean", "reg_var"),
     )
-    why_no_early_stop = "a flat loss of the word's stage would leave out those of the weights"
+    why_no_early_stop = "an end in the word's stage would leave out those of the weights"
     published_crop = "random"  # without --center_crop
     published_flip = 0.25
 

@@ -67,7 +67,7 @@ class Imagic(Method, EditsPicture, Exportable):
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
-    why_no_early_stop = "a flat loss of the embedding's phase would leave out that of the weights"
+    why_no_early_stop = "an end in the embedding's phase would leave out that of the weights"
     per_target = True
     sampling_settings = ("eta",)
 

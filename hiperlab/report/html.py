@@ -57,6 +57,7 @@ def write_report(
         prompts=_per_prompt(rows),
         pictures=_pictures(folder),
         losses=_losses(folder),
+        monitored=_monitored(folder, results),
         samples=_training_samples(folder, strips),
         drawn_samples=len(strips),
         cost=_cost(results),
@@ -127,14 +128,31 @@ def _training_samples(folder: Path, strips: Sequence[Path], most: int = 8) -> li
 
 def _losses(folder: Path) -> list[tuple[str, str]]:
     """The run's curve, or one per concept where they were trained one by one, each with whose it is."""
-    parts = [("", folder), *((f" ({part.name})", part) for part in sorted(folder.glob("concepts/*")))]
-    found = [(whose, _loss(part)) for whose, part in parts]
+    found = [(whose, _over_steps(part, "loss")) for whose, part in _trained(folder)]
     return [(whose, drawn) for whose, drawn in found if drawn]
 
 
-def _loss(folder: Path) -> str:
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row and row.get("step") is not None]
-    return curve([row["step"] for row in rows], [row["loss"] for row in rows], "loss")
+def _monitored(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """A curve of each concept's scores while it was trained, with what was scored and what came of it."""
+    told = ((results.get("stages") or {}).get("fit") or {}).get("monitor") or {}
+    score = told.get("score")
+    names = {name: each for name, each in told.items() if isinstance(each, Mapping)}
+    found = []
+    for whose, part in _trained(folder):
+        each = names.get(part.name) or next(iter(names.values()), {})
+        if score and (drawn := _over_steps(part, f"monitor/{score}")):
+            found.append((f"{score}{whose}", drawn, str(each.get("artifact_step", "–"))))
+    return found
+
+
+def _trained(folder: Path) -> list[tuple[str, Path]]:
+    """The run's folder, and one per concept where they were trained one by one, each with whose it is."""
+    return [("", folder), *((f" ({part.name})", part) for part in sorted(folder.glob("concepts/*")))]
+
+
+def _over_steps(folder: Path, key: str) -> str:
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if key in row and row.get("step") is not None]
+    return curve([row["step"] for row in rows], [row[key] for row in rows], key)
 
 
 def _cost(results: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -71,16 +73,34 @@ class TrainingSamples(Callback):
         """Draw, write, hand on; every submodule keeps the mode it was found in."""
         if not trainer.is_global_zero:
             return
-        modes = [(module, module.training) for module in method.modules()]
-        try:
-            pictures = to_pil(method.sample(self.prompts, self.seeds, **self.how))  # type: ignore[operator]
-        finally:
-            _restore(modes)
+        pictures = draw_between(method, self.prompts, self.seeds, self.how)
         step = trainer.global_step
         save_png(strip(pictures, self.prompts), self.folder / f"train-{step:06d}.png")
         for logger in trainer.loggers:
             if hasattr(logger, "log_images"):
                 logger.log_images("samples", pictures, self.prompts, step)
+
+
+def draw_between(
+    method: LightningModule, prompts: Sequence[str], seeds: Sequence[int], how: Mapping[str, Any]
+) -> list[Image.Image]:
+    """One picture per prompt between two optimizer steps; training goes on as if nothing had been drawn.
+
+    Every submodule keeps the mode it was found in, torch's random state stays as it was.
+
+    Args:
+        method: in training.
+        prompts: texts with placeholders in place.
+        seeds: one per prompt.
+        how: further named values for `method.sample`.
+    """
+    modes = [(module, module.training) for module in method.modules()]
+    devices = [method.device] if method.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            return to_pil(method.sample(prompts, seeds, **how))  # type: ignore[operator]
+    finally:
+        _restore(modes)
 
 
 def _restore(modes: Sequence[tuple[nn.Module, bool]]) -> None:

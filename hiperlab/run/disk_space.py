@@ -37,7 +37,7 @@ def check_space(session: Session, method: Method) -> None:
 
 
 def needed_bytes(session: Session, method: Method) -> dict[str, int]:
-    """Bytes by kind, at most: checkpoints, artifacts, pictures."""
+    """Bytes by kind, at most: checkpoints, artifacts, those of the best scores, pictures."""
     cfg, groups = session.cfg, len(session.groups)
     trained = groups * sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
     every = cfg.fit.checkpoint_every
@@ -47,5 +47,6 @@ def needed_bytes(session: Session, method: Method) -> dict[str, int]:
     return {
         "checkpoints": count * COPIES * trained if cfg.fit.steps else 0,
         "artifacts": 2 * trained,  # and a second time in other tools' formats
+        "best artifacts": count * trained if cfg.monitor is not None else 0,  # each checkpoint may have its own
         "pictures": pictures * 3 * cfg.model.size**2,
     }

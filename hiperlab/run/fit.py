@@ -23,6 +23,7 @@ from hiperlab.report.checkpoint import step_of
 from hiperlab.report.environment import Room, peak_memory
 from hiperlab.report.progress import StepProgress
 from hiperlab.report.signals import StopCallback, StopSignals
+from hiperlab.run import monitor
 from hiperlab.run.resume import checkpoint_folder, starting_point
 from hiperlab.run.session import Session, parts, speaks_for
 from hiperlab.run.train_together import train_together
@@ -104,11 +105,13 @@ def fit_all(sessions: Sequence[Session], signals: StopSignals, resume_command: s
         StoppedError: told to stop; everything is saved.
     """
     for session in sessions:
+        session.judges = sessions[0].judges  # one of each, for all
         with speaks_for(session.folder):
             log.info("stage fit")
     start = time.monotonic()
     training = _Training(sessions, signals, resume_command)
     training.run()
+    sessions[0].judges.clear()  # the memory is needed for pictures
     elapsed = time.monotonic() - start
     shares = parts([_own_seconds(training.rows[number]) for number in range(len(sessions))])
     for number, session in enumerate(sessions):
@@ -131,8 +134,12 @@ def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = {key: rows[0][key] for key in ("world_size", "micro_batch_size", "accumulate")}
     found = {"steps": max(row["steps"] for row in rows), **found}
     found["finished"] = all(row["finished"] for row in rows)
-    if session.cfg.fit.stop is not None:
-        found["stopped_at"] = {name: row["steps"] for row in rows for name in row["concepts"] if row["finished"]}
+    each = [(name, row) for row in rows for name in row["concepts"]]
+    if session.cfg.fit.stop is not None or session.cfg.monitor is not None:
+        found["stopped_at"] = {name: row["steps"] for name, row in each if row["finished"]}
+        found["steps_saved"] = {name: session.cfg.fit.steps - row["steps"] for name, row in each}
+    if session.cfg.monitor is not None:
+        found["monitor"] = {"score": session.cfg.monitor, **{name: row["monitor"] for name, row in each}}
     found["trainable_parameters"] = sum(row["trainable_parameters"] for row in rows)
     found["train_seconds"] = round(_own_seconds(rows), 2)
     if (shared := max(row["shared_by"] for row in rows)) > 1:
@@ -266,8 +273,8 @@ class _Training:
             view = views[place]
             accumulate = module.trainer.accumulate_grad_batches
             found = _row(trainee, view.global_step, 1, accumulate, seconds, view.callback_metrics)
-            written = write_artifacts(trainee.session, trainee.method, view.global_step)
-            self.rows[number].append({**found, "written": written, "shared_by": len(ready)})
+            with speaks_for(trainee.session.folder):
+                self.rows[number].append({**found, **_kept(trainee, view.global_step), "shared_by": len(ready)})
 
     def _smaller(self, pieces: list[_Piece]) -> list[_Piece]:
         """The same work in smaller passes: fewer trainings in one, then fewer images.
@@ -316,11 +323,20 @@ def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_com
             trainer.fit(method, datamodule=data, ckpt_path=trainee.start, weights_only=True)
     stop.raise_if_stopped()
     seconds = time.monotonic() - start
-    written = write_artifacts(session, method, trainer.global_step) if trainer.is_global_zero else []
+    kept = _kept(trainee, trainer.global_step) if trainer.is_global_zero else {"written": [], "monitor": None}
     trainer.strategy.barrier()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = _row(trainee, trainer.global_step, trainer.world_size, accumulate, seconds, metrics)
-    return found | {"written": written, "shared_by": 1}
+    return found | kept | {"shared_by": 1}
+
+
+def _kept(trainee: Trainee, steps: int) -> dict[str, Any]:
+    """Write what a training of so many steps ends with; returns its files, its step and its scores."""
+    session, method = trainee.session, trainee.method
+    step = monitor.keep_best(session, trainee.group, method, steps)
+    return {
+        "written": write_artifacts(session, method, step), "artifact_steps": step, "monitor": monitor.told(method, step)
+    }  # fmt: skip
 
 
 def _row(
@@ -361,7 +377,8 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
 def _write_card(session: Session, rows: list[dict[str, Any]]) -> None:
     written = [each for row in rows for each in row["written"]]
     name, stack = session.cfg.method._target_.rsplit(".", 1)[-1], session.stack
-    text = artifact.card(name, stack.base, stack.note, rows[0]["steps"], str(session.results["command"]), written)
+    steps = [row["artifact_steps"] for row in rows]
+    text = artifact.card(name, stack.base, stack.note, steps, str(session.results["command"]), written)
     files.atomic_write(session.folder / "artifacts" / "README.md", text)
 
 

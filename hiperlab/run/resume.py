@@ -31,6 +31,8 @@ FREE = (
     "data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder",
     "method.cache",
 )  # fmt: skip
+MONITORED = ("monitor", "fit.monitor", "metric", "sampler")  # where a score chooses: its values must compare
+MAY_CHANGE = ("fit.monitor.patience", "fit.monitor.min_delta", "fit.monitor.keep", "fit.monitor.every")
 RECORD, PICTURES = "config.yaml", "pictures.json"  # what a training was asked and trained on, beside its checkpoints
 
 
@@ -59,8 +61,10 @@ def check_resume(session: Session) -> None:
 def _check_settings(session: Session, folder: Path) -> None:
     before, now = _flat(_record(folder / RECORD, OmegaConf.load)), _flat(session.cfg)
     sampling = get_class(session.cfg.method._target_).sampling_settings  # type: ignore[attr-defined]
-    free = (*FREE, *(f"method.{name}" for name in sampling))
-    asked = [key for key in sorted(before.keys() | now.keys()) if _under(key, IDENTITY) and not _under(key, free)]
+    free = (*FREE, *MAY_CHANGE, *(f"method.{name}" for name in sampling))
+    scored = before.get("monitor") is not None or now["monitor"] is not None
+    same = (*IDENTITY, *MONITORED) if scored else IDENTITY
+    asked = [key for key in sorted(before.keys() | now.keys()) if _under(key, same) and not _under(key, free)]
     # A later version's settings: the earlier one did what their defaults do.
     if new := [f"{key}={now[key]}" for key in asked if key not in before]:
         log.info("the earlier run did not know %s; it takes the value now.", ", ".join(new))

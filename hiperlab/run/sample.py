@@ -21,7 +21,6 @@ from hiperlab.base.capability import EditsPicture, ShowsAttention
 from hiperlab.base.method import Method
 from hiperlab.clock import Clock
 from hiperlab.data.concept import Concept, fill
-from hiperlab.data.images import to_pixels
 from hiperlab.errors import UserError
 from hiperlab.metric.rows import NEEDED
 from hiperlab.metric.table import SOURCE
@@ -31,6 +30,7 @@ from hiperlab.report.environment import Room
 from hiperlab.report.grid import grid, save_png, to_pil
 from hiperlab.run.fit import load_artifacts
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
+from hiperlab.run.references import crop
 from hiperlab.run.session import Session, parts, speaks_for
 
 log = logging.getLogger(__name__)
@@ -429,9 +429,3 @@ def _edit_strip(folder: Path, concept: Concept, records: list[dict[str, Any]], s
         columns=[text.replace(concept.placeholder, f"<{concept.word}>") for text in columns.values()],
         title=f"{concept.name}, {title}",
     )
-
-
-def crop(picture: Image.Image, size: int) -> Image.Image:
-    """A picture as edit methods see it."""
-    pixels = to_pixels(picture, size, "middle", flip=False)
-    return to_pil((pixels[None] + 1) / 2)[0]

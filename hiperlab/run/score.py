@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from hiperlab import files
-from hiperlab.data.concept import Concept
 from hiperlab.errors import UserError, near
-from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.rows import ALL, PICTURE, read_scores
 from hiperlab.metric.score import score as score_pictures
 from hiperlab.metric.table import aggregate
 from hiperlab.report.environment import peak_memory
 from hiperlab.report.html import write_report
 from hiperlab.report.loggers import write_csv
-from hiperlab.run.sample import crop, read_manifest
+from hiperlab.run.references import edits
+from hiperlab.run.sample import read_manifest
 from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
@@ -45,17 +43,6 @@ def score(session: Session) -> None:
         files.write_jsonl(session.folder / "scores.jsonl", scored.rows)
         found |= {"rows": len(scored.rows), "protocol": session.protocol.name, "hash": session.protocol.hash}
         session.update(score_messages=scored.messages, scores=aggregate(scored.rows, by=("variant",)))
-
-
-def edits(concepts: Sequence[Concept], size: int) -> dict[str, EditReference]:
-    """What the edits among the concepts are judged against, cropped as methods see it at `size` pixels a side."""
-    found = {}
-    for concept in concepts:
-        if concept.edit:
-            truths = {text: truth for text, truth in zip(concept.edit.targets, concept.edit.truths) if truth}
-            mask = concept.edit.mask and crop(concept.edit.mask.convert("RGB"), size)
-            found[concept.name] = EditReference(crop(concept.views[0], size), concept.edit.source, truths, mask)
-    return found
 
 
 def check_objective(session: Session) -> None:

@@ -36,6 +36,8 @@ from hiperlab.data.dataset import DataSet
 from hiperlab.data.edit import as_edits, at_most, one_per_target
 from hiperlab.errors import UserError
 from hiperlab.hub import first_line
+from hiperlab.metric.encoder import EncoderConfig
+from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.rows import table_row
 from hiperlab.model.stack import FrozenStack
@@ -59,6 +61,7 @@ class Session:
     cfg: DictConfig
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
+    judges: dict[EncoderConfig, Encoder] = field(default_factory=dict)  # that score while it trains, loaded
 
     # ---- parts, built when first asked for ---------------------------------------------------------------------------
 
@@ -136,12 +139,13 @@ class Session:
     def groups(self) -> list[list[int]]:
         """Concept numbers of each method: all of one, or one each where a method does not stack them.
 
-        Also where an earlier version had not stacked them when this run began, and where each ends by its own loss.
+        Also where an earlier version had not stacked them when this run began, and where each ends, or is chosen, by
+        its own loss or score.
         """
         everything = list(range(len(self.data.concepts)))
         method = self.method_class
         begun = [c.name for c in self.data.concepts if (self.folder / "checkpoints" / c.name).is_dir()]
-        if method.stacks_concepts and not begun and self.cfg.fit.stop is None:
+        if method.stacks_concepts and not begun and self.cfg.fit.stop is None and self.cfg.monitor is None:
             return [everything]
         if len(everything) > 1 and method.why_alone:
             log.warning("%s: %s. The concepts go one by one.", method.__name__, method.why_alone)

@@ -17,6 +17,7 @@ from hiperlab.metric.rows import ALL
 from hiperlab.report.environment import command
 from hiperlab.report.signals import StopSignals
 from hiperlab.run import fit, sample, sample_composed, score
+from hiperlab.run.monitor import check_monitor
 from hiperlab.run.resume import check_resume
 from hiperlab.run.sample_composed import check_artifacts_together
 from hiperlab.run.session import Session, check_method, configure_logging, open_session, write_settings
@@ -162,6 +163,7 @@ def _check(session: Session) -> None:
         log.debug("%s", session.sampler.scheduler)  # built here: one that cannot draw is refused before a night's fit
     if "fit" in session.cfg.stages:
         fit.check_stop(session)
+        check_monitor(session)
         fit.check_trainer(session)
         check_resume(session)
     if "score" in session.cfg.stages:

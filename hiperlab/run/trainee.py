@@ -27,11 +27,13 @@ from hiperlab.report.checkpoint import AtomicCheckpointIO, StepCheckpoints
 from hiperlab.report.exports import CadencedExports
 from hiperlab.report.finish import EndWhenFinished
 from hiperlab.report.loggers import JsonlLogger, RewindLogs
+from hiperlab.report.monitor import ScoreMonitor
 from hiperlab.report.nan_guard import FiniteGuard
 from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.samples import TrainingSamples
 from hiperlab.report.tracker import Trackers
 from hiperlab.run.disk_space import check_space
+from hiperlab.run.monitor import give_score
 from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
 from hiperlab.run.session import Session, speaks_for
 
@@ -48,6 +50,7 @@ class Trainee:
         method: untrained.
         checkpoints: writes and keeps its checkpoints.
         start: the checkpoint it goes on from, None for a fresh start.
+        monitor: scores it while it trains, if it is asked for.
     """
 
     session: Session
@@ -55,6 +58,7 @@ class Trainee:
     method: Method
     checkpoints: StepCheckpoints
     start: Path | None
+    monitor: ScoreMonitor | None
 
     @property
     def parameters_per_concept(self) -> int:
@@ -101,12 +105,13 @@ class Trainee:
     def watchers(self) -> list[Callback]:
         """What watches over it alone, in the order in which they are asked."""
         return [
+            RewindLogs(),
             FiniteGuard(self.checkpoints),
+            *([self.monitor] if self.monitor else []),
             self._samples(),
             EndWhenFinished(),
             self.checkpoints,
             CadencedExports(self.session.folder / "artifacts"),
-            RewindLogs(),
         ]
 
     def _samples(self) -> TrainingSamples:
@@ -167,14 +172,14 @@ def enrol(session: Session, group: list[int], resume: str | None) -> Trainee:
     """Build the method of a group and find where its training goes on.
 
     Raises:
-        UserError: see `starting_point`, `check_space`.
+        UserError: see `starting_point`, `check_space`, `give_score`.
     """
     cfg, folder = session.cfg, checkpoint_folder(session, group)
     method = session.build_method(group)
     check_space(session, method)
     start = starting_point(folder, resume, cfg.fit.steps)
     checkpoints = StepCheckpoints(folder, cfg.fit.checkpoint_every, keep_all=bool(cfg.fit.keep_checkpoints))
-    return Trainee(session, group, method, checkpoints, start)
+    return Trainee(session, group, method, checkpoints, start, give_score(session, group, method))
 
 
 def begin(trainees: Sequence[Trainee], rows: int, world: int) -> None:
