@@ -213,12 +213,18 @@ def _shape(keys: Sequence[Codes]) -> tuple[int, ...]:
     return tuple(int(key.max(initial=0)) + 1 for key in keys)
 
 
-@lru_cache(maxsize=4)
 def _resamples(num_units: int) -> Floats:
     """Weights (draws, U) of bootstrap resamples; a row sums to 1."""
+    return _kept_small(num_units) if num_units <= 64 else _kept_large(num_units)  # 5 MB at most, 80 MB at most
+
+
+def _drawn(num_units: int) -> Floats:
     draws = max(1000, min(DRAWS, 10_000_000 // num_units))
     rng = np.random.Generator(np.random.Philox(key=0))
     return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=draws) / num_units
+
+
+_kept_small, _kept_large = lru_cache(maxsize=64)(_drawn), lru_cache(maxsize=2)(_drawn)
 
 
 @lru_cache(maxsize=1000)
