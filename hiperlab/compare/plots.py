@@ -332,7 +332,7 @@ def _heat_map(
         axes.set_visible(False)
     for number, (axes, table, (name, _)) in enumerate(zip(grid.flat, tables, kept)):
         image = axes.imshow(table, vmin=low, vmax=high, cmap="PuOr" if difference else "cividis", aspect="auto")
-        axes.set_title(_short(name, 34), fontsize=8)
+        axes.set_title(_short(name, int(size[0] / 0.075)), fontsize=8)
         axes.grid(False)
         axes.set_facecolor("#eceff2")
         names = [f"prompt {i + 1}" for i in range(height)] if own else [_short(_prompt(prompts[p])) for p in columns]
