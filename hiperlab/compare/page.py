@@ -30,6 +30,7 @@ MOST_SIDE = 256  # pixels of an embedded picture
 MOST_BYTES = 30_000_000  # of all embedded pictures together, unless all are asked for
 QUALITY = 90
 MOST_RUNS = 500  # lines of the table of runs
+TRUTH = "truth_distance"
 ALL, NONE, LINK = "all", "none", "link"
 Key = tuple[int, int, int]  # subject, prompt, seed
 
@@ -115,11 +116,10 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
     return page.render(
         "comparison.html",
         package="hiperlab.compare",
-        name=f"Comparison of {count} method{'s' * (count != 1)} on {len(measured.subjects)} "
-        f"subject{'s' * (len(measured.subjects) != 1)}",
+        name=_title(summary),
         facts=[
             ("runs", len(measured.runs)),
-            ("methods", count),
+            ("compared", count),
             ("subjects", len(measured.subjects)),
             ("prompts", len([prompt for prompt in measured.prompts if prompt])),
             ("sampling seeds", len(np.unique(measured.scores.seed[measured.scores.seed != NO_SEED]))),
@@ -143,6 +143,16 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         captions={"scores": tables.caption(summary), "differences": tables.test_caption(summary)},
         columns=len(summary.metrics),
     )
+
+
+def _title(summary: Summary) -> str:
+    """How many methods, or settings of one, on how many subjects."""
+    count, subjects = len(summary.contenders), len(summary.measured.subjects)
+    methods = {summary.measured.contenders[c].method for c in summary.contenders}
+    what = f"{count} methods" if len(methods) == count > 1 else f"{count} settings of {len(methods)} methods"
+    what = f"{count} settings of {methods.pop()}" if len(methods) == 1 < count else what
+    what = methods.pop() if count == 1 else what
+    return f"Comparison of {what} on {subjects} subject{'s' * (subjects != 1)}"
 
 
 def _subject(measured: Measured, subject: int) -> str:
@@ -301,6 +311,10 @@ class _Wall:
         if self.asked == LINK:
             which += " They lie in the run folders: this page shows them only where it was written."
         more = "" if shown == total else " --pictures all puts all into the page."
+        if any(each.name == TRUTH for each in self.measured.metrics) and not any(
+            p.role for p in self.measured.pictures
+        ):
+            which += f" The true pictures of {TRUTH} are drawn by its judge and kept nowhere."
         bad = f" Not readable: {', '.join(self.unreadable[:3])}." if self.unreadable else ""
         return f"{shown} of {total} pictures.{which}{more}{bad}"
 

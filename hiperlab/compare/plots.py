@@ -31,7 +31,7 @@ KINDS = ("png", "svg", "pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
 MARKERS = "osD^vP*X<>hp"
 MOST_LEGEND, MOST_PANELS, MOST_LINES, MOST_CELLS = 24, 9, 40, 40
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e7eb",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "text.parse_math": False, "pdf.fonttype": 42,
@@ -82,7 +82,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
 
 def _figures(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
-    for part in (_trade_off, _scores, _cost, _steps):
+    for part in (_trade_off, _cost, _scores, _steps):
         if found := part(summary):
             yield found
     yield from _heat_maps(summary)
@@ -217,11 +217,9 @@ def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
     if summary.measured.metrics[metric].lower_is_better:
         first.invert_yaxis()
     _legend(figure, first)
-    return (
-        "cost",
-        figure,
-        f"{summary.measured.metrics[metric].name} against what it costs: better is up and to the left.",
-    )
+    same = [COSTS[key] for key in COSTS if len({summary.costs[c][key] for c in there} - {None}) == 1]
+    caption = f"{summary.measured.metrics[metric].name} against what it costs: better is up and to the left."
+    return "cost", figure, caption + (f" The same for all: {'; '.join(same)}." if same else "")
 
 
 def _steps(summary: Summary) -> tuple[str, Figure, str] | None:

@@ -312,7 +312,7 @@ def _signs(num_units: int) -> tuple[Floats, bool]:
     """Patterns of signs (P, U): all whose first is +, or drawn ones; whether these are all."""
     if num_units <= EXACT_UNITS:
         bits = np.arange(2 ** max(0, num_units - 1))[:, None] >> np.arange(num_units)[None, ::-1]
-        return 1.0 - 2.0 * (bits & 1), True
+        return (1 - 2 * (bits & 1)).astype(np.float64), True
     rng = np.random.Generator(np.random.Philox(key=1))
     draws = max(999, min(DRAWS - 1, 10_000_000 // num_units))
     return rng.choice([-1.0, 1.0], size=(draws, num_units)), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def _mean(summary: Summary, metric: int, found: Estimate | None, mark: Mark, pla
 
 def escape_markdown(found: str) -> str:
     """Text that Markdown shows as it is, in a table too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", " ".join(found.split()))
+    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", html.escape(" ".join(found.split()), quote=False))
 
 
 def markdown(summary: Summary) -> str:
