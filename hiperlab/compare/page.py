@@ -140,8 +140,11 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         subjects=[_subject(measured, s) for s in range(len(measured.subjects))],
         prompts=list(dict.fromkeys(row.prompt for block in blocks for row in block.rows)),
         wall_note=wall.note,
-        captions={"scores": tables.caption(summary), "differences": tables.test_caption(summary)},
-        columns=len(summary.metrics),
+        captions={
+            "scores": tables.caption(summary),
+            "differences": tables.test_caption(summary),
+            "ranks": tables.rank_caption(summary),
+        },
     )
 
 

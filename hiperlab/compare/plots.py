@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from hiperlab import files
 from hiperlab.compare.labels import STEPS
@@ -197,11 +197,16 @@ def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
         values = [value for c in there if (value := summary.costs[c][key]) is not None]
         if min(values) > 0 and max(values) > 5 * min(values):
             axes.set_xscale("log")
+            if max(values) < 30 * min(values):
+                axes.xaxis.set_major_locator(
+                    LogLocator(subs=(1.0, 2.0, 5.0))
+                )  # powers of ten alone would be one or two
         elif max(values) > 5 * (least := min((value for value in values if value > 0), default=1.0)):
             axes.set_xscale("symlog", linthresh=least)  # some cost nothing
         else:
             axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())  # the logarithmic one writes formulas
         for number, c in enumerate(there):
             if (value := summary.costs[c][key]) is not None:
                 found, look = summary.means[c, metric], _look(number)

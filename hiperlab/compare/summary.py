@@ -20,6 +20,7 @@ EDITABILITY = ("clip_text", "clip_edited", "direction")
 IDENTITY = ("identity", "face", "dino", "dinov2", "clip_image", "structure", "lpips", "ns_lpips", "background_psnr")
 MOST_PAIRS = 300  # of methods, without a baseline: beyond, a table of all differences can be read by nobody
 ENOUGH = 6  # subjects: the least of which p can be below 0.05
+UNTRAINED = "UNTRAINED"  # as runs say it of their judges, too
 BEST, SECOND = "best", "second"
 
 
@@ -272,7 +273,8 @@ def _costs(measured: Measured) -> list[dict[str, float | None]]:
 
 def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, int], Estimate]) -> list[str]:
     """What the numbers cannot say."""
-    found = [] if measured.trained else ["The judge is UNTRAINED: these numbers measure nothing."]
+    said = measured.trained or any(UNTRAINED in note for note in measured.notes)
+    found = [] if said else [f"The judge is {UNTRAINED}: these numbers measure nothing."]
     units = {(each.unit, each.num_units) for (_, m), each in means.items() if m in metrics}
     alone = [unit for unit, _ in units if unit != SUBJECTS]
     if alone and len(measured.subjects) == 1:
@@ -285,6 +287,8 @@ def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, 
         found.append(
             "Some lines have one subject only: their intervals are over its prompts, the others' over subjects."
         )
+    kinds = {unit for unit, count in units if count > 1}
+    drawn = kinds.pop() if len(kinds) == 1 else "units"
     fewest: dict[int, list[str]] = {}
     for metric in metrics:
         counts = [each.num_units for (_, m), each in means.items() if m == metric and each.num_units > 1]
@@ -293,7 +297,7 @@ def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, 
     for few, names in sorted(fewest.items()):
         whose = "" if len(names) == len(metrics) else f" ({', '.join(names)})"
         found.append(
-            f"With {few} {'units' if alone else 'subjects'}{whose} a bootstrap interval covers at most "
+            f"With {few} {drawn}{whose} a bootstrap interval covers at most "
             f"{100 * statistics.most_coverage(few):.0f} %, and p is at least {2 / 2**few:.3g}: no difference can be "
             f"told from chance at 5 %. It takes {ENOUGH}."
         )

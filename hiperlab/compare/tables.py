@@ -149,6 +149,15 @@ def test_caption(summary: Summary) -> str:
     )
 
 
+def rank_caption(summary: Summary) -> str:
+    """What the table of ranks is."""
+    over = sorted({f"{count} {unit}" for unit, count in summary.ranked_over.values()})
+    return (
+        f"Place by the mean over what all methods have in common ({', '.join(over)}), 1 is the best; in brackets where "
+        "95 % of its bootstrap resamples lie, and the share of them in which the method is first."
+    )
+
+
 def differences(summary: Summary) -> list[list[str]]:
     """Lines of the table of differences, its head first."""
     names, lines = summary.measured.names, [["metric", "A", "B", "A − B", "95 % interval", "p", "p (Holm)", "n"]]

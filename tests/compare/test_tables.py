@@ -54,7 +54,7 @@ def test_what_the_numbers_cannot_say_is_said(tmp_path) -> None:
     text = tables.text(found)
     assert "UNTRAINED" in text
     assert "one subject (cats · cats)" in text and "say nothing about other subjects" in text
-    assert "With 2 units a bootstrap interval covers at most 50 %, and p is at least 0.5" in text
+    assert "With 2 prompts a bootstrap interval covers at most 50 %, and p is at least 0.5" in text
     assert "Not all methods have clip_text of the same subjects and prompts (neti lack some)" in text
     assert {d.found.unit for d in found.differences} == {"prompts"} and found.differences[0].found.num_units == 2
 
