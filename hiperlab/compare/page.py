@@ -5,34 +5,21 @@ Nothing on it comes from outside: figures and pictures are part of the file, its
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from hiperlab.compare import tables
 from hiperlab.compare.plots import Plot
-from hiperlab.compare.references import references
-from hiperlab.compare.runs import COSTS, NO_SEED, Measured, Picture
+from hiperlab.compare.runs import COSTS, NO_SEED, Measured
 from hiperlab.compare.statistics import Estimate
 from hiperlab.compare.summary import Summary
-from hiperlab.metric.table import SOURCE
+from hiperlab.compare.wall import Wall, embedded
 from hiperlab.report import page
 
-MOST_SIDE = 256  # pixels of an embedded picture
-MOST_BYTES = 30_000_000  # of all embedded pictures together, unless all are asked for
-QUALITY = 90
 MOST_RUNS = 500  # lines of the table of runs
-TRUTH = "truth_distance"
-ALL, NONE, LINK = "all", "none", "link"
-Key = tuple[int, int, int]  # subject, prompt, seed
 
 
 class Cell(NamedTuple):
@@ -71,35 +58,6 @@ class Sheet(NamedTuple):
     caption: str = ""
 
 
-class Shown(NamedTuple):
-    """A picture of the wall: its address ("" where there is none), and its scores."""
-
-    address: str
-    note: str = ""
-
-
-@dataclass
-class Row:
-    """Pictures of one subject, prompt and seed, one per method, beside what they should be."""
-
-    number: int
-    prompt: str
-    label: str
-    seed: str
-    truth: str
-    cells: list[Shown]
-
-
-@dataclass
-class Block:
-    """A subject's rows under its real pictures, or why there are none."""
-
-    subject: str
-    references: list[str]
-    missing: str
-    rows: list[Row] = field(default_factory=list)
-
-
 def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) -> str:
     """The page's text.
 
@@ -110,8 +68,8 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         pictures: how many are part of the page: a number, "all", "none", or "link" for addresses of the run folders'.
     """
     measured = summary.measured
-    wall = _Wall(summary, folder, pictures)
-    blocks = list(wall.blocks())
+    wall = Wall(summary, folder, pictures)
+    blocks = wall.blocks()
     count = len(summary.contenders)
     return page.render(
         "comparison.html",
@@ -134,10 +92,10 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         costs=_costs(summary),
         runs=_runs(measured),
         left_out=measured.left_out,
-        plots=[(plot.caption, _embedded(plot.svg, "image/svg+xml"), plot.name) for plot in plots],
+        plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name) for plot in plots],
         blocks=blocks,
         methods=[(c, measured.names[c]) for c in summary.contenders],
-        subjects=[_subject(measured, s) for s in range(len(measured.subjects))],
+        subjects=[measured.subject_name(s) for s in range(len(measured.subjects))],
         prompts=list(dict.fromkeys(row.prompt for block in blocks for row in block.rows)),
         wall_note=wall.note,
         captions={
@@ -156,16 +114,6 @@ def _title(summary: Summary) -> str:
     what = f"{count} settings of {methods.pop()}" if len(methods) == 1 < count else what
     what = methods.pop() if count == 1 else what
     return f"Comparison of {what} on {subjects} subject{'s' * (subjects != 1)}"
-
-
-def _subject(measured: Measured, subject: int) -> str:
-    """A subject's name; its data set only where there are several."""
-    data, concept = measured.subjects[subject]
-    return concept if len({each.data for each in measured.subjects}) == 1 else f"{data} · {concept}"
-
-
-def _embedded(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -218,7 +166,7 @@ def _by_subject(summary: Summary) -> Sheet:
     """A line per method and subject."""
     measured, lines = summary.measured, []
     for subject in range(len(measured.subjects)):
-        name = _subject(measured, subject)
+        name = measured.subject_name(subject)
         for c in summary.contenders:
             if any(summary.estimate(c, m, subject) for m in summary.metrics):
                 label = measured.names[c]
@@ -282,130 +230,3 @@ def _runs(measured: Measured) -> Sheet:
     more = len(measured.runs) - MOST_RUNS
     caption = f"The first {MOST_RUNS}; {more} more are in comparison.json." if more > 0 else ""
     return Sheet("runs", ["method", "data", "training seed", "steps", "folder"], lines, caption)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-class _Wall:
-    """Pictures by subject, prompt and seed, a column per method."""
-
-    def __init__(self, summary: Summary, folder: Path, asked: str) -> None:
-        self.summary, self.measured, self.folder, self.asked = summary, summary.measured, folder, asked
-        self.bytes = 0
-        self.unreadable: list[str] = []
-        self.by_key: dict[Key, dict[int, Picture]] = {}
-        seeds = self.measured.training_seeds
-        for picture in sorted(self.measured.pictures, key=lambda each: int(seeds[each.run])):
-            row = self.by_key.setdefault((picture.subject, picture.prompt, picture.seed), {})
-            row.setdefault(picture.contender, picture)  # of several training seeds the least
-        self.keys = self._chosen()
-        self.scores = self._scores()
-
-    @property
-    def note(self) -> str:
-        """How many pictures of how many are shown, and which."""
-        total = len(self.measured.pictures)
-        if self.asked == NONE or not total:
-            return "No pictures were asked for." if total else ""
-        shown = sum(len(self.by_key[key]) for key in self.keys)
-        seeds = len(np.unique(self.measured.training_seeds)) > 1
-        which = " Of several training seeds the least is shown." if seeds else ""
-        if self.asked == LINK:
-            which += " They lie in the run folders: this page shows them only where it was written."
-        more = "" if shown == total else " --pictures all puts all into the page."
-        if any(each.name == TRUTH for each in self.measured.metrics) and not any(
-            p.role for p in self.measured.pictures
-        ):
-            which += f" The true pictures of {TRUTH} are drawn by its judge and kept nowhere."
-        bad = f" Not readable: {', '.join(self.unreadable[:3])}." if self.unreadable else ""
-        return f"{shown} of {total} pictures.{which}{more}{bad}"
-
-    def _chosen(self) -> list[Key]:
-        """The rows that are shown: first one seed of each prompt, and of all subjects alike, as many as asked for."""
-        if self.asked == NONE:
-            return []
-        most = int(self.asked) if self.asked.isdecimal() else 10**9
-        turn: dict[Key, tuple[int, int]] = {}
-        seeds: dict[tuple[int, int], int] = {}
-        prompts: dict[int, dict[int, int]] = {}
-        for key in self.by_key:
-            subject, prompt, _ = key
-            of = prompts.setdefault(subject, {})
-            place = seeds[subject, prompt] = seeds.get((subject, prompt), -1) + 1
-            turn[key] = (place, of.setdefault(prompt, len(of)))
-        chosen, count = [], 0
-        for key in sorted(self.by_key, key=lambda key: (*turn[key], key[0])):
-            if count + len(self.by_key[key]) > most:
-                break
-            count += len(self.by_key[key])
-            chosen.append(key)
-        return sorted(chosen, key=lambda key: (key[0], turn[key][1], turn[key][0]))
-
-    def _scores(self) -> dict[tuple[int, int, int, Key], float]:
-        """(metric, run, contender, key) -> value, of the trade-off's two scores."""
-        s, wanted = self.measured.scores, [m for m in (self.summary.x, self.summary.y) if m is not None]
-        places = np.flatnonzero(np.isin(s.metric, wanted)) if self.keys else np.zeros(0, dtype=np.int64)
-        columns = (s.metric, s.run, s.contender, s.subject, s.prompt, s.seed, s.value)
-        lines = zip(*(column[places].tolist() for column in columns), strict=True)
-        return {(m, run, c, (subject, prompt, seed)): value for m, run, c, subject, prompt, seed, value in lines}
-
-    def blocks(self) -> Iterator[Block]:
-        """A block per subject, its rows in order."""
-        number = 0
-        for subject in dict.fromkeys(key[0] for key in self.keys):
-            beside = references(self.measured, subject)
-            images = [self._jpeg(image) for image in beside.shown]
-            block = Block(_subject(self.measured, subject), images, beside.missing)
-            for key in (key for key in self.keys if key[0] == subject):
-                number += 1
-                truth = beside.truths.get(key[1])
-                row = self.by_key[key]
-                roles = {picture.role for picture in row.values()}
-                prompt = self.measured.prompts[key[1]].replace("{}", "S*")
-                block.rows.append(
-                    Row(
-                        number, prompt, "the source again" if roles == {SOURCE} else "",
-                        "" if key[2] == NO_SEED else f"seed {key[2]}", self._jpeg(truth) if truth else "",
-                        [self._shown(row.get(c), key) for c in self.summary.contenders],
-                    )
-                )  # fmt: skip
-            yield block
-
-    def _shown(self, picture: Picture | None, key: Key) -> Shown:
-        if picture is None:
-            return Shown("")
-        path = self.measured.runs[picture.run].folder / picture.path
-        places = [(m, picture.run, picture.contender, key) for m in (self.summary.x, self.summary.y) if m is not None]
-        scores = [
-            f"{tables.head(self.summary, place[0])} {self._number(place[0], self.scores[place])}"
-            for place in places
-            if place in self.scores
-        ]
-        if self.asked == LINK:
-            return Shown(self._address(path), " · ".join(scores))
-        if self.asked != ALL and self.bytes > MOST_BYTES:
-            return Shown("")
-        try:
-            with Image.open(path) as image:
-                return Shown(self._jpeg(image.convert("RGB")), " · ".join(scores))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's readers raise any of them
-            self.unreadable.append(path.name)
-            return Shown("")
-
-    def _number(self, metric: int, value: float) -> str:
-        return self.summary.number(metric, value) if metric in self.summary.decimals else f"{value:.3g}"
-
-    def _address(self, path: Path) -> str:
-        """Relative to the page, so that a folder with both can be moved."""
-        return quote(Path(os.path.relpath(path, self.folder.resolve())).as_posix())
-
-    def _jpeg(self, image: Image.Image) -> str:
-        """A picture as an address that holds it."""
-        if max(image.size) > MOST_SIDE:
-            image = image.copy()
-            image.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY, subsampling=0)
-        self.bytes += buffer.tell()
-        return _embedded(buffer.getvalue(), "image/jpeg")

@@ -178,6 +178,11 @@ class Measured:
         """The contenders' names."""
         return [each.name for each in self.contenders]
 
+    def subject_name(self, subject: int) -> str:
+        """A subject's name; with its data set only where there are several."""
+        data, concept = self.subjects[subject]
+        return concept if len({each.data for each in self.subjects}) == 1 else f"{data} · {concept}"
+
     @cached_property
     def training_seeds(self) -> NDArray[np.int64]:
         """The runs' own seeds."""

@@ -91,6 +91,36 @@ def test_a_picture_is_enlarged_by_the_address(folder) -> None:
 
 
 @browser
+def test_keys_and_clicks(folder) -> None:
+    """What a hand does, by a script at the page's end: sort by a click, enlarge by one, go on by arrows, close."""
+    doing = {
+        "one('#scores th:nth-child(2)').click()": (["neti", "lora", "ti"], None),
+        "one('#scores th:nth-child(2)').click(); one('#scores th:nth-child(2)').click()": (
+            ["ti", "lora", "neti"],
+            None,
+        ),
+        "one('.picture').click(); key('ArrowRight'); key('ArrowDown')": (["lora", "neti", "ti"], "neti"),
+        "one('.picture').click(); key('ArrowLeft')": (["lora", "neti", "ti"], "lora"),
+        "one('.picture').click(); key('Escape')": (["lora", "neti", "ti"], None),
+        "type('#filter', 'TI'); one('td:not([hidden]) > .picture').click(); key('ArrowLeft')": (["neti", "ti"], "neti"),
+    }
+    help_ = (
+        "const one = (s) => document.querySelector(s);"
+        "const key = (k) => document.dispatchEvent(new KeyboardEvent('keydown', {key: k, bubbles: true}));"
+        "const type = (s, t) => { one(s).value = t; one(s).dispatchEvent(new Event('input', {bubbles: true})); };"
+    )
+    text = (folder / "comparison.html").read_text()
+    for number, (action, (rows, enlarged)) in enumerate(doing.items()):
+        target = folder / f"by_hand{number}.html"
+        target.write_text(text.replace("</body>", f"<script>{help_}{action}</script></body>"))
+        found = opened(target)
+        assert order(found, "scores") == rows, action
+        assert bool(re.search(r'<div id="zoom"[^>]* hidden', found)) == (enlarged is None), action
+        if enlarged:
+            assert re.search(rf'<figcaption id="what">{enlarged} ', found), action
+
+
+@browser
 def test_it_prints(folder) -> None:
     target = folder / "printed.pdf"
     opened(folder / "comparison.html", "", f"--print-to-pdf={target}", "--no-pdf-header-footer")
