@@ -89,6 +89,17 @@ def told_apart(asked: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> l
     return [tuple((key, each[key]) for key in differing if key in each) for each in full]
 
 
+def in_order(settings: tuple[tuple[str, str], ...]) -> tuple[tuple[str, bool, float, str], ...]:
+    """What settings are sorted by: numbers as numbers, before texts."""
+    found = []
+    for key, text in settings:
+        try:
+            found.append((key, False, float(text), text))
+        except ValueError:
+            found.append((key, True, 0.0, text))
+    return tuple(found)
+
+
 def shown(key: str) -> bool:
     """Whether a setting may be part of a name."""
     return key != "method" and not any(key == each or key.startswith(f"{each}.") for each in UNSHOWN)

@@ -115,7 +115,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         shown = [_short(label) for label in labels[:MOST_LEGEND]]
-        more = f"{len(labels) - MOST_LEGEND} more" if len(labels) > MOST_LEGEND else None
+        more = f"the first {MOST_LEGEND} of {len(labels)}" if len(labels) > MOST_LEGEND else None
         figure.legend(handles[:MOST_LEGEND], shown, loc="outside right upper", frameon=False, title=more)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiperlab import files
-from hiperlab.compare.labels import PLACES, Contender, overrides, told_apart
+from hiperlab.compare.labels import PLACES, Contender, in_order, overrides, told_apart
 from hiperlab.compare.statistics import Values
 from hiperlab.errors import UserError, near
 from hiperlab.metric.rows import CEILING, NEEDED, read_scores
@@ -254,11 +254,12 @@ def read(folders: Sequence[Path]) -> Measured:
             runs.append(_run(folder))
         except UserError as error:
             left_out.append(f"{folder}: {error}")
-    for method in dict.fromkeys(run.method for run in runs):
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for method in methods:
         mine = [run for run in runs if run.method == method]
         settings = told_apart([run.asked for run in mine], [run.folder for run in mine])
         reader.settings.update({run.folder: each for run, each in zip(mine, settings, strict=True)})
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (methods.index(run.method), in_order(reader.settings[run.folder]))):
         try:
             reader.add(run)
         except UserError as error:

@@ -164,9 +164,10 @@ def interval(means: Floats) -> tuple[float, float] | None:
     """95 % bootstrap interval of the mean of units that are drawn with replacement.
 
     The percentile interval (Efron & Tibshirani 1993, section 13.3) of the mean of n units is too narrow by
-    sqrt((n - 1) / n), and by the normal's quantile in place of Student's: of 5 subjects it covers some 84 %, not 95.
+    sqrt((n - 1) / n), and by the normal's quantile in place of Student's: of 5 normal units it covers 83 %, of 10 90 %.
     The expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap") takes quantiles
-    further out. No resample lies outside the units' own range, so that even it can cover at most `most_coverage`.
+    further out: 92 % of 5, 94 to 95 % from 10 on (of exponential ones 87, 91, and from 20 on 93). No resample lies
+    outside the units' own range, so that it can cover at most `most_coverage`.
 
     Args:
         means: of the units (U,).

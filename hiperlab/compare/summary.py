@@ -82,7 +82,7 @@ class Summary:
         for metric in self.metrics:
             largest = max((abs(each.mean) for (_, m), each in self.means.items() if m == metric), default=0.0)
             digits = 2 - math.floor(math.log10(largest)) if largest > 0 else 3
-            found[metric] = min(7, max(2 if largest > 1 else 3, digits))
+            found[metric] = min(7, max(2 if largest >= 10 else 3, digits))
         return found
 
     def number(self, metric: int, value: float | None, sign: bool = False) -> str:
@@ -219,7 +219,8 @@ def _differences(
         pairs = list(combinations(there, 2)) if baseline is None else [(c, baseline) for c in there if c != baseline]
         if len(pairs) > MOST_PAIRS and baseline is None:
             skipped.append(
-                f"{len(there)} methods make {len(pairs)} pairs: none was tested. --baseline METHOD tests all with it."
+                f"{len(there)} methods make {len(pairs)} pairs: none was tested. "
+                "--baseline METHOD tests all against that one."
             )
             continue
         values = {c: measured.values(c, metric).found() for c in {c for pair in pairs for c in pair}}

@@ -39,9 +39,15 @@ def test_names_are_methods_and_the_settings_that_differ(tmp_path) -> None:
     (folders[2] / "overrides.yaml").write_text("- method=ti\n- data=cats\n")  # not asked, so that the default counts
     (folders[2] / "config.yaml").write_text("method: {optimizer: {lr: 3.0e-3}}\n")
     found = read(folders)
-    assert found.names == ["peft method.tuner=oft", "peft method.tuner=lora", "ti", "neti truncation=16"]
+    assert found.names == ["peft method.tuner=lora", "peft method.tuner=oft", "ti", "neti truncation=16"]
     assert found.subjects == [Subject("cats", "cats"), Subject("dogs", "cats")]
     assert not found.notes
+
+
+def test_settings_that_are_numbers_are_in_their_order(tmp_path) -> None:
+    rates = ("1e-2", "9e-5", "3e-3", "null")
+    folders = [run(tmp_path / r, "ti", {"clip": 0.1}, asked=[f"method.optimizer.lr={r}"]) for r in rates]
+    assert [name.rpartition("=")[2] for name in read(folders).names] == ["9e-05", "0.003", "0.01", "null"]
 
 
 def test_columns_hold_every_number_and_its_keys(tmp_path) -> None:
