@@ -30,7 +30,7 @@ from hiperlab.compare.tables import head
 KINDS = ("png", "svg", "pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
 MARKERS = "osD^vP*X<>hp"
-MOST_LEGEND, MOST_PANELS, MOST_LINES, MOST_CELLS = 24, 9, 40, 40
+MOST_LEGEND, MOST_PANELS, MOST_LINES, MOST_CELLS = 24, 12, 40, 40
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e7eb",
@@ -265,11 +265,17 @@ def _heat_maps(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
     measured = summary.measured
     metrics = [metric for metric in dict.fromkeys((summary.y, summary.x)) if metric is not None] or summary.metrics[:1]
     for metric in metrics:
-        there = [c for c in summary.contenders if summary.estimate(c, metric)][:MOST_PANELS]
+        there = [c for c in summary.contenders if summary.estimate(c, metric)]
+        more = f" The first {MOST_PANELS} of {len(there)} are shown." if len(there) > MOST_PANELS else ""
+        there = there[:MOST_PANELS]
         name = measured.metrics[metric].name
         panels = [(measured.names[c], measured.values(c, metric).found()) for c in there]
         if figure := _heat_map(measured.prompts, [s.concept for s in measured.subjects], panels, head(summary, metric)):
-            yield f"map_{_file(name)}", figure, f"{name} by subject and prompt (mean over seeds), a panel per method."
+            yield (
+                f"map_{_file(name)}",
+                figure,
+                f"{name} by subject and prompt (mean over seeds), a panel per method.{more}",
+            )
         against = summary.baseline if summary.baseline is not None else there[0] if len(there) == 2 else None
         if against is None or (against, metric) not in summary.means:
             continue
@@ -278,7 +284,7 @@ def _heat_maps(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
         label = f"difference to {_short(measured.names[against], 24)}, {name}"
         concepts = [s.concept for s in measured.subjects]
         if figure := _heat_map(measured.prompts, concepts, gains, label, difference=True):
-            caption = f"{name} minus that of {measured.names[against]}, by subject and prompt, on the same seeds."
+            caption = f"{name} minus that of {measured.names[against]}, by subject and prompt, on the same seeds.{more}"
             yield f"difference_{_file(name)}", figure, caption
 
 
@@ -337,7 +343,7 @@ def _heat_map(
         image = axes.imshow(table, vmin=low, vmax=high, cmap="PuOr" if difference else "cividis", aspect="auto")
         axes.set_title(_short(name, int(size[0] / 0.075)), fontsize=8)
         axes.grid(False)
-        axes.set_facecolor("#eceff2")
+        axes.set_facecolor("#cfd5db")  # nothing there: neither of the scales has this grey
         names = [f"prompt {i + 1}" for i in range(height)] if own else [_short(_prompt(prompts[p])) for p in columns]
         axes.set_yticks(range(height), names, fontsize=7)
         axes.set_xticks(range(len(rows)), [_short(subjects[s], 20) for s in rows], rotation=40, ha="right", fontsize=7)

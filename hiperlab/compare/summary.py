@@ -153,7 +153,7 @@ def summarise(
         y=identity,
         front=_front(measured, means, text, identity),
         costs=_costs(measured),
-        notes=[*_caveats(measured, chosen, means), *skipped, *measured.notes],
+        notes=[*_caveats(measured, chosen, means), *_too_many_tests(differences), *skipped, *measured.notes],
     )
 
 
@@ -309,6 +309,24 @@ def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, 
             "Some runs trained in one process: their seconds are parts of its time, their memory is all of it."
         )
     return found
+
+
+def _too_many_tests(differences: Sequence[Difference]) -> list[str]:
+    """Sentences where no p could be below 0.05 after the correction, though subjects are enough for a single test."""
+    tests: dict[int, list[Difference]] = {}
+    for each in differences:
+        tests.setdefault(each.metric, []).append(each)
+    found = {}
+    for mine in tests.values():
+        count, few = len(mine), max(each.found.num_units for each in mine)
+        least = count * min(each.found.smallest_p for each in mine)
+        if few >= ENOUGH and least > 0.05:
+            found[count, few] = (
+                f"With {count} tests of a metric and {few} {mine[0].found.unit}, p after Holm's correction is at least "
+                f"{least:.2g}: none can be below 0.05. It takes {math.ceil(1 + math.log2(count / 0.05))}, or fewer "
+                "tests (--baseline tests one method against the others)."
+            )
+    return list(found.values())
 
 
 def _uneven(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, int], Estimate]) -> str:

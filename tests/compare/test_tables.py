@@ -59,6 +59,18 @@ def test_what_the_numbers_cannot_say_is_said(tmp_path) -> None:
     assert {d.found.unit for d in found.differences} == {"prompts"} and found.differences[0].found.num_units == 2
 
 
+def test_too_many_tests_for_so_few_subjects_are_named(methods) -> None:
+    """Of six subjects p is at least 1/32; three tests make that 3/32, of seven subjects 3/64."""
+    measured = read(find([methods]))
+    notes = summarise(measured).notes
+    assert any("With 3 tests of a metric and 6 subjects" in note and "0.094" in note for note in notes)
+    assert any("It takes 7" in note for note in notes)
+    more = [f"cat{k}" for k in range(7)]
+    for method in ("ti", "dreambooth", "neti"):
+        run(methods / "seven" / method, method, {"clip_text": 0.5}, concepts=more)
+    assert not any("tests of a metric" in note for note in summarise(read(find([methods / "seven"]))).notes)
+
+
 def test_baseline_metrics_and_axes(methods) -> None:
     measured = read(find([methods]))
     found = summarise(measured, ["identity"], baseline="ti", x="truth_distance", y="identity")
