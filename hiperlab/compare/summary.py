@@ -321,10 +321,11 @@ def _too_many_tests(differences: Sequence[Difference]) -> list[str]:
         count, few = len(mine), max(each.found.num_units for each in mine)
         least = count * min(each.found.smallest_p for each in mine)
         if few >= ENOUGH and least > 0.05:
+            enough = math.ceil(1 + math.log2(count / 0.05))
             found[count, few] = (
                 f"With {count} tests of a metric and {few} {mine[0].found.unit}, p after Holm's correction is at least "
-                f"{least:.2g}: none can be below 0.05. It takes {math.ceil(1 + math.log2(count / 0.05))}, or fewer "
-                "tests (--baseline tests one method against the others)."
+                f"{least:.2g}: none can be below 0.05. It takes {enough} of them, or fewer tests (--baseline tests one "
+                "method against the others)."
             )
     return list(found.values())
 

@@ -64,7 +64,7 @@ def test_too_many_tests_for_so_few_subjects_are_named(methods) -> None:
     measured = read(find([methods]))
     notes = summarise(measured).notes
     assert any("With 3 tests of a metric and 6 subjects" in note and "0.094" in note for note in notes)
-    assert any("It takes 7" in note for note in notes)
+    assert any("It takes 7 of them" in note for note in notes)
     more = [f"cat{k}" for k in range(7)]
     for method in ("ti", "dreambooth", "neti"):
         run(methods / "seven" / method, method, {"clip_text": 0.5}, concepts=more)
