@@ -28,6 +28,7 @@ UNUSED = ("cv2", "diffusers.pipelines.stable_diffusion", "onnxruntime", "open_cl
 UNUSED += ("skia", "sklearn", "tensorboard", "timm", "torch._inductor.compile_fx", "torch.onnx", "wandb")
 # What answers --help, --version or a mistake within a second: torch and the rooms above come in only when they run.
 QUICK = ("hiperlab.cli.", "hiperlab.run.main", "hiperlab.sweep.", "hiperlab.miniature.main", "hiperlab.bench.main")
+QUICK += ("hiperlab.compare.main",)
 
 
 # Not on Windows: modules, and names of `os` and `signal`.

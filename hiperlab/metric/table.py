@@ -38,9 +38,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
     Raises:
         UserError: rows of several protocols, protocol hashes or judges' weights.
     """
-    rows = [row for row in rows if row["kind"] in (PICTURE, SET, CEILING)]
-    rows = [row for row in rows if row.get("role") != SOURCE or row.get("of_source")]
-    _refuse_mixtures(rows)
+    rows = [row for row in rows if counts(row)]
+    refuse_mixtures(rows)
     real = {(row["metric"], row["concept"]): row["value"] for row in rows if row["kind"] == CEILING}
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
@@ -57,6 +56,11 @@ def aggregate(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ()) -> list
         whole = float(np.mean(known)) if len(known) == len(concepts) else None  # of other concepts it would mislead
         table.append(_line(ALL, labels, "", list(concepts.values()), whole))
     return table
+
+
+def counts(row: Mapping[str, Any]) -> bool:
+    """Whether a score row is one of a table: no copy detector's, and of a reconstruction only scores of these."""
+    return row["kind"] in (PICTURE, SET, CEILING) and (row.get("role") != SOURCE or bool(row.get("of_source")))
 
 
 def _line(
@@ -111,8 +115,15 @@ def _summary(concepts: Sequence[Sequence[Mapping[str, Any]]]) -> Row:
     return {"mean": mean, "low": low, "high": high, "n": count, "missed": missed}
 
 
-def _refuse_mixtures(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Numbers of different protocols, or of one protocol under other weights, have no common mean."""
+def refuse_mixtures(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Numbers of different protocols, or of one protocol under other weights, have no common mean.
+
+    Args:
+        rows: with `metric` and the columns of `ScoreRow` that say how it was scored.
+
+    Raises:
+        UserError: they are several protocols', protocol hashes' or judges' weights'.
+    """
     hashes = sorted({f"{row['protocol']} {row['protocol_hash']}" for row in rows})
     if len(hashes) > 1:
         raise UserError(f"rows of several protocols ({', '.join(hashes)}) have no common mean: score all under one.")

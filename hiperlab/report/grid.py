@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from hiperlab import files
+
+if TYPE_CHECKING:
+    from torch import Tensor  # grids are cut without it, too
 
 _PAPER, _INK, _EMPTY = (255, 255, 255), (40, 40, 40), (236, 236, 236)
 _GAP = 6
@@ -75,6 +78,41 @@ def grid(
             else:
                 canvas.paste(image, (x, y))
     return canvas
+
+
+def first_row(canvas: Image.Image, rows: int, below: Image.Image) -> list[Image.Image | None]:
+    """The pictures in the first row of a `grid`, cut out again: grids hold references and truths that no file has.
+
+    Args:
+        canvas: a grid whose rows have labels.
+        rows: how many it has.
+        below: its picture in the second row, first place, all pictures being of this size.
+
+    Returns:
+        The first row in the original size, None for an empty place, without what is beyond its end. Empty where
+        `below` is not found at its place: then it is another grid.
+    """
+    factor = max(1, _LOOKABLE // max(below.size))
+    width, height = (side * factor for side in below.size)
+    canvas = canvas.convert("RGB")
+    across, y0 = (canvas.width - _GAP - 1) // (width + _GAP), canvas.height - rows * (height + _GAP)
+    # Labels are at most as wide as a picture, so that one number of columns fits.
+    x0 = canvas.width - across * (width + _GAP)
+
+    def at(row: int, column: int) -> Image.Image:
+        x, y = x0 + column * (width + _GAP), y0 + row * (height + _GAP)
+        return canvas.crop((x, y, x + width, y + height)).resize(below.size, Image.Resampling.NEAREST)
+
+    if rows < 2 or across < 1 or y0 < 0 or at(1, 0).tobytes() != below.convert("RGB").tobytes():
+        return []
+    found: list[Image.Image | None] = []
+    for column in range(across):
+        picture = at(0, column)
+        colours = picture.getcolors(1)
+        found.append(None if colours and colours[0][1] in (_PAPER, _EMPTY) else picture)
+    while found and found[-1] is None:
+        found.pop()
+    return found
 
 
 def strip(images: Sequence[Image.Image | None], labels: Sequence[str] = ()) -> Image.Image:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("hiperlab.report"),
-    autoescape=True,
-    undefined=StrictUndefined,  # a misspelt name fails instead of leaving a hole in the page
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+OWN = "hiperlab.report"
 
 
 class Table(NamedTuple):
@@ -52,9 +47,26 @@ def figure(path: Path, folder: Path, caption: str) -> Figure:
     return Figure(quote(path.relative_to(folder).as_posix()), caption)
 
 
-def render(template: str, **values: Any) -> Markup:
-    """A template of templates/ filled with values, safe to stand in another one."""
-    return Markup(_TEMPLATES.get_template(template).render(values))
+def render(template: str, package: str = OWN, **values: Any) -> Markup:
+    """A template filled with values, safe to stand in another one.
+
+    Args:
+        template: its file, in the package's templates/ or in those here, which it may extend.
+        package: another one that brings templates.
+        values: what it shows.
+    """
+    return Markup(_templates(package).get_template(template).render(values))
+
+
+@cache
+def _templates(package: str) -> Environment:
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(each) for each in dict.fromkeys((package, OWN))]),
+        autoescape=True,
+        undefined=StrictUndefined,  # a misspelt name fails instead of leaving a hole in the page
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _numeric(cell: Any) -> bool:

@@ -101,15 +101,23 @@ def _sum_up(folder: Path, rows: Sequence[sweep.Outcome], fixed: Sequence[str], s
     jobs = [asdict(row) for row in rows]
     content = {"sweep": folder.name, "command": command, "seconds": round(seconds, 1), "jobs": jobs}
     files.write_json(folder / "sweep.json", content)
-    done = [row for row in rows if row.status in sweep.DONE and (Path(row.folder) / "scores.jsonl").is_file()]
-    if done:
-        from hiperlab.report.compare import Job, compare  # only now: a sweep that measured nothing needs no pictures
+    done = [Path(row.folder) for row in rows if row.status in sweep.DONE]
+    measured = [job for job in done if (job / "scores.jsonl").is_file()]
+    if measured:
+        _compare(folder, measured)
 
-        finished = [Job(sweep.labels(row, fixed), Path(row.folder)) for row in done]
-        try:
-            print(f"\n{compare(folder, finished)}", flush=True)
-        except UserError as error:  # a sweep over metric=…: the jobs are done, only their scores cannot be mixed
-            print(f"\nno comparison: {error}", flush=True)
+
+def _compare(folder: Path, jobs: Sequence[Path]) -> None:
+    """Write and print the comparison. Whatever goes wrong there is a line: the jobs are done, and the sweep is, too."""
+    from hiperlab.compare.write import compare  # only now: a sweep that measured nothing needs no pictures
+
+    try:
+        print(f"\n{compare(jobs, folder)}", flush=True)
+    except Exception as error:
+        why = " ".join(str(error).split())[:600]
+        what = why if isinstance(error, UserError) else f"{type(error).__name__}: {why}"
+        again = shlex.join(["python", "-m", "hiperlab.compare", str(folder)])
+        print(f"\nno comparison: {what} ({again} tries again)", flush=True)
 
 
 def _refuse(lines: Sequence[str]) -> None:

@@ -1,0 +1,142 @@
+"""What runs are called side by side: their method, and those of their settings that tell runs of one method apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from hiperlab.cli.overrides import UNRECORDED, parse
+from hiperlab.cli.run_dir import FREE
+from hiperlab.errors import UserError
+
+STEPS = "fit.steps"
+PLACES = ("data.dir", "data.image")  # where pictures lie: the same names in other folders are other subjects
+# What makes no other method of a run: seeds, subjects, prompts, judges, how far it went and where it ran.
+UNSHOWN = (
+    *FREE, *UNRECORDED, "seed", "data", "sweep", "metric", "objective", "sample.seeds", "sample.prompts",
+    "sample.texts", "sample.batch_size", "fit.micro_batch_size", "fit.sample_every", "fit.sample_prompts",
+    "fit.checkpoint_every", "fit.keep_checkpoints",
+)  # fmt: skip
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
+
+
+class Contender(NamedTuple):
+    """One line of the tables: a method with its settings, and a variant of its pictures.
+
+    Attributes:
+        method: its name.
+        settings: (key, value) pairs that tell it from others of the same method.
+        variant: of the pictures, such as "strength=0.5"; "" for none.
+    """
+
+    method: str
+    settings: tuple[tuple[str, str], ...]
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return " ".join(
+            [self.method, *(f"{key}={value}" for key, value in self.settings), *filter(None, [self.variant])]
+        )
+
+    @property
+    def family(self) -> Contender:
+        """The same without its number of training steps."""
+        return self._replace(settings=tuple(pair for pair in self.settings if pair[0] != STEPS))
+
+
+def overrides(folder: Path) -> dict[str, str]:
+    """What a run was asked, key -> value as text; none where it kept no record.
+
+    Raises:
+        UserError: overrides.yaml is no list of overrides.
+    """
+    path = folder / "overrides.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        lines = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path.name} cannot be read: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise UserError(f"{path.name} is not a list of overrides")
+    return dict(_assignment(line) for line in lines)
+
+
+def told_apart(asked: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> list[tuple[tuple[str, str], ...]]:
+    """For runs of one method, the settings in which they differ.
+
+    Args:
+        asked: each one's overrides.
+        folders: their run folders: a setting that only some were asked has in the others what their config.yaml says.
+    """
+    keys = list(dict.fromkeys(key for each in asked for key in each if shown(key)))
+    differing = [key for key in keys if len({each.get(key) for each in asked}) > 1]
+    if not differing:
+        return [()] * len(asked)
+    full = []
+    for each, folder in zip(asked, folders, strict=True):
+        missing = [key for key in differing if key not in each]
+        config = _config(folder) if missing else {}
+        composed = {key: text for key in missing if (text := _composed(config, key)) is not None}
+        full.append({**composed, **each})
+    differing = [key for key in differing if len({each.get(key) for each in full}) > 1]
+    return [tuple((key, each[key]) for key in differing if key in each) for each in full]
+
+
+def in_order(settings: tuple[tuple[str, str], ...]) -> tuple[tuple[str, bool, float, str], ...]:
+    """What settings are sorted by: numbers as numbers, before texts."""
+    found = []
+    for key, text in settings:
+        try:
+            found.append((key, False, float(text), text))
+        except ValueError:
+            found.append((key, True, 0.0, text))
+    return tuple(found)
+
+
+def shown(key: str) -> bool:
+    """Whether a setting may be part of a name."""
+    return key != "method" and not any(key == each or key.startswith(f"{each}.") for each in UNSHOWN)
+
+
+@lru_cache(maxsize=10_000)
+def _assignment(line: str) -> tuple[str, str]:
+    """A line of overrides as key and value; most lines of a sweep's runs are the same, and reading one is slow."""
+    override = parse([line])[0]
+    return override.key_or_group, "~" if override.is_delete() else as_text(override.value())
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as names show it: 3e-3 and 0.003 are the same."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_text(each)}' for key, each in value.items())}}}"
+    return str(value)
+
+
+def _config(folder: Path) -> Any:
+    """The composed config; {} where there is none, or none that can be read: names are then a little longer."""
+    try:
+        return yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return {}
+
+
+def _composed(config: Any, key: str) -> str | None:
+    """A setting's value in the composed config; None where it has none (a group's member is not kept there)."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return None
+        config = config[part]
+    return None if isinstance(config, dict) else as_text(config)

@@ -1,0 +1,367 @@
+"""Figures of a comparison, each as PNG, SVG and PDF: for the page, for slides, for a paper.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; markers differ, too.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from hiperlab import files
+from hiperlab.compare.labels import STEPS
+from hiperlab.compare.runs import COSTS
+from hiperlab.compare.statistics import Values, differences
+from hiperlab.compare.summary import Summary
+from hiperlab.compare.tables import head
+
+KINDS = ("png", "svg", "pdf")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
+MARKERS = "osD^vP*X<>hp"
+MOST_LEGEND, MOST_PANELS, MOST_LINES, MOST_CELLS = 24, 12, 40, 40
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "text.parse_math": False, "pdf.fonttype": 42,
+    "svg.hashsalt": "hiperlab", "figure.dpi": 150, "axes.edgecolor": "#8a939d", "xtick.color": "#3c444d",
+    "ytick.color": "#3c444d", "axes.labelcolor": "#1c2127",
+}  # fmt: skip
+
+
+class Plot(NamedTuple):
+    """A figure that was written.
+
+    Attributes:
+        name: of its files, without ending.
+        caption: what it shows.
+        svg: its content, for a page that stands alone.
+    """
+
+    name: str
+    caption: str
+    svg: bytes
+
+
+def draw(summary: Summary, folder: Path) -> list[Plot]:
+    """Write every figure that there are numbers for into `folder`, and return them in the order to be shown."""
+    found = []
+    with matplotlib.rc_context(_STYLE):
+        for name, figure, caption in _figures(summary):
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # laid out once, not again for every kind of file
+            content = {kind: _saved(figure, kind) for kind in KINDS}
+            for kind, data in content.items():
+                files.atomic_write(folder / f"{name}.{kind}", data)
+            found.append(Plot(name, caption, content["svg"]))
+    return found
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    """A figure's bytes, without the time: the same numbers make the same file."""
+    buffer = io.BytesIO()
+    # The canvases' own writers: savefig would lay the figure out again, and draw it twice.
+    if kind == "png":
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    elif kind == "svg":
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    else:
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    return buffer.getvalue()
+
+
+def _figures(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+    for part in (_trade_off, _cost, _scores, _steps):
+        if found := part(summary):
+            yield found
+    yield from _heat_maps(summary)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Inches. No window and no global state: a figure and its canvas."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour and marker of a contender; all differ up to 24, in colour or in marker."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _short(text: str, most: int = 42) -> str:
+    """A name that fits beside a figure: its end tells contenders apart, its beginning is their method."""
+    return text if len(text) <= most else f"{text[: most // 3]}…{text[-(most - most // 3 - 1) :]}"
+
+
+def _towards_better(summary: Summary, metric: int, axes: Axes, axis: str) -> None:
+    """Turn an axis whose lower values are better, so that better is always to the right, or up."""
+    if summary.measured.metrics[metric].lower_is_better:
+        (axes.invert_xaxis if axis == "x" else axes.invert_yaxis)()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        shown = [_short(label) for label in labels[:MOST_LEGEND]]
+        more = f"the first {MOST_LEGEND} of {len(labels)}" if len(labels) > MOST_LEGEND else None
+        figure.legend(handles[:MOST_LEGEND], shown, loc="outside right upper", frameon=False, title=more)
+
+
+def _trade_off(summary: Summary) -> tuple[str, Figure, str] | None:
+    """Following the text against being the subject, with intervals and the Pareto front."""
+    x, y = summary.x, summary.y
+    there = [] if x is None or y is None else [
+        c for c in summary.contenders if summary.estimate(c, x) and summary.estimate(c, y)
+    ]  # fmt: skip
+    if x is None or y is None or not there:
+        return None
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    points = {}
+    for number, c in enumerate(there):
+        across, up = summary.means[c, x], summary.means[c, y]
+        points[c] = (across.mean, up.mean)
+        axes.errorbar(
+            across.mean, up.mean, xerr=_whisker(across), yerr=_whisker(up), **_look(number), markersize=6.5,
+            linestyle="none", linewidth=1, capsize=2, alpha=0.95, label=summary.measured.names[c],
+        )  # fmt: skip
+    front = sorted(points[c] for c in summary.front if c in points)
+    axes.plot(*zip(*front), color="#5d6772", linewidth=1.1, linestyle="--", zorder=1)
+    axes.set_xlabel(f"{head(summary, x)}  (follows the text)")
+    axes.set_ylabel(f"{head(summary, y)}  (is the subject)")
+    _towards_better(summary, x, axes, "x")
+    _towards_better(summary, y, axes, "y")
+    _legend(figure, axes)
+    names = [each.name for each in summary.measured.metrics]
+    return "trade_off", figure, (
+        f"{names[x]} against {names[y]}: better is to the right and up. Bars are 95 % bootstrap intervals; the dashed "
+        "line joins the Pareto front, the methods that no other beats in both."
+    )  # fmt: skip
+
+
+def _whisker(found: Any) -> list[list[float]] | None:
+    """Lengths of an interval's two sides, as matplotlib takes them."""
+    return None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
+
+
+def _scores(summary: Summary) -> tuple[str, Figure, str] | None:
+    """Every metric in a panel: means and intervals, a line per contender."""
+    metrics, lines = summary.metrics, summary.contenders[:MOST_LINES]
+    if len(lines) < 2:
+        return None
+    columns = min(4, len(metrics))
+    height = max(1.1, 0.19 * len(lines) + 0.55)
+    figure = _figure(1.9 * columns + 2.2, height * math.ceil(len(metrics) / columns) + 0.2)
+    grid = figure.subplots(math.ceil(len(metrics) / columns), columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(metrics) :]:
+        axes.set_visible(False)
+    for metric, axes in zip(metrics, grid.flat):
+        for number, c in enumerate(lines):
+            if found := summary.estimate(c, metric):
+                axes.errorbar(
+                    found.mean, number, xerr=_whisker(found), **_look(number), markersize=4.5, linewidth=1.2, capsize=2
+                )
+        axes.set_title(head(summary, metric))
+        axes.set_yticks(range(len(lines)), [_short(summary.measured.names[c], 34) for c in lines])
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.tick_params(labelsize=7.5)
+        axes.locator_params(axis="x", nbins=4)
+    more = f" The first {len(lines)} of {len(summary.contenders)} are shown." * (len(lines) < len(summary.contenders))
+    return "scores", figure, f"Means with 95 % bootstrap intervals; ↑ more is better, ↓ less is better.{more}"
+
+
+def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
+    """What a score costs, a panel per kind of cost."""
+    metric = summary.y if summary.y is not None else summary.x if summary.x is not None else summary.metrics[0]
+    there = [c for c in summary.contenders if summary.estimate(c, metric)]
+    kinds = [key for key in COSTS if len({summary.costs[c][key] for c in there} - {None}) > 1]
+    if len(there) < 2 or not kinds:
+        return None
+    figure = _figure(2.4 * min(3, len(kinds)) + 1.8, 2.5 * math.ceil(len(kinds) / 3))
+    grid = figure.subplots(math.ceil(len(kinds) / 3), min(3, len(kinds)), sharey=True, squeeze=False)
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_visible(False)
+    for key, axes in zip(kinds, grid.flat):
+        values = [value for c in there if (value := summary.costs[c][key]) is not None]
+        if min(values) > 0 and max(values) > 5 * min(values):
+            axes.set_xscale("log")
+            if max(values) < 30 * min(values):
+                axes.xaxis.set_major_locator(
+                    LogLocator(subs=(1.0, 2.0, 5.0))
+                )  # powers of ten alone would be one or two
+        elif max(values) > 5 * (least := min((value for value in values if value > 0), default=1.0)):
+            axes.set_xscale("symlog", linthresh=least)  # some cost nothing
+        else:
+            axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())  # the logarithmic one writes formulas
+        for number, c in enumerate(there):
+            if (value := summary.costs[c][key]) is not None:
+                found, look = summary.means[c, metric], _look(number)
+                axes.errorbar(
+                    value, found.mean, yerr=_whisker(found), **look, markersize=5.5, linewidth=1, capsize=2,
+                    linestyle="none", label=summary.measured.names[c],
+                )  # fmt: skip
+        axes.set_xlabel(COSTS[key])
+        axes.tick_params(labelsize=7.5)
+    first = grid.flat[0]
+    for row in grid:
+        row[0].set_ylabel(head(summary, metric))
+    if summary.measured.metrics[metric].lower_is_better:
+        first.invert_yaxis()
+    _legend(figure, first)
+    same = [COSTS[key] for key in COSTS if len({summary.costs[c][key] for c in there} - {None}) == 1]
+    caption = f"{summary.measured.metrics[metric].name} against what it costs: better is up and to the left."
+    return "cost", figure, caption + (f" The same for all: {'; '.join(same)}." if same else "")
+
+
+def _steps(summary: Summary) -> tuple[str, Figure, str] | None:
+    """Scores over training steps, a line per method that was trained for different numbers of steps."""
+    measured = summary.measured
+    metrics = [metric for metric in dict.fromkeys((summary.x, summary.y)) if metric is not None] or summary.metrics[:1]
+    lines: dict[str, dict[int, int]] = {}
+    for c in summary.contenders:
+        contender = measured.contenders[c]
+        runs = np.unique(measured.scores.run[measured.scores.contender == c])
+        steps = {measured.runs[run].steps for run in runs}
+        if len(steps) == 1 and None not in steps and any(key == STEPS for key, _ in contender.settings):
+            lines.setdefault(contender.family.name, {})[int(next(iter(steps)))] = c  # type: ignore[arg-type]
+    lines = {name: dict(sorted(points.items())) for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    figure = _figure(3.0 * len(metrics) + 2.4, 3.0)
+    grid = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for metric, axes in zip(metrics, grid, strict=True):
+        for number, (name, points) in enumerate(lines.items()):
+            found = {steps: each for steps, c in points.items() if (each := summary.estimate(c, metric))}
+            middle = [each.mean for each in found.values()]
+            sides = [_whisker(each) or [[0.0], [0.0]] for each in found.values()]
+            whiskers = [[side[end][0] for side in sides] for end in (0, 1)]
+            axes.errorbar(list(found), middle, yerr=whiskers, **_look(number), markersize=5, capsize=2, label=name)
+        axes.set_xlabel("training steps")
+        axes.set_ylabel(head(summary, metric))
+        _towards_better(summary, metric, axes, "y")
+    _legend(figure, grid[0])
+    return "steps", figure, "Scores over training steps, with 95 % bootstrap intervals."
+
+
+# ---- subject × prompt -----------------------------------------------------------------------------------------------
+
+
+def _heat_maps(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+    """Subject × prompt of the trade-off's two scores: each method, and its difference to the baseline where one is."""
+    measured = summary.measured
+    metrics = [metric for metric in dict.fromkeys((summary.y, summary.x)) if metric is not None] or summary.metrics[:1]
+    for metric in metrics:
+        there = [c for c in summary.contenders if summary.estimate(c, metric)]
+        more = f" The first {MOST_PANELS} of {len(there)} are shown." if len(there) > MOST_PANELS else ""
+        there = there[:MOST_PANELS]
+        name = measured.metrics[metric].name
+        panels = [(measured.names[c], measured.values(c, metric).found()) for c in there]
+        if figure := _heat_map(measured.prompts, [s.concept for s in measured.subjects], panels, head(summary, metric)):
+            yield (
+                f"map_{_file(name)}",
+                figure,
+                f"{name} by subject and prompt (mean over seeds), a panel per method.{more}",
+            )
+        against = summary.baseline if summary.baseline is not None else there[0] if len(there) == 2 else None
+        if against is None or (against, metric) not in summary.means:
+            continue
+        base = measured.values(against, metric)
+        gains = [(f"{measured.names[c]} −", _gain(measured.values(c, metric), base)) for c in there if c != against]
+        label = f"difference to {_short(measured.names[against], 24)}, {name}"
+        concepts = [s.concept for s in measured.subjects]
+        if figure := _heat_map(measured.prompts, concepts, gains, label, difference=True):
+            caption = f"{name} minus that of {measured.names[against]}, by subject and prompt, on the same seeds.{more}"
+            yield f"difference_{_file(name)}", figure, caption
+
+
+def _gain(a: Values, b: Values) -> Values:
+    """`a` minus `b` where both have the subject and prompt, paired by seeds as in the tests."""
+    a, b = a.found(), b.found()
+    cells = sorted(set(zip(a.subject.tolist(), a.prompt.tolist())) & set(zip(b.subject.tolist(), b.prompt.tolist())))
+    found = []
+    for subject, prompt in cells:
+        parts = [Values(*(c[(v.subject == subject) & (v.prompt == prompt)] for c in v)) for v in (a, b)]
+        if (pair := differences(*parts)) is not None:
+            found.append((float(pair.means.mean()), subject, prompt))
+    return Values.of(*zip(*found, strict=True)) if found else Values.of([], [])
+
+
+def _heat_map(
+    prompts: Sequence[str],
+    subjects: Sequence[str],
+    panels: Sequence[tuple[str, Values]],
+    label: str,
+    difference: bool = False,
+) -> Figure | None:
+    """Panels of one colour scale; None where no two cells are there to compare, or too many to be seen."""
+    kept = [(name, v) for name, values in panels for v in [_with_prompt(values, prompts)] if len(v.value)]
+    cells = sorted({cell for _, v in kept for cell in zip(v.subject.tolist(), v.prompt.tolist(), strict=True)})
+    if len(cells) < 2:
+        return None
+    rows = list(dict.fromkeys(subject for subject, _ in cells))
+    columns = sorted({prompt for _, prompt in cells})
+    own = len(cells) < 0.6 * len(rows) * len(columns)  # each subject has prompts of its own: they are numbered
+    place = {}
+    for subject in rows:
+        mine = [prompt for s, prompt in cells if s == subject]
+        place.update({(subject, p): mine.index(p) if own else columns.index(p) for p in mine})
+    height = max(place.values()) + 1
+    if len(rows) > MOST_CELLS or height > MOST_CELLS:
+        return None
+    tables = []
+    for _, v in kept:
+        table = np.full((height, len(rows)), np.nan)
+        for subject, prompt in set(zip(v.subject.tolist(), v.prompt.tolist(), strict=True)):
+            mean = v.value[(v.subject == subject) & (v.prompt == prompt)].mean()
+            table[place[subject, prompt], rows.index(subject)] = mean
+        tables.append(table)
+    across = min(4 if len(rows) < 6 else 3, len(tables))
+    down = math.ceil(len(tables) / across)
+    size = (max(1.7, 0.22 * len(rows)), max(0.8, 0.2 * height))
+    figure = _figure(size[0] * across + (1.6 if own else 3.2), (size[1] + 0.3) * down + 0.9)
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    low, high = np.nanmin(tables), np.nanmax(tables)
+    if difference:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    for axes in grid.flat[len(tables) :]:
+        axes.set_visible(False)
+    for number, (axes, table, (name, _)) in enumerate(zip(grid.flat, tables, kept)):
+        image = axes.imshow(table, vmin=low, vmax=high, cmap="PuOr" if difference else "cividis", aspect="auto")
+        axes.set_title(_short(name, int(size[0] / 0.075)), fontsize=8)
+        axes.grid(False)
+        axes.set_facecolor("#cfd5db")  # nothing there: neither of the scales has this grey
+        names = [f"prompt {i + 1}" for i in range(height)] if own else [_short(_prompt(prompts[p])) for p in columns]
+        axes.set_yticks(range(height), names, fontsize=7)
+        axes.set_xticks(range(len(rows)), [_short(subjects[s], 20) for s in rows], rotation=40, ha="right", fontsize=7)
+        axes.tick_params(length=0, labelbottom=number + across >= len(tables))
+    figure.colorbar(image, ax=grid.ravel().tolist(), label=label, shrink=0.9, pad=0.02)
+    return figure
+
+
+def _with_prompt(values: Values, prompts: Sequence[str]) -> Values:
+    """Without scores of several pictures, which have no prompt."""
+    there = np.array([bool(prompts[p]) for p in values.prompt], dtype=bool)
+    return Values(*(column[there] for column in values))
+
+
+def _prompt(text: str) -> str:
+    return text.replace("{}", "S*")
+
+
+def _file(name: str) -> str:
+    """A score's name as part of a file's: names come from files, and choose no folder."""
+    return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name)[:40]
