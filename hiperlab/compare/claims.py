@@ -142,7 +142,7 @@ def _claim(given: Any, where: str) -> Claim:
     if not given["tests"]:
         raise UserError(f"{where}: no tests.")
     tests = tuple(_test(each, where) for each in given["tests"])
-    return Claim(*(str(given[key]) for key in known[:3]), tests)
+    return Claim(str(given["name"]), str(given["says"]), str(given["source"]), tests)
 
 
 def _test(given: Any, where: str) -> Test:
