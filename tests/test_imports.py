@@ -21,8 +21,8 @@ ROOT = Path(hiperlab.__file__).parent
 _ENTRY = re.compile(r"(hiperlab(?:\.\w+)+):\w+")  # "module:function", as an entry point is named
 _FOLDER = re.compile(r"(hiperlab(?:\.\w+)+)\.")  # the head of f"hiperlab.miniature.{stage}"
 # Libraries that are large or extras, and that most runs never need.
-HEAVY = ("cv2", "matplotlib", "onnxruntime", "open_clip", "optuna", "peft", "timm", "wandb")
-HEAVY += ("diffusers.loaders", "hiperlab.world.draw")  # they load peft and skia
+HEAVY = ("cv2", "matplotlib", "mlflow", "onnxruntime", "open_clip", "optuna", "peft", "timm", "trackio", "wandb")
+HEAVY += ("diffusers.loaders", "hiperlab.world.draw", "pytorch_lightning.loggers")  # they load peft, skia, MLflow
 # Loaded by nothing on the way to the first training step: what draws, scores, logs to W&B or compiles brings them.
 UNUSED = ("cv2", "diffusers.pipelines.stable_diffusion", "onnxruntime", "open_clip", "optuna", "pandas", "scipy")
 UNUSED += ("skia", "sklearn", "tensorboard", "timm", "torch._inductor.compile_fx", "torch.onnx", "wandb")

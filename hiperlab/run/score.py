@@ -83,7 +83,7 @@ def objective(session: Session) -> float | None:
 
 
 def summary(session: Session) -> None:
-    """results.json, metrics.csv, report.html, and the same to W&B."""
+    """results.json, metrics.csv, report.html, and the same to the tracking services."""
     with session.stage("summary"):
         session.update(objective=objective(session), notes=session.notes, peak_memory=peak_memory())
         for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
@@ -91,10 +91,10 @@ def summary(session: Session) -> None:
         rows = read_scores(session.folder)
         # The page is the run's last act, so it may say how the run ends.
         write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
-        _to_wandb(session, rows)
+        _to_trackers(session, rows)
 
 
-def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
+def _to_trackers(session: Session, rows: list[dict[str, Any]]) -> None:
     """Scores, the grids, and one table row per picture."""
     table = session.results.get("scores", [])
     means = {
@@ -106,7 +106,7 @@ def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
         by_picture.setdefault((row["concept"], row["picture"]), {})[row["metric"]] = row["value"]
     names = sorted({row["metric"] for row in table})
     records = read_manifest(session.folder)
-    session.wandb.summary({**means, "objective": session.results.get("objective")})
+    session.trackers.summary({**means, "objective": session.results.get("objective")})
     cells = []
     for record in records:
         with Image.open(session.folder / record["path"]) as picture:
@@ -115,9 +115,9 @@ def _to_wandb(session: Session, rows: list[dict[str, Any]]) -> None:
                 [record["concept"], record["text"], record["seed"], record["variant"], picture.copy(), *values]
             )
     if cells:
-        session.wandb.log_table("samples", ["concept", "prompt", "seed", "variant", "picture", *names], cells)
+        session.trackers.log_table("samples", ["concept", "prompt", "seed", "variant", "picture", *names], cells)
     for grid in sorted((session.folder / "grids").glob("*.png")):
         if not grid.name.startswith("train-"):
             with Image.open(grid) as picture:
-                session.wandb.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
-    session.wandb.finish()
+                session.trackers.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
+    session.trackers.finish()

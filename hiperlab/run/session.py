@@ -40,7 +40,8 @@ from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.rows import table_row
 from hiperlab.model.stack import FrozenStack
 from hiperlab.report.environment import environment
-from hiperlab.report.wandb_logger import GuardedWandb
+from hiperlab.report.tracker import Trackers
+from hiperlab.report.trackers import make_trackers
 
 log = logging.getLogger(__name__)
 
@@ -194,16 +195,12 @@ class Session:
         return [note for note in dict.fromkeys(notes) if note]
 
     @cached_property
-    def wandb(self) -> GuardedWandb:
-        """The W&B run, the same for all stages."""
-        settings = _plain(self.cfg.logger)
+    def trackers(self) -> Trackers:
+        """The tracking services, the same for all stages."""
         choices = {**self.choices, **self.identity}
         names = [str(choices.get(group)) for group in ("method", "data", "model", "metric", "precision")]
-        settings["name"] = settings.get("name") or f"{names[0]}_{names[1]}_{self.cfg.seed}"
-        settings["tags"] = [*(settings.get("tags") or []), *names]
-        wandb = GuardedWandb(self.folder, **settings)
-        wandb.log_hyperparams(_plain(self.cfg))
-        return wandb
+        name = f"{names[0]}_{names[1]}_{self.cfg.seed}"
+        return make_trackers(self.folder, _plain(self.cfg.logger), name, names, _plain(self.cfg))
 
     @cached_property
     def choices(self) -> dict[str, Any]:

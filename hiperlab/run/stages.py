@@ -83,8 +83,8 @@ def recorded(session: Session) -> Iterator[None]:
         stopped = error if isinstance(error, StoppedError) and error.code != 1 else None
         with contextlib.suppress(DiskFullError):  # then the error itself says so
             session.update(status="stopped" if stopped else "failed", error=" ".join(str(error).split())[:500])
-        if not stopped and "wandb" in vars(session):  # begun: W&B would take it for a run that ended well
-            session.wandb.finish(exit_code=1)
+        if not stopped and "trackers" in vars(session):  # begun: services would take it for a run that ended well
+            session.trackers.finish(exit_code=1)
         if stopped and "resume with" not in str(stopped):  # outside training: pictures drawn so far are kept
             raise StoppedError(f"{stopped}; resume with: {resume_command(session.folder)}", stopped.code) from error
         raise
@@ -156,6 +156,7 @@ def _check(session: Session) -> None:
     data, protocol = session.data, session.protocol
     check_texts(session)
     score.check_objective(session)
+    session.trackers  # noqa: B018 - unknown settings and packages that are not installed stop it here
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "sample" in session.cfg.stages:
         log.debug("%s", session.sampler.scheduler)  # built here: one that cannot draw is refused before a night's fit

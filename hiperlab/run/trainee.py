@@ -30,7 +30,7 @@ from hiperlab.report.loggers import JsonlLogger, RewindLogs
 from hiperlab.report.nan_guard import FiniteGuard
 from hiperlab.report.precision import ScaledPrecision
 from hiperlab.report.samples import TrainingSamples
-from hiperlab.report.wandb_logger import GuardedWandb
+from hiperlab.report.tracker import Trackers
 from hiperlab.run.disk_space import check_space
 from hiperlab.run.resume import checkpoint_folder, log_folder, remember, starting_point
 from hiperlab.run.session import Session, speaks_for
@@ -93,10 +93,10 @@ class Trainee:
 
     def loggers(self) -> list[Logger]:
         """Where its metrics and samples go."""
-        wandb: GuardedWandb | _Named = self.session.wandb
-        if len(self.session.groups) > 1:  # one W&B run for all of them
-            wandb = _Named(self.session.wandb, self.method.concepts[0].name)
-        return [JsonlLogger(log_folder(self.session, self.group)), wandb]
+        trackers: Trackers | _Named = self.session.trackers
+        if len(self.session.groups) > 1:  # one run of a service for all of them
+            trackers = _Named(self.session.trackers, self.method.concepts[0].name)
+        return [JsonlLogger(log_folder(self.session, self.group)), trackers]
 
     def watchers(self) -> list[Callback]:
         """What watches over it alone, in the order in which they are asked."""
@@ -136,7 +136,7 @@ class _Named(Logger):
         concept: name of the concept.
     """
 
-    def __init__(self, shared: GuardedWandb, concept: str) -> None:
+    def __init__(self, shared: Trackers, concept: str) -> None:
         super().__init__()
         self.shared, self.concept = shared, concept
 

@@ -15,8 +15,11 @@ from PIL import Image
 
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.report.loggers import JsonlLogger, read_metrics
-from hiperlab.report.wandb_logger import GuardedWandb, flatten
+from hiperlab.report.tracker import Identity, flatten
+from hiperlab.report.wandb_tracker import WandbTracker
 from tests.report.toy import Toy, build
+
+NAMED = Identity()
 
 
 def test_a_full_disk_costs_the_curve_not_the_training(tmp_path, caplog):
@@ -71,14 +74,14 @@ def use(logger):
 
 
 def test_offline_run_is_written_without_network(tmp_path, caplog):
-    logger = GuardedWandb(tmp_path, group="sweep", job_type="train", tags=["neti", "x" * 99])
+    logger = WandbTracker(tmp_path, Identity(group="sweep", job_type="train", tags=("neti", "x" * 99)))
     trainer, _, _ = build(tmp_path, 5, logger=[logger])
     trainer.fit(Toy())
     use(logger)
     assert "W&B" not in caplog.text
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 1 and logger.version in written[0].name
-    assert GuardedWandb(tmp_path).version == logger.version  # a resumed segment is the same run
+    assert WandbTracker(tmp_path, NAMED).version == logger.version  # a resumed segment is the same run
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no network\nsecond line"), TimeoutError(), SystemExit(1), OSError(28)])
@@ -87,7 +90,7 @@ def test_a_failing_start_costs_one_line(tmp_path, monkeypatch, caplog, error):
         raise error
 
     monkeypatch.setattr(wandb, "init", fail)
-    logger = GuardedWandb(tmp_path)
+    logger = WandbTracker(tmp_path, NAMED)
     trainer, _, _ = build(tmp_path, 5, logger=[logger])
     with caplog.at_level(logging.WARNING):
         trainer.fit(Toy())
@@ -100,7 +103,7 @@ def test_a_failing_start_costs_one_line(tmp_path, monkeypatch, caplog, error):
 def test_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    logger = GuardedWandb(tmp_path, mode="online", init_timeout=2)
+    logger = WandbTracker(tmp_path, NAMED, mode="online", init_timeout=2)
     for step in range(3):
         logger.log_metrics({"loss": 1.0}, step)
     logger.finish()
@@ -111,12 +114,12 @@ def test_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch, caplog)
 
 def test_not_installed(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(GuardedWandb(tmp_path))
+    use(WandbTracker(tmp_path, NAMED))
     assert caplog.text.count("W&B failed") == 1
 
 
 def test_a_killed_service_costs_one_line(tmp_path, caplog):
-    logger = GuardedWandb(tmp_path, finish_timeout=10)
+    logger = WandbTracker(tmp_path, NAMED, finish_timeout=10)
     logger.log_metrics({"loss": 1.0}, 0)
     listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
     services = [int(line.split()[0]) for line in listing.stdout.splitlines() if "wandb-core" in line]
@@ -133,13 +136,13 @@ def test_a_killed_service_costs_one_line(tmp_path, caplog):
 
 def test_disabled_and_wrong_mode_and_our_own_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("started"))
-    use(GuardedWandb(tmp_path, mode="disabled"))
+    use(WandbTracker(tmp_path, NAMED, mode="disabled"))
     with pytest.raises(UserError, match=r"mode=onlin"):
-        GuardedWandb(tmp_path, mode="onlin")
+        WandbTracker(tmp_path, NAMED, mode="onlin")
 
     def stopped(**_):
         raise StoppedError("told to stop", 143)
 
     monkeypatch.setattr(wandb, "init", stopped)
     with pytest.raises(StoppedError):
-        GuardedWandb(tmp_path).log_metrics({"loss": 1.0}, 0)
+        WandbTracker(tmp_path, NAMED).log_metrics({"loss": 1.0}, 0)
