@@ -91,7 +91,7 @@ class WandbTracker(Tracker):
         run.summary.update(values)
 
     def send_files(self, run: Any, texts: Mapping[str, str]) -> None:
-        """An artifact of type `RESULTS_ARTIFACT`, which `python -m hiperlab.compare --wandb entity/project` reads back."""
+        """An artifact of type `RESULTS_ARTIFACT`, which `hiperlab.compare --wandb entity/project` reads back."""
         import wandb
 
         artifact = wandb.Artifact(f"{RESULTS_ARTIFACT}-{self.version}", type=RESULTS_ARTIFACT)
