@@ -3,7 +3,8 @@
 Published settings were made for Stable Diffusion; a model of another size needs other rates and steps. Its yaml holds
 one table, `tuned`: method -> setting -> value, and under "default" what holds for every method that does not say
 otherwise. An experiment that compares methods holds such a table of its own, `per_method`; the model's is left aside
-then. The command line always wins. After composing, `tuned` holds only what was put in, and what stood there before.
+then, unless `per_method: model` takes it. The command line always wins. After composing, `tuned` holds only what was
+put in, and what stood there before.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     if source not in SOURCES:
         raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
     chosen = cfg.hydra.runtime.choices
-    name = "tuned" if str(chosen.get("experiment")) == "None" else "per_method"
+    own = str(chosen.get("experiment")) != "None" and cfg.get("per_method") != "model"
+    name = "per_method" if own else "tuned"
     table = _table(cfg, name)
     wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
     if source == "published":

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 PICTURE, CEILING, COPY, COPY_CEILING, SET = "picture", "ceiling", "copy", "copy_ceiling", "set"  # kinds of score rows
 SETS_APART = ("variant", "role")  # further columns: pictures that differ in one belong to different sets
 CONCEPT, ALL = "concept", "all"  # kinds of table rows
+RESULTS_ARTIFACT = "hiperlab-results"  # type of what W&B keeps of a run's rows
 
 
 class _Needed(TypedDict):

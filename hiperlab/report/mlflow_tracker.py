@@ -94,6 +94,11 @@ class MlflowTracker(Tracker):
         """The numbers among them."""
         run.log_metrics({name: value for name, value in values.items() if isinstance(value, int | float)})
 
+    def send_files(self, run: Any, texts: Mapping[str, str]) -> None:
+        """Artifacts under results/."""
+        for name, text in texts.items():
+            run.experiment.log_text(run.run_id, text, f"results/{name}")
+
     def end(self, run: Any, exit_code: int) -> None:
         """As `Tracker`."""
         run.experiment.set_terminated(run.run_id, "FAILED" if exit_code else "FINISHED")

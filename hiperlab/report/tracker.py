@@ -85,6 +85,9 @@ class Tracker(Logger, ABC):
     def send_summary(self, run: Any, values: Mapping[str, Any]) -> None:
         """The run's final numbers, by dotted names."""
 
+    def send_files(self, run: Any, texts: Mapping[str, str]) -> None:
+        """Text files by their paths below the run folder, for services that keep files."""
+
     @abstractmethod
     def end(self, run: Any, exit_code: int) -> None:
         """Close the run; it may wait for an upload."""
@@ -139,6 +142,11 @@ class Tracker(Logger, ABC):
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the numbers that a service's run table shows."""
         self._guarded("summary", lambda run: self.send_summary(run, flatten(values)))
+
+    @rank_zero_only
+    def log_files(self, texts: Mapping[str, str]) -> None:
+        """Send text files, by their paths below the run folder."""
+        self._guarded("log_files", lambda run: self.send_files(run, texts))
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
@@ -218,6 +226,11 @@ class Trackers(Logger):
         """As `Tracker`."""
         for member in self.members:
             member.summary(values)
+
+    def log_files(self, texts: Mapping[str, str]) -> None:
+        """As `Tracker`."""
+        for member in self.members:
+            member.log_files(texts)
 
     def finish(self, exit_code: int = 0) -> None:
         """As `Tracker`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hiperlab.errors import StoppedError, UserError
+from hiperlab.metric.rows import RESULTS_ARTIFACT
 from hiperlab.report.tracker import Identity, Tracker, brief
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,16 @@ class WandbTracker(Tracker):
     def send_summary(self, run: Any, values: Mapping[str, Any]) -> None:
         """As `Tracker`."""
         run.summary.update(values)
+
+    def send_files(self, run: Any, texts: Mapping[str, str]) -> None:
+        """An artifact of type `RESULTS_ARTIFACT`, which `hiperlab.compare --wandb entity/project` reads back."""
+        import wandb
+
+        artifact = wandb.Artifact(f"{RESULTS_ARTIFACT}-{self.version}", type=RESULTS_ARTIFACT)
+        for name, text in texts.items():
+            with artifact.new_file(name, encoding="utf-8") as file:
+                file.write(text)
+        run.log_artifact(artifact)
 
     def end(self, run: Any, exit_code: int) -> None:
         """Wait for the upload no longer than the timeout."""

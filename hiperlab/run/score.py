@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -20,6 +21,8 @@ from hiperlab.run.sample import read_manifest
 from hiperlab.run.session import Session
 
 log = logging.getLogger(__name__)
+# What a comparison reads of a run; a service that keeps files gets them.
+KEPT_BY_SERVICES = ("scores.jsonl", "overrides.yaml", "config.yaml", "samples/samples.jsonl")
 
 
 def score(session: Session) -> None:
@@ -107,4 +110,9 @@ def _to_trackers(session: Session, rows: list[dict[str, Any]]) -> None:
         if not grid.name.startswith("train-"):
             with Image.open(grid) as picture:
                 session.trackers.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
+    kept = [session.folder / name for name in KEPT_BY_SERVICES]
+    texts = {path.relative_to(session.folder).as_posix(): path.read_text("utf-8") for path in kept if path.is_file()}
+    # Sending is the run's last act, so it may say how the run ends.
+    texts["results.json"] = json.dumps({**session.results, "status": "finished"}, indent=1, default=str)
+    session.trackers.log_files(texts)
     session.trackers.finish()

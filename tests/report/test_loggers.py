@@ -70,6 +70,7 @@ def use(logger):
     logger.log_images("samples", [Image.new("RGB", (8, 8))], ["<cats> & co"], 3)
     logger.log_table("scores", ["prompt", "picture", "value"], [["a", Image.new("RGB", (8, 8)), 0.5]])
     logger.summary({"clip_t": {"mean": 0.3}})
+    logger.log_files({"results.json": "{}", "samples/samples.jsonl": ""})
     logger.finish()
 
 

@@ -97,6 +97,7 @@ def test_mlflow_goes_on_with_its_run(tmp_path) -> None:
     again.log_images("samples", [PICTURE], ["<cats>"], 3)
     again.log_table("scores", ["prompt", "picture", "value"], [["a, b", PICTURE, 0.5]])
     again.summary({"clip_t": {"mean": 0.25}, "note": "x"})
+    again.log_files({"samples/samples.jsonl": "{}"})
     again.finish()
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("hiperlab").experiment_id])
@@ -106,6 +107,7 @@ def test_mlflow_goes_on_with_its_run(tmp_path) -> None:
     assert run.data.metrics["clip_t.mean"] == 0.25
     lines = list(csv.reader(io.StringIO(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/scores.csv"))))
     assert lines == [["prompt", "picture", "value"], ["a, b", "scores/0000_1.png", "0.5"]]
+    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/results/samples/samples.jsonl") == "{}"
     assert json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/samples/000003/captions.json")) == ["<cats>"]
 
 

@@ -93,6 +93,19 @@ def test_an_experiment_that_compares_methods_sets_each(name, capsys) -> None:
     assert composed(capsys, *words, "defaults=published")["tuned"] == {}
 
 
+def test_an_experiment_may_take_the_models_table(capsys) -> None:
+    """per_method: model; another model has none, and defaults=published still holds."""
+    words, table = ["experiment=ledger", "hydra.mode=RUN"], yaml.safe_load(MINI.read_text())["tuned"]
+    for method in ("ti", "neti", "lora"):
+        known = {**table["default"], **table.get(method, {})}
+        asked = OmegaConf.create(composed(capsys, *words, f"method={method}"))
+        for key, value in known.items():
+            assert OmegaConf.select(asked, key) == value, (method, key)
+        assert asked.tuned
+    assert composed(capsys, *words, "defaults=published")["tuned"] == {}
+    assert composed(capsys, *words, "model=tiny")["tuned"] == {}
+
+
 def test_what_an_experiment_puts_in_is_not_refused_as_unread(capsys, tmp_path) -> None:
     """Only what the command itself gives is."""
     words = ["experiment=pie_bench", "method=proximal_guidance", "model=tiny", "hydra.mode=RUN", "logger=csv"]
