@@ -87,8 +87,9 @@ def test_tensorboard_shows_everything_and_a_resumed_run_once(tmp_path) -> None:
     assert {"config/text_summary", "scores/text_summary"} <= set(found["texts"])
 
 
-def test_mlflow_goes_on_with_its_run(tmp_path) -> None:
+def test_mlflow_goes_on_with_its_run(tmp_path, monkeypatch) -> None:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # its artifacts lie in ./mlruns
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     first = made(tmp_path, {"mlflow": True}, uri=uri, group="sweep")
     first.log_metrics({"loss": 1.0}, 0)
