@@ -23,8 +23,10 @@ A run is named by its method and those settings that tell it from other runs of 
 examples:
   python -m hiperlab.compare outputs/sweeps/my_sweep
   python -m hiperlab.compare outputs/sweeps --metrics clip_text,identity --baseline ti --out paper/comparison
+  python -m hiperlab.compare outputs/sweeps/ledger outputs/sweeps/editors --claims published
   python -m hiperlab.compare outputs/ti_cats_mini outputs/neti_cats_mini --x clip_text --y dino --pictures all
 """
+FETCHED = "wandb_runs"  # folder for what W&B keeps
 _PICTURES = ("all", "none", "link")
 
 
@@ -35,10 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     args = arguments(argv)
+    from hiperlab.compare.claims import PUBLISHED, read_claims
     from hiperlab.compare.runs import find  # only now: --help and mistakes need neither numpy nor matplotlib
+    from hiperlab.compare.wandb_runs import download
     from hiperlab.compare.write import compare
 
+    claims = read_claims(PUBLISHED if args.claims == "published" else Path(args.claims)) if args.claims else []
     paths = [Path(path) for path in args.paths]
+    if args.wandb:
+        kept = Path(args.out or ".") / FETCHED
+        download(args.wandb, kept)
+        paths.append(kept)
     folders = find(paths)
     if not folders:
         raise UserError(
@@ -46,7 +55,7 @@ def _main(argv: list[str]) -> int:
         )
     out = Path(args.out) if args.out else _beside(paths, folders)
     try:
-        print(compare(folders, out, args.metrics, args.baseline, args.x, args.y, args.pictures), flush=True)
+        print(compare(folders, out, args.metrics, args.baseline, args.x, args.y, args.pictures, claims), flush=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}): choose another folder by --out.") from error
     return 0
@@ -54,7 +63,8 @@ def _main(argv: list[str]) -> int:
 
 def _beside(paths: Sequence[Path], folders: Sequence[Path]) -> Path:
     """In a single sweep's folder; else a new one here, the same for the same runs."""
-    if len(paths) == 1 and all(folder.parent == paths[0].resolve() for folder in folders):
+    alone = len(paths) == 1 and paths[0].name != FETCHED
+    if alone and all(folder.parent == paths[0].resolve() for folder in folders):
         return paths[0]
     names = "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", path.resolve().name).strip("-.") for path in paths)[:50]
     digest = hashlib.blake2b("\n".join(map(str, sorted(folders))).encode(), digest_size=3).hexdigest()
@@ -94,12 +104,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N|all|none|link",
         help="pictures that are part of the page; link: shown from the run folders [300]",
     )
+    add("--claims", metavar="published|FILE", help="ask the runs orderings: those of papers, or of a YAML file [none]")
+    add("--wandb", metavar="ENTITY/PROJECT", help="runs that Weights & Biases keeps, too; without their pictures")
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         options = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
         name = unknown[0].partition("=")[0]
         raise UserError(f"{name} is no option of the comparison.{near(name, options)}")
-    if not args.paths:
+    if not args.paths and not args.wandb:
         raise UserError("nothing to compare: name run folders or sweeps, such as outputs/sweeps/my_sweep.")
     return args
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hiperlab.compare import tables
+from hiperlab.compare.claims import FAILS, HOLDS
 from hiperlab.compare.plots import Plot
 from hiperlab.compare.runs import COSTS, NO_SEED, Measured
 from hiperlab.compare.statistics import Estimate
@@ -19,6 +20,7 @@ from hiperlab.compare.summary import Summary
 from hiperlab.compare.wall import Wall, embedded
 from hiperlab.report import page
 
+MARKED = (HOLDS, FAILS)  # verdicts that stand out
 MOST_RUNS = 500  # lines of the table of runs
 
 
@@ -90,6 +92,7 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         differences=_differences(summary),
         ranks=_ranks(summary),
         costs=_costs(summary),
+        claims=_claims(summary),
         runs=_runs(measured),
         left_out=measured.left_out,
         plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name) for plot in plots],
@@ -102,6 +105,7 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
             "scores": tables.caption(summary),
             "differences": tables.test_caption(summary),
             "ranks": tables.rank_caption(summary),
+            "claims": tables.claims_caption(summary),
         },
     )
 
@@ -202,6 +206,16 @@ def _ranks(summary: Summary) -> Sheet:
             cells.append(Cell(f"{found.rank:g}", found.rank, f"{between}{best}"))
         lines.append(Line(cells, summary.measured.names[c]))
     return Sheet("ranks", ["method", *(tables.head(summary, m) for m in metrics)], lines if metrics else [])
+
+
+def _claims(summary: Summary) -> Sheet:
+    """A line per test of each published ordering that was measured."""
+    head, *texts = tables.claims(summary)
+    rows = [
+        Line([Cell(shown, shown) for shown in text], " ".join(text), kind=text[-1] if text[-1] in MARKED else "")
+        for text in texts
+    ]
+    return Sheet("claims", head, rows)
 
 
 def _costs(summary: Summary) -> Sheet:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
 from hiperlab.compare import statistics
+from hiperlab.compare.claims import Claim, Verdict, judge
 from hiperlab.compare.runs import COSTS, Measured
 from hiperlab.compare.statistics import PICTURES, SUBJECTS, Estimate, Paired, Rank
 from hiperlab.errors import UserError, near
@@ -53,6 +54,7 @@ class Summary:
         front: contenders on its Pareto front.
         costs: per contender, mean over its runs.
         notes: what a reader must know before believing a number.
+        verdicts: on published orderings, where they were asked for.
     """
 
     measured: Measured
@@ -69,6 +71,7 @@ class Summary:
     front: list[int]
     costs: list[dict[str, float | None]]
     notes: list[str]
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @cached_property
     def contenders(self) -> list[int]:
@@ -118,6 +121,7 @@ def summarise(
     baseline: str | None = None,
     x: str | None = None,
     y: str | None = None,
+    claims: Sequence[Claim] = (),
 ) -> Summary:
     """Compare.
 
@@ -127,6 +131,7 @@ def summarise(
         baseline: name of a contender, or of a method that has only one.
         x: metric of the trade-off's horizontal axis, None for a score of the text.
         y: metric of its vertical axis, None for a score of the subject.
+        claims: orderings to ask the runs.
 
     Raises:
         UserError: a name that is none of those measured.
@@ -154,6 +159,7 @@ def summarise(
         front=_front(measured, means, text, identity),
         costs=_costs(measured),
         notes=[*_caveats(measured, chosen, means), *_too_many_tests(differences), *skipped, *measured.notes],
+        verdicts=judge(claims, measured),
     )
 
 

@@ -6,9 +6,11 @@ import csv
 import html
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hiperlab.compare.claims import FAILS, HEAD, HOLDS, NOT_MEASURED, UNDECIDED, lines, plain
 from hiperlab.compare.runs import COSTS
 from hiperlab.compare.statistics import Estimate
 from hiperlab.compare.summary import BEST, SECOND, Summary
@@ -111,6 +113,9 @@ def markdown(summary: Summary) -> str:
             _pipes(lines),
         ]
     parts += ["## Cost", _pipes([[escaped(cell) for cell in line] for line in costs(summary)])]
+    if summary.verdicts:
+        lines = [[escaped(cell) for cell in line] for line in claims(summary)]
+        parts += ["## Published orderings", escaped(claims_caption(summary)), _pipes(lines)]
     if summary.measured.left_out:
         parts += ["## Left out", "\n".join(f"- {escaped(line)}" for line in summary.measured.left_out)]
     return "\n\n".join(parts) + "\n"
@@ -223,6 +228,11 @@ def latex(summary: Summary) -> str:
         names, *lines = differences(summary)
         escaped = [[escape_latex(cell) for cell in line] for line in lines]
         parts.append(_tabular([escape_latex(n) for n in names], escaped, "lllrcrrl", test_caption(summary)))
+    if summary.verdicts:
+        names, *lines = claims(summary)
+        escaped = [[escape_latex(cell) for cell in line] for line in lines]
+        wide = r"p{4cm}p{4cm}p{3cm}rclc"
+        parts.append(_tabular([escape_latex(n) for n in names], escaped, wide, claims_caption(summary)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -237,6 +247,31 @@ def _tabular(names: Sequence[str], lines: Sequence[Sequence[str]], columns: str,
         f"\\begin{{table*}}\n\\centering\\small\n\\caption{{{escape_latex(says)}}}\n\\begin{{tabular}}{{{columns}}}\n"
         f"\\toprule\n{' & '.join(names)} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table*}}"
     )
+
+
+def claims(summary: Summary) -> list[list[str]]:
+    """A line per test of each claim that was measured, with a head."""
+    return [list(HEAD), *lines([each for each in summary.verdicts if each.verdict != NOT_MEASURED])]
+
+
+def claims_caption(summary: Summary) -> str:
+    """How many hold, and what that means."""
+    counts = Counter(each.verdict for each in summary.verdicts)
+    words = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "are undecided", NOT_MEASURED: "were not measured"}
+    said = ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind])
+    return (
+        f"Of {len(summary.verdicts)} published orderings {said}. By the 95 % interval of the paired difference, turned "
+        "so that more is better, each by itself: not corrected for their number. Judged by "
+        f"{summary.measured.protocol}, which says nothing of other weights and judges."
+    )
+
+
+def claims_text(summary: Summary) -> list[str]:
+    """The same for the terminal: a line per claim that was measured."""
+    measured = [each for each in summary.verdicts if each.verdict != NOT_MEASURED]
+    if not summary.verdicts:
+        return []
+    return [claims_caption(summary), *(f"  {each.verdict:9}  {each.claim.says}" for each in measured)]
 
 
 # ---- CSV and JSON ---------------------------------------------------------------------------------------------------
@@ -319,5 +354,6 @@ def document(summary: Summary) -> dict[str, Any]:
             "y": None if summary.y is None else metric[summary.y],
             "pareto_front": [names[c] for c in summary.front],
         },
+        "claims": plain(summary.verdicts),
         "cost": [{"method": names[c], **summary.costs[c]} for c in summary.contenders],
     }

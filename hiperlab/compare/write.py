@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hiperlab import files
 from hiperlab.compare import page, plots, tables
+from hiperlab.compare.claims import Claim
 from hiperlab.compare.runs import read
 from hiperlab.compare.summary import Summary, summarise
 
@@ -21,6 +22,7 @@ def compare(
     x: str | None = None,
     y: str | None = None,
     pictures: str = PICTURES,
+    claims: Sequence[Claim] = (),
 ) -> str:
     """Compare finished runs and write all files into `out`.
 
@@ -32,6 +34,7 @@ def compare(
         x: metric of the trade-off's horizontal axis; None finds one.
         y: metric of its vertical axis; None finds one.
         pictures: how many the page holds: a number, "all", "none" or "link".
+        claims: orderings to ask the runs.
 
     Returns:
         The table for the terminal, with what must be known and where the page lies.
@@ -39,10 +42,10 @@ def compare(
     Raises:
         UserError: nothing to compare, scores of several protocols or judges, or a name that is none of those measured.
     """
-    summary = summarise(read(folders), metrics, baseline, x, y)
+    summary = summarise(read(folders), metrics, baseline, x, y, claims)
     page_path = write(summary, out, pictures)
     left_out = [f"left out: {line}" for line in summary.measured.left_out]
-    return "\n".join([tables.text(summary), *left_out, str(page_path)])
+    return "\n".join([tables.text(summary), *tables.claims_text(summary), *left_out, str(page_path)])
 
 
 def write(summary: Summary, out: Path, pictures: str = PICTURES) -> Path:

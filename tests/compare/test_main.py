@@ -42,6 +42,21 @@ def test_several_folders_get_a_new_one_here(sweep, tmp_path, monkeypatch) -> Non
     assert {row["metric"] for row in document["table"]} == {"identity"}
 
 
+def test_published_orderings_are_asked_and_shown_everywhere(tmp_path, capsys) -> None:
+    subjects = ("a", "b", "c", "d", "e", "f")
+    for method, value in (("ti", 0.25), ("neti", 0.75)):
+        run(tmp_path / "s" / method, method, {"identity": value}, concepts=subjects, pictures=False)
+    assert main([str(tmp_path / "s"), "--claims", "published", "--pictures", "none"]) == 0
+    says = "NeTI keeps the subject better than Textual Inversion"
+    out = capsys.readouterr().out
+    assert f"  holds      {says}" in out and "1 hold, " in out
+    for ending in ("html", "md", "tex"):
+        assert says in (tmp_path / "s" / f"comparison.{ending}").read_text()
+    claims = json.loads((tmp_path / "s" / "comparison.json").read_text())["claims"]
+    assert [each["verdict"] for each in claims].count("holds") == 1
+    assert {each["verdict"] for each in claims} == {"holds", "not measured"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -51,6 +66,8 @@ def test_several_folders_get_a_new_one_here(sweep, tmp_path, monkeypatch) -> Non
         (["--x", "clip"], "is no score"),
         (["--pictures", "some"], "expected a number, all, none or link"),
         (["--out"], "expected one argument"),
+        (["--claims", "nowhere.yaml"], "nowhere.yaml cannot be read as claims"),
+        (["--wandb", "hiperlab"], "expected entity/project"),
     ],
 )
 def test_mistakes_are_one_line(sweep, capsys, words: list[str], message: str) -> None:
