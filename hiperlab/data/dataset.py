@@ -189,7 +189,9 @@ def _reference_folders(settings: ConceptSettings, names: Sequence[str]) -> list[
             f"data.references and data.held_out={settings['held_out']} exclude each other: add data.held_out=0."
         )
     folders = per_concept([given] if isinstance(given, str) else given, names, "references")
-    return [None if folder is None else folder_of(folder, "data.references=photos/my_cat_held_out") for folder in folders]
+    return [
+        None if folder is None else folder_of(folder, "data.references=photos/my_cat_held_out") for folder in folders
+    ]
 
 
 def check_shared(settings: Mapping[str, Any], kind: Any) -> None:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
 # But for these: they are of drawing, or say where something lies. Pictures are compared by their content.
 FREE = (
-    "data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder",
-    "method.cache",
+    "data.prompts", "data.dir", "data.image", "data.file", "data.held_out", "data.references", "model.optimise",
+    "model.note", "method.prior.folder", "method.cache",
 )  # fmt: skip
 RECORD, PICTURES = "config.yaml", "pictures.json"  # what a training was asked and trained on, beside its checkpoints
 

@@ -20,6 +20,7 @@ from hiperlab.run import fit, sample, sample_composed, score
 from hiperlab.run.resume import check_resume
 from hiperlab.run.sample_composed import check_artifacts_together
 from hiperlab.run.session import Session, check_method, configure_logging, open_session, write_settings
+from hiperlab.run.unrelated import check_unrelated
 
 log = logging.getLogger(__name__)
 WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\[[^\[\]]+\]")  # as the web UIs write them
@@ -155,6 +156,7 @@ def _check(session: Session) -> None:
     check_artifacts(session)
     data, protocol = session.data, session.protocol
     check_texts(session)
+    check_unrelated(session)
     score.check_objective(session)
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))
     if "sample" in session.cfg.stages:
