@@ -2,7 +2,7 @@
 
 A score that ranks it first rewards copying: any likeness to the training pictures does (CLIP-I, DINO). One number to
 compare methods by must rank it last, see `likeness_in_context` in conf/metric/mini_full.yaml.
-Axes: K concepts, B pictures, H = W picture sides.
+Axes: K concepts (always 1 here), B pictures, H = W picture sides.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Copier(Method, ReadsPicture):
         seed: unused.
     """
 
+    stacks_concepts = False
     why_no_early_stop = "this method trains nothing"
 
     pictures: Tensor
@@ -44,7 +45,7 @@ class Copier(Method, ReadsPicture):
         seed: int,
     ) -> None:
         super().__init__(model, concepts, optimizer, seed)
-        self.register_buffer("pictures", torch.full((len(concepts), 3, model.size, model.size), torch.nan))
+        self.register_buffer("pictures", torch.full((1, 3, model.size, model.size), torch.nan))  # (K, …), K is 1
 
     def set_reference(self, index: int, picture: Tensor) -> None:
         """Take concept `index`'s first picture (3, H, H) in [-1, 1]."""
@@ -74,13 +75,12 @@ class Copier(Method, ReadsPicture):
         negative: str = "",
         batch_size: int = 8,
     ) -> Calls[Tensor]:
-        """The pictures (B, 3, H, W) in [0, 1], without a single call; all but `concepts` is passed over.
+        """The pictures (B, 3, H, W) in [0, 1], without a single call; only their number counts.
 
         Raises:
             UserError: a concept has no picture yet.
         """
         yield from ()
-        found = self.pictures[torch.tensor(list(concepts or [0] * len(prompts)), device=self.pictures.device)]
-        if found.isnan().any():
+        if self.pictures.isnan().any():
             raise UserError("Copier has no picture: call set_reference(0, picture), or load an artifact.")
-        return (found.cpu() + 1) / 2
+        return (self.pictures.cpu() + 1).div(2).expand(len(prompts), -1, -1, -1)

@@ -142,6 +142,14 @@ class EmbeddedPictures:
         """Numbers of the concept's records."""
         return [number for number, record in enumerate(self.records) if record["concept"] == concept]
 
+    def path(self, record: Mapping[str, Any]) -> Path:
+        """Where a record's picture lies, from the root of the file system."""
+        return (self._root / str(record["path"])).resolve()
+
+    def real(self, concept: str) -> Sequence[Image.Image]:
+        """A concept's real pictures."""
+        return self._references[concept]
+
     def opened(self, records: Sequence[Mapping[str, Any]], column: str = "path") -> list[Image.Image]:
         """The records' pictures, or those that another column names."""
         return [open_picture(self._root / str(record[column])) for record in records]

@@ -206,7 +206,7 @@ def test_a_product_is_scored_from_its_members_rows(tmp_path) -> None:
 
 
 def test_naive_likeness_ranks_a_copier_first_and_the_default_last(tmp_path) -> None:
-    """Drawn by the world: what prompts ask for, another subject in its place, and training pictures whatever is asked."""
+    """Drawn by the world: what prompts ask for, another subject there, and training pictures whatever is asked."""
     full = load_protocol("mini_full")
     dear = {"truth_distance", "kid", "fid", "diversity"}
     protocol = replace(full, members={name: each for name, each in full.members.items() if name not in dear})
