@@ -142,6 +142,15 @@ class EmbeddedPictures:
         """Numbers of the concept's records."""
         return [number for number, record in enumerate(self.records) if record["concept"] == concept]
 
+    def sets(self, concept: str) -> list[tuple[list[int], dict[str, Any]]]:
+        """Numbers of the concept's records that are one set, those of each variant and role, and what they share."""
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for number in self.of(concept):
+            found.setdefault(tuple(self.records[number].get(name) for name in SETS_APART), []).append(number)
+        firsts = [self.records[members[0]] for members in found.values()]
+        shared = [{name: record[name] for name in SETS_APART if name in record} for record in firsts]
+        return list(zip(found.values(), shared, strict=True))
+
     def path(self, record: Mapping[str, Any]) -> Path:
         """Where a record's picture lies, from the root of the file system."""
         return (self._root / str(record["path"])).resolve()
@@ -256,16 +265,8 @@ class SetScore(Score):
         """One number per concept, variant and role: pictures of another kind are another distribution."""
         usable = ~pictures.images.isnan().any(-1)
         for concept, references in pictures.references.items():
-            sets: dict[tuple[Any, ...], list[int]] = {}
-            for number in pictures.of(concept):
-                sets.setdefault(tuple(pictures.records[number].get(name) for name in SETS_APART), []).append(number)
             real = references[~references.isnan().any(-1)]
-            for members in sets.values():
-                shared = {
-                    name: pictures.records[members[0]][name]
-                    for name in SETS_APART
-                    if name in pictures.records[members[0]]
-                }
+            for members, shared in pictures.sets(concept):
                 numbers = [number for number in members if usable[number]]
                 prompts = [str(pictures.records[number]["prompt"]) for number in numbers]
                 value = self.measure(pictures.images[numbers], real, prompts)
