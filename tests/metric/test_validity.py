@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from hiperlab import files
 from hiperlab.metric.validity import agreement, copy_bias, kendall_tau_b
+from hiperlab.metric.validity_table import main, validity
 
 
 def test_kendalls_tau_by_hand() -> None:
@@ -42,3 +44,37 @@ def test_copy_bias_by_hand() -> None:
     assert copy_bias([1, 2, 3, 4, 6], [0, 0, 0, 1, 1]) == 3
     assert copy_bias([1, 2, 3, 0], [0, 0, 0, 1]) == -2
     assert copy_bias([2, 2, 5, np.nan], [0, 0, 1, 0]) == math.inf and math.isnan(copy_bias([1, 2], [0, 0]))
+
+
+def rows(metric: str, values: dict[str, float | None], lower: bool = False) -> list[dict]:
+    return [
+        {"kind": "picture", "concept": "x", "picture": picture, "metric": metric, "value": value, "protocol_hash": "h",
+         "lower_is_better": lower}
+        for picture, value in values.items()
+    ]  # fmt: skip
+
+
+def test_the_table_of_run_folders(tmp_path, capsys) -> None:
+    """Two honest pictures and a copy: likeness orders the honest ones rightly and puts the copy, the worst, on top."""
+    honest, copies = tmp_path / "honest", tmp_path / "copies"
+    truth = {"a": 0.1, "b": 0.2}
+    files.write_jsonl(honest / "scores.jsonl", [*rows("truth_distance", truth, True), *rows("like", {"a": 2, "b": 1})])
+    copied = [*rows("truth_distance", {"c": 0.9}, True), *rows("like", {"c": 5}), *rows("odd", {"c": None})]
+    files.write_jsonl(copies / "scores.jsonl", copied)
+    line, odd = validity([honest], [copies], "truth_distance")
+    assert (line.metric, line.agreement.tau, line.agreement.subjects) == ("like", 1, 1)
+    assert line.with_copies.tau == pytest.approx((1 - 2) / 3) and line.bias == pytest.approx(3.5 / math.sqrt(0.5))
+    assert odd.metric == "odd" and math.isnan(odd.agreement.tau) and math.isnan(odd.bias)
+    assert main([str(honest), "--copies", str(copies)]) == 0
+    assert [each.split()[0] for each in capsys.readouterr().out.splitlines()] == ["score", "like", "odd"]
+
+
+def test_mistakes_of_the_table(tmp_path, capsys) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    files.write_jsonl(one / "scores.jsonl", rows("like", {"a": 1}))
+    files.write_jsonl(other / "scores.jsonl", [{**row, "protocol_hash": "i"} for row in rows("like", {"a": 1})])
+    assert main([str(one), "--truth", "like_", "--copies"]) == 2
+    assert "has no score like_ of pictures. Did you mean like" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(one), str(other), "--truth", "like"]) == 2
+    assert "scores of 2 protocols" in capsys.readouterr().err

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from PIL import Image
 
 from hiperlab import files
 from hiperlab.base.capability import EditsPicture
+from hiperlab.errors import UserError
 from hiperlab.model.sampler import ddim
 from hiperlab.run import unrelated
 from hiperlab.run.unrelated import is_unchanged, read_unrelated
@@ -118,3 +121,10 @@ def test_an_editing_method_says_why_it_has_none(tmp_path) -> None:
     log = (tmp_path / "run" / "run.log").read_text()
     assert "sample.unrelated: none are drawn, as DDIMInversion edits one picture and draws nothing else." in log
     assert read_unrelated(tmp_path / "run") == []
+
+
+def test_kept_concepts_drawn_together_have_none() -> None:
+    cfg = OmegaConf.create({"sample": {"unrelated": 2}, "stages": ["sample"]})
+    asked = SimpleNamespace(cfg=cfg, kept=["one"])
+    with pytest.raises(UserError, match=r"leave it away where artifacts=\[…\] are drawn"):
+        unrelated.check_unrelated(asked)  # type: ignore[arg-type]
