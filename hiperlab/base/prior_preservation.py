@@ -25,8 +25,8 @@ from hiperlab.data.images import ImageProblem, read_folder, read_image, to_pixel
 from hiperlab.data.module import view_order
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss
-from hiperlab.model.conditioning import Conditioning
-from hiperlab.model.sampler import ddim, generate
+from hiperlab.model.plain import draw_plain
+from hiperlab.model.sampler import ddim
 from hiperlab.model.stack import FrozenStack, weights_digest
 
 log = logging.getLogger(__name__)
@@ -185,25 +185,8 @@ class Prior:
                         picture.save(file, format="PNG")
         return [found[number] for number in range(self.count)]
 
-    @torch.no_grad()
     def _draw(self, model: FrozenStack, caption: str, seeds: list[int]) -> list[Image.Image]:
-        states = Conditioning(model.encode_text([caption])[None])
-
-        def condition(rows: list[int], t: Tensor) -> Conditioning:
-            return states
-
-        pictures = generate(
-            model,
-            condition,
-            keys=[caption] * len(seeds),
-            seeds=seeds,
-            steps=self.steps,
-            guidance=self.guidance,
-            sampler=ddim(self.steps, self.guidance),
-            negative=model.encode_text([""]),
-            batch_size=len(seeds),
-            time_dependent=False,
-        )
+        pictures = draw_plain(model, [caption] * len(seeds), seeds, ddim(self.steps, self.guidance), "")
         levels = (pictures.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
         return [Image.fromarray(picture) for picture in levels]
 

@@ -55,6 +55,7 @@ KINDS = (  # the first that fits a key counts
         r"pytorch_lightning\.(strategies|plugins)(\.\w+)*\.[A-Z]\w*",
     ),
 )  # fmt: skip
+COMMANDS = re.compile(r"metric\.(.+\.)?command")  # keys of programs, which run only if the command line allows them
 # Where all of these lie: Hydra 1.4 imports from nowhere else while a run is at work.
 MODULES = (
     "hiperlab.method.*", "hiperlab.optim.*", "hiperlab.base.*", "hiperlab.edit.*", "hiperlab.layer.*",
@@ -76,6 +77,19 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from targets(value, f"{path}[{index}]")
+
+
+def commands(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """All (config key, command line) pairs of programs that a resolved config would have run, depth first."""
+    if isinstance(node, list):
+        for index, each in enumerate(node):
+            yield from commands(each, f"{path}[{index}]")
+    for key, value in node.items() if isinstance(node, dict) else ():
+        here = f"{path}.{key}" if path else str(key)
+        if COMMANDS.fullmatch(here) and value is not None:
+            yield here, value if isinstance(value, str) else " ".join(map(str, value))
+        else:
+            yield from commands(value, here)
 
 
 def is_allowed(key: str, target: str, extra: Sequence[str] = ()) -> bool:
@@ -116,7 +130,7 @@ def _is_defined(target: str) -> bool:
 
 
 def check_targets(config: Any, extra: Sequence[str], root: str = "") -> None:
-    """Refuse the first target that its key may not name, before anything is imported.
+    """Refuse the first target that its key may not name, and programs, before anything is imported.
 
     Args:
         config: a resolved config, or a part of one.
@@ -132,4 +146,9 @@ def check_targets(config: Any, extra: Sequence[str], root: str = "") -> None:
             raise UserError(
                 f"{key}._target_={target} is not allowed: expected {kind.what if kind else 'no _target_ here'}. "
                 f"If you trust it, add allowed_targets=[{target.split('.')[0]}]."
+            )
+    for key, command in commands(config, root):
+        if command not in extra:
+            raise UserError(
+                f"{key} would run `{command}`. If you trust it, add 'allowed_targets=[\"{command}\"]' to this command."
             )

@@ -100,6 +100,8 @@ class Concept:
         masks: a file for each view that says where the loss counts, see `read_mask`; None for a view without, empty
             for none at all.
         edit: for an edit: the texts as they stand; its prompts may lack the slot where a target names another noun.
+        held_out: further pictures of it that no training sees, for scores; empty where there are none.
+        unrelated: texts about other things, without the slot, for scores of what should not have changed.
 
     Raises:
         UserError: if one of these is not so.
@@ -116,6 +118,8 @@ class Concept:
     edit: Edit | None = None
     captions: tuple[str, ...] = ()
     masks: tuple[Path | None, ...] = ()
+    held_out: Sequence[Image.Image] = ()
+    unrelated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from hiperlab.data.captions import captions_beside
 from hiperlab.data.concept import Concept
-from hiperlab.data.images import Crop, Photographs
+from hiperlab.data.images import Crop, Photographs, read_folder
 from hiperlab.data.masks import masks_beside
-from hiperlab.data.prompts import load_prompts, with_class
+from hiperlab.data.prompts import load_prompts, unrelated_to, with_class
 from hiperlab.data.templates import templates
 from hiperlab.errors import UserError, near
 
@@ -66,6 +66,8 @@ class ConceptSettings(TypedDict):
         captions: "auto" takes captions that lie beside the pictures as training prompts, "off" the templates.
         masks: "auto" lets masks that lie beside the pictures weigh the loss, "off" lets all of a picture count.
         max_views: at most so many pictures per concept, or None.
+        held_out: so many pictures per concept are kept out of training, for scores: those behind the ones to train on.
+        references: a folder of such pictures instead, a list with several concepts, or None.
         center_crop: True cuts the largest centred square, False squeezes, None is the method's published way.
         flip: see `DataSet`.
     """
@@ -78,6 +80,8 @@ class ConceptSettings(TypedDict):
     captions: str
     masks: str
     max_views: int | None
+    held_out: int
+    references: str | Sequence[str] | None
     center_crop: bool | None
     flip: float | None
 
@@ -92,6 +96,7 @@ class ConceptSource:
         read: most pictures (None: all) -> the pictures and what messages call each.
         prompts: its evaluation prompts where the user gives none.
         note: as in `Concept`.
+        views: how many pictures it trains on where the user sets no `max_views`; None for all there are.
     """
 
     name: str
@@ -99,6 +104,7 @@ class ConceptSource:
     read: Callable[[int | None], tuple[Sequence[Image.Image], Sequence[str]]]
     prompts: str | Sequence[str]
     note: str = ""
+    views: int | None = None
 
 
 def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettings]) -> DataSet:
@@ -118,10 +124,13 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
         raise UserError(f"data.center_crop={settings['center_crop']!r} is unknown: use true, false or null.")
     words = per_concept(settings["word"], names, "word")
     placeholders = per_concept(settings["placeholder"], names, "placeholder")
+    folders = _reference_folders(settings, names)
     made = []
-    for each, word, placeholder in zip(concepts, words, placeholders, strict=True):
+    for each, word, placeholder, folder in zip(concepts, words, placeholders, folders, strict=True):
         word = word or each.word
-        views, sources = each.read(settings["max_views"])
+        views, sources, held_out = _split(each, settings)
+        if folder is not None:
+            held_out, _ = read_folder(folder, "stop", None)
         train = templates(settings["property"])
         test = load_prompts(each.prompts if settings["prompts"] is None else settings["prompts"])
         made.append(
@@ -136,9 +145,53 @@ def data_set(concepts: Sequence[ConceptSource], **settings: Unpack[ConceptSettin
                 each.note,
                 captions=_captions(each.name, views, word) if settings["captions"] == "auto" else (),
                 masks=_masks(each.name, views) if settings["masks"] == "auto" else (),
+                held_out=held_out,
+                unrelated=unrelated_to(word),
             )
         )
     return DataSet(tuple(made), CROPS[settings["center_crop"]], settings["flip"])
+
+
+def _split(
+    source: ConceptSource, settings: ConceptSettings
+) -> tuple[Sequence[Image.Image], Sequence[str], Sequence[Image.Image]]:
+    """A concept's pictures to train on, what messages call each, and those behind them that are held out.
+
+    Raises:
+        UserError: `held_out` is no number, or leaves no picture to train on.
+    """
+    count, most = settings["held_out"], settings["max_views"] or source.views
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise UserError(f"data.held_out={count} is no number of pictures: use 0 for none, or 1 or more.")
+    if settings["max_views"] is not None and settings["max_views"] < 1:  # the source's own word for it
+        return *source.read(settings["max_views"]), ()
+    views, sources = source.read(None if most is None else most + count)
+    if len(views) <= count:
+        raise UserError(
+            f"data.held_out={count} leaves no picture of {source.name} to train on: there are {len(views)}. Hold out "
+            f"{len(views) - 1} at most, or name others by data.references=<folder>."
+        )
+    end = len(views) - count
+    return views[:end], sources[:end], views[end:]
+
+
+def _reference_folders(settings: ConceptSettings, names: Sequence[str]) -> list[Path | None]:
+    """The folder of each concept's held-out pictures; None where none is named.
+
+    Raises:
+        UserError: no such folder, another number of them than of concepts, or `held_out` beside it.
+    """
+    given = settings["references"]
+    if given is None:
+        return [None] * len(names)
+    if settings["held_out"]:
+        raise UserError(
+            f"data.references and data.held_out={settings['held_out']} exclude each other: add data.held_out=0."
+        )
+    folders = per_concept([given] if isinstance(given, str) else given, names, "references")
+    return [
+        None if folder is None else folder_of(folder, "data.references=photos/my_cat_held_out") for folder in folders
+    ]
 
 
 def check_shared(settings: Mapping[str, Any], kind: Any) -> None:
@@ -211,26 +264,27 @@ def file_name(text: str) -> str:
 
 
 def folder_of(directory: str | None, example: str) -> Path:
-    """The existing folder a user named as data.dir.
+    """The existing folder a user named, as data.dir or as what `example` sets.
 
     Raises:
         UserError: none named, or there is none of that name.
     """
+    key = example.partition("=")[0]
     if directory is not None and not isinstance(directory, str):
         raise UserError(
-            f"data.dir={directory} was read as a number. If that is a folder's name, quote it twice, e.g. "
-            "'data.dir=\"2023_10_01\"'."
+            f"{key}={directory} was read as a number. If that is a folder's name, quote it twice, e.g. "
+            f"'{key}=\"2023_10_01\"'."
         )
     if not directory:
-        raise UserError(f"data.dir is missing: name the folder, e.g. {example}.")
+        raise UserError(f"{key} is missing: name the folder, e.g. {example}.")
     path = Path(directory).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"data.dir={directory} is a file: name the folder that holds the pictures.")
+        raise UserError(f"{key}={directory} is a file: name the folder that holds the pictures.")
     parent = path.parent
     here = [p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")] if parent.is_dir() else []
-    raise UserError(f"data.dir={directory} does not exist.{near(path.name, here) if here else ' Check the path.'}")
+    raise UserError(f"{key}={directory} does not exist.{near(path.name, here) if here else ' Check the path.'}")
 
 
 def _distinct(values: list[str], what: str, key: str) -> None:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from hiperlab.data.concept import SLOT
 from hiperlab.errors import UserError, near
+
+# Everyday scenes of things that are seldom personalised; ours, for what should not have changed.
+UNRELATED = (
+    "a photo of a red bicycle leaning against a brick wall",
+    "a photo of a bowl of fruit on a kitchen table",
+    "a street with old houses after the rain",
+    "an oil painting of a sailing ship at sea",
+    "a photo of two people walking along a river",
+    "a photo of a mountain lake at sunrise",
+    "a watercolor painting of a lighthouse",
+    "a photo of a plate of spaghetti",
+    "a photo of a train standing at a station",
+    "a pencil sketch of an old tree",
+    "a photo of a bookshelf beside a window",
+    "a photo of a horse on a green field",
+)
+
+
+def unrelated_to(word: str) -> tuple[str, ...]:
+    """Texts about other things than a class noun, those of `UNRELATED` that name none of its words."""
+    own = re.compile("|".join(rf"\b{re.escape(each)}s?\b" for each in word.split()), re.IGNORECASE)
+    return tuple(text for text in UNRELATED if not own.search(text))
 
 
 def prompt_lists() -> dict[str, str]:

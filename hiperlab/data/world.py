@@ -15,11 +15,12 @@ from hiperlab.data.dataset import ConceptSettings, ConceptSource, DataSet, data_
 from hiperlab.errors import UserError
 from hiperlab.world.caption import article
 from hiperlab.world.identity import Identity, identity
-from hiperlab.world.subjects import PROMPTS, SEEDS, TEMPLATES, TRAINED, held_out, subject, views_of
+from hiperlab.world.subjects import PROMPTS, SEEDS, TEMPLATES, TRAINED, about_others, held_out, subject, views_of
 
 NOTE = "drawn by hiperlab's world, not a photograph"
 WORLD = "world"  # data.property: training texts in the world's own grammar
 Views = tuple[list[Image.Image], list[str]]  # and what messages call each
+VIEWS = 5  # that a subject is learnt from, unless the settings say otherwise
 SMALLEST = 64  # pixels; below, a subject cannot be told
 
 
@@ -27,7 +28,8 @@ def load_named(concepts: str | Sequence[str], resolution: int, **settings: Unpac
     """Draw views of one or several named subjects; the same pixels every time.
 
     The class noun is each subject's kind, `property` may be "world" (the world's own templates), the evaluation
-    prompts are the world's thirteen, and there are five views, unless the settings say otherwise.
+    prompts are the world's thirteen, and there are five views, unless the settings say otherwise. Held-out pictures are
+    further views of the same subject.
 
     Args:
         concepts: one or several of `hiperlab.world.subjects.SEEDS`.
@@ -108,7 +110,8 @@ def load_domain(
             sources += [f"{kind} {seed}, view {number}" for number in range(views_each)]
         return views[:most], sources[:most]
 
-    return _drawn([ConceptSource(name or f"{kind}-domain", kind, read, PROMPTS, NOTE)], resolution, settings)
+    made = _drawn([ConceptSource(name or f"{kind}-domain", kind, read, PROMPTS, NOTE)], resolution, settings)
+    return replace(made, concepts=tuple(replace(each, unrelated=about_others(kind)) for each in made.concepts))
 
 
 def _subjects(found: Mapping[str, tuple[Identity, int]], resolution: int, settings: ConceptSettings) -> DataSet:
@@ -117,11 +120,16 @@ def _subjects(found: Mapping[str, tuple[Identity, int]], resolution: int, settin
         raise UserError(f"data.max_views={most} leaves no picture: use 1 or more, or null for five.")
 
     def read(name: str, most: int | None) -> Views:
-        views = views_of(*found[name], resolution, most or 5)
+        views = views_of(*found[name], resolution, most or VIEWS)
         return views, [f"{name}, view {number}" for number in range(len(views))]
 
-    concepts = [ConceptSource(name, who.kind, partial(read, name), PROMPTS, NOTE) for name, (who, _) in found.items()]
-    return _drawn(concepts, resolution, settings)
+    concepts = [
+        ConceptSource(name, who.kind, partial(read, name), PROMPTS, NOTE, VIEWS) for name, (who, _) in found.items()
+    ]
+    made = _drawn(concepts, resolution, settings)
+    others = [about_others(who.kind) for who, _ in found.values()]
+    pairs = zip(made.concepts, others, strict=True)
+    return replace(made, concepts=tuple(replace(concept, unrelated=texts) for concept, texts in pairs))
 
 
 def _drawn(concepts: Sequence[ConceptSource], resolution: int, settings: ConceptSettings) -> DataSet:

@@ -60,6 +60,12 @@ def clean(prompt: str, text: str, placeholder: str | Sequence[str], word: str | 
     return re.sub(r"\s+", " ", template.replace("{}", "")).strip()
 
 
+LACKING = {  # what some scores need -> what to say where it is missing
+    "held_out": "there are no held-out pictures: data.held_out=<number> or data.references=<folder>, and train again",
+    "unrelated": "no pictures of other things were drawn: sample.unrelated=<number> stages=[sample,score,summary]",
+}
+
+
 class Measurement(NamedTuple):
     """One number that a score found.
 
@@ -86,6 +92,8 @@ class EmbeddedPictures:
         edits: what edits among the concepts are judged against.
         root: what relative paths start from.
         batch_size: pictures per pass; does not change the numbers beyond float32's rounding.
+        held_out: real pictures of each concept that nothing was trained on, where there are any.
+        unrelated: records of pictures of other things, see `UnrelatedRecord`.
     """
 
     def __init__(
@@ -96,28 +104,64 @@ class EmbeddedPictures:
         edits: Mapping[str, EditReference],
         root: Path,
         batch_size: int,
+        held_out: Mapping[str, Sequence[Image.Image]] | None = None,
+        unrelated: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        self.encoder, self.records, self.edits = encoder, records, edits
+        self.encoder, self.records, self.edits, self.unrelated = encoder, records, edits, unrelated
+        self._held_out = held_out or {}
         self._references, self._root, self._batch_size = references, root, batch_size
 
     @cached_property
     def images(self) -> Tensor:
         """All pictures embedded (B, D), in the order of the records."""
-        return self._embedded([self._root / str(record["path"]) for record in self.records])
+        return self.files([record["path"] for record in self.records])
 
     @cached_property
     def references(self) -> dict[str, Tensor]:
         """Real pictures embedded (R, D), by concept, in the order in which concepts occur among the records."""
-        used = dict.fromkeys(record["concept"] for record in self.records)
-        return {concept: self._embedded(self._references[concept]) for concept in used}
+        return {concept: self._embedded(self._references[concept]) for concept in self.concepts}
+
+    @cached_property
+    def held_out(self) -> dict[str, Tensor]:
+        """Held-out real pictures embedded (H, D), by concept, of those that have some."""
+        return {name: self._embedded(self._held_out[name]) for name in self.concepts if self._held_out.get(name)}
+
+    @cached_property
+    def concepts(self) -> list[str]:
+        """The concepts, in the order in which they occur among the records."""
+        return list(dict.fromkeys(record["concept"] for record in self.records))
+
+    def files(self, paths: Sequence[str]) -> Tensor:
+        """Picture files embedded (B, D), equal paths once."""
+        unique = list(dict.fromkeys(paths))
+        table = self._embedded([self._root / str(path) for path in unique])
+        where = {path: number for number, path in enumerate(unique)}
+        return table[[where[path] for path in paths]]
 
     def of(self, concept: str) -> list[int]:
         """Numbers of the concept's records."""
         return [number for number, record in enumerate(self.records) if record["concept"] == concept]
 
-    def opened(self, records: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
-        """The records' pictures."""
-        return [open_picture(self._root / str(record["path"])) for record in records]
+    def sets(self, concept: str) -> list[tuple[list[int], dict[str, Any]]]:
+        """Numbers of the concept's records that are one set, those of each variant and role, and what they share."""
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for number in self.of(concept):
+            found.setdefault(tuple(self.records[number].get(name) for name in SETS_APART), []).append(number)
+        firsts = [self.records[members[0]] for members in found.values()]
+        shared = [{name: record[name] for name in SETS_APART if name in record} for record in firsts]
+        return list(zip(found.values(), shared, strict=True))
+
+    def path(self, record: Mapping[str, Any]) -> Path:
+        """Where a record's picture lies, from the root of the file system."""
+        return (self._root / str(record["path"])).resolve()
+
+    def real(self, concept: str) -> Sequence[Image.Image]:
+        """A concept's real pictures."""
+        return self._references[concept]
+
+    def opened(self, records: Sequence[Mapping[str, Any]], column: str = "path") -> list[Image.Image]:
+        """The records' pictures, or those that another column names."""
+        return [open_picture(self._root / str(record[column])) for record in records]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed B texts, equal ones once: (B, D)."""
@@ -154,6 +198,8 @@ class Score(ABC):
     lower: ClassVar[bool] = False  # whether less is better
     of_source: ClassVar[bool] = False  # whether it judges what was drawn for an edit's own source text
     has_ceiling: ClassVar[bool] = False  # whether real pictures are scored against each other
+    of_members: ClassVar[bool] = False  # whether it is made of other members' numbers, see `MemberScore`
+    needs: ClassVar[str] = ""  # what a run must bring for it, where not all do: a key of `LACKING`
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # setting -> what it may be
 
     def check(self, key: str) -> None:
@@ -176,6 +222,30 @@ class Score(ABC):
 
 
 @dataclass(frozen=True)
+class MemberScore(Score):
+    """A score of single pictures that is made of what other members found, and asks no encoder itself.
+
+    Attributes:
+        encoder: one that the members use; without it there is no score.
+    """
+
+    of_members: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def members(self) -> list[str]:
+        """Names of the members it is made of."""
+
+    @abstractmethod
+    def combine(self, found: Mapping[str, float]) -> float:
+        """The number of one picture from those of its members (where there are any); NaN where there is none."""
+
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
+        """Nothing: `combine` is asked instead."""
+        yield from ()
+
+
+@dataclass(frozen=True)
 class SetScore(Score):
     """A score of a concept's pictures as a set; see `hiperlab.metric.sets`."""
 
@@ -195,16 +265,8 @@ class SetScore(Score):
         """One number per concept, variant and role: pictures of another kind are another distribution."""
         usable = ~pictures.images.isnan().any(-1)
         for concept, references in pictures.references.items():
-            sets: dict[tuple[Any, ...], list[int]] = {}
-            for number in pictures.of(concept):
-                sets.setdefault(tuple(pictures.records[number].get(name) for name in SETS_APART), []).append(number)
             real = references[~references.isnan().any(-1)]
-            for members in sets.values():
-                shared = {
-                    name: pictures.records[members[0]][name]
-                    for name in SETS_APART
-                    if name in pictures.records[members[0]]
-                }
+            for members, shared in pictures.sets(concept):
                 numbers = [number for number in members if usable[number]]
                 prompts = [str(pictures.records[number]["prompt"]) for number in numbers]
                 value = self.measure(pictures.images[numbers], real, prompts)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
@@ -20,6 +23,7 @@ from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.weights import MissingWeightsError, hub_file, local_file, read_tensors
 
 _CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -73,7 +77,13 @@ class HubClip(EncoderConfig):
             network = open_clip.create_model(self.model, pretrained=str(file), precision="fp32")
         except Exception as error:  # unpickling, shapes, names: all mean that the file is not this model's
             raise _unusable(file, f"{self.model}/{self.weights}", error) from error
-        return ClipEncoder(network, make_transform(self.preprocess), open_clip.get_tokenizer(self.model))
+        return ClipEncoder(network, make_transform(self.preprocess), self._tokenizer(key))
+
+    def _tokenizer(self, key: str) -> Callable[[list[str]], Tensor]:
+        """Texts -> token ids: open_clip's own, which comes with it."""
+        import open_clip
+
+        return open_clip.get_tokenizer(self.model)
 
     def fetch(self, key: str) -> None:
         """Find or download the file."""
@@ -105,6 +115,53 @@ class HubClip(EncoderConfig):
         if not repo:
             raise MissingWeightsError(f"weights of {what} are not on the hub: download them and set {key}.path=<file>.")
         return hub_file(repo, (name,) if name else _CLIP_FILES, what, f"{key}.path")
+
+
+@dataclass(frozen=True)
+class HubSigLip(HubClip):
+    """A published SigLIP (or another model with a tokenizer of its own on the hub) by its open_clip names.
+
+    Attributes:
+        tokenizer: folder of its tokenizer's files, or null: the hub cache, else a download.
+    """
+
+    tokenizer: str | None
+
+    def fetch(self, key: str) -> None:
+        """Find or download weights and tokenizer."""
+        super().fetch(key)
+        self._tokenizer_folder(key)
+
+    def settings(self) -> dict[str, Any]:
+        """As of any encoder: where the tokenizer lies moves no number."""
+        return {name: value for name, value in super().settings().items() if name != "tokenizer"}
+
+    def _tokenizer(self, key: str) -> Callable[[list[str]], Tensor]:
+        import open_clip
+
+        config = (open_clip.get_model_config(self.model) or {})["text_cfg"]
+        folder = self._tokenizer_folder(key)
+        try:
+            return open_clip.tokenizer.HFTokenizer(
+                str(folder), context_length=config["context_length"], **config.get("tokenizer_kwargs", {})
+            )
+        except Exception as error:  # transformers' readers raise many kinds
+            raise _unusable(folder, f"the tokenizer of {self.model}", error) from error
+
+    def _tokenizer_folder(self, key: str) -> Path:
+        import open_clip
+
+        if self.tokenizer:
+            folder = files.expand(self.tokenizer)
+            if not (folder / TOKENIZER_FILES[0]).is_file():
+                raise MissingWeightsError(f"{key}.tokenizer={self.tokenizer} holds no {TOKENIZER_FILES[0]}.")
+            return folder
+        name = ((open_clip.get_model_config(self.model) or {}).get("text_cfg") or {}).get("hf_tokenizer_name")
+        if not name:
+            raise UserError(f"{key}.model={self.model} has no tokenizer of its own: use HubClip for it.")
+        what = f"{self.model}'s tokenizer"
+        found = [hub_file(name, (file,), what, f"{key}.tokenizer") for file in TOKENIZER_FILES]
+        return found[0].parent
 
 
 @dataclass(frozen=True)

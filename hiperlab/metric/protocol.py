@@ -18,7 +18,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hiperlab.errors import UserError, near
-from hiperlab.metric.contract import CLEANINGS, MISSING, PAIRINGS, SCALES, EmbeddedPictures, Measurement, Score, cleaned
+from hiperlab.metric.contract import (
+    CLEANINGS,
+    MISSING,
+    PAIRINGS,
+    SCALES,
+    EmbeddedPictures,
+    Measurement,
+    MemberScore,
+    Score,
+    cleaned,
+)
 from hiperlab.metric.encoder import EncoderConfig
 from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.rows import CEILING, COPY, COPY_CEILING, PICTURE
@@ -145,6 +155,10 @@ class Protocol:
             if member.encoder not in self.encoders:
                 raise UserError(f"{key}.encoder={member.encoder} is unknown.{near(member.encoder, self.encoders)}")
             member.check(key)
+            for other in member.members if isinstance(member, MemberScore) else ():
+                if other not in self.members or self.members[other].of_members:
+                    plain = [each for each, score in self.members.items() if not score.of_members]
+                    raise UserError(f"{key} is made of {other}, which is no score of pictures.{near(other, plain)}")
 
     def settings(self) -> dict[str, Any]:
         """Everything that may move a number, as plain values."""

@@ -46,6 +46,17 @@ class SampleRecord(_Needed, total=False):
     seed: int
 
 
+class UnrelatedRecord(_Needed):
+    """A picture of a text that its concept has no part in, drawn with what was learnt.
+
+    Attributes:
+        concept, prompt, text, path: as in `SampleRecord`.
+        frozen: path of what the frozen model draws of it from the same noise; `path` itself where nothing changed.
+    """
+
+    frozen: str
+
+
 class ScoreRow(TypedDict):
     """One number about a picture or a concept's pictures, a line of scores.jsonl.
 

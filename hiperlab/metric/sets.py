@@ -7,15 +7,19 @@ Axes: B drawn pictures, R real ones, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from hiperlab.metric.contract import SetScore
+from hiperlab.metric.contract import EmbeddedPictures, Measurement, Score, SetScore
+from hiperlab.metric.rows import SET
+
+BATCH = 16  # pairs a pass
 
 
 class _Embedded(nn.Identity):
@@ -123,3 +127,33 @@ class DiversityScore(SetScore):
     def measure(self, images: Tensor, references: Tensor, prompts: Sequence[str]) -> float:
         """See `diversity`: images (B, D); the references are not read."""
         return diversity(images, prompts)
+
+
+@dataclass(frozen=True)
+class PerceptualDiversityScore(Score):
+    """DIV of DreamBooth as published: mean LPIPS of pictures of one prompt, over pairs, then over prompts.
+
+    Ruiz et al. 2023, section 4.3. They do not say which network LPIPS has. NaN where no prompt has two pictures.
+    """
+
+    def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
+        """One number per concept, variant and role, as of `SetScore`."""
+        for concept in pictures.concepts:
+            for members, shared in pictures.sets(concept):
+                prompts: dict[str, list[int]] = {}
+                for number in members:
+                    prompts.setdefault(str(pictures.records[number]["prompt"]), []).append(number)
+                means = [_mean_distance(pictures, numbers) for numbers in prompts.values() if len(numbers) > 1]
+                value = sum(means) / len(means) if means else float("nan")
+                yield Measurement(SET, value, concept, {**shared, "num_pictures": len(members)})
+
+
+def _mean_distance(pictures: EmbeddedPictures, numbers: Sequence[int]) -> float:
+    """Mean perceptual distance of all pairs of some records' pictures."""
+    drawn = pictures.opened([pictures.records[number] for number in numbers])
+    pairs = list(combinations(drawn, 2))
+    parts = [
+        pictures.encoder.perceptual(*zip(*pairs[start : start + BATCH], strict=True))
+        for start in range(0, len(pairs), BATCH)
+    ]
+    return float(torch.cat(parts).double().mean())

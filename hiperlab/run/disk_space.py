@@ -43,10 +43,11 @@ def needed_bytes(session: Session, method: Method) -> dict[str, int]:
     every = cfg.fit.checkpoint_every
     count = cfg.fit.steps // every + 1 if cfg.fit.keep_checkpoints and every else KEPT
     prompts = sum(len(concept.prompts[: cfg.sample.prompts]) for concept in session.data.concepts)
-    pictures = prompts * len(cfg.sample.seeds) * len(method.variants) if "sample" in cfg.stages else 0
+    pictures = prompts * len(cfg.sample.seeds) * len(method.variants)
+    pictures += len(session.data.concepts) * cfg.sample.unrelated * (len(method.variants) + 1)  # and the frozen model's
     return {
         "checkpoints": count * COPIES * trained if cfg.fit.steps else 0,
         "artifacts": 2 * trained,  # and a second time in other tools' formats
         "best artifacts": count * trained if cfg.monitor is not None else 0,  # each checkpoint may have its own
-        "pictures": pictures * 3 * cfg.model.size**2,
+        "pictures": pictures * 3 * cfg.model.size**2 if "sample" in cfg.stages else 0,
     }

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
 # But for these: they are of drawing, or say where something lies. Pictures are compared by their content.
 FREE = (
-    "data.prompts", "data.dir", "data.image", "data.file", "model.optimise", "model.note", "method.prior.folder",
-    "method.cache",
+    "data.prompts", "data.dir", "data.image", "data.file", "data.held_out", "data.references", "model.optimise",
+    "model.note", "method.prior.folder", "method.cache",
 )  # fmt: skip
 MONITORED = ("monitor", "fit.monitor", "metric", "sampler")  # where a score chooses: its values must compare
 MAY_CHANGE = ("fit.monitor.patience", "fit.monitor.min_delta", "fit.monitor.keep", "fit.monitor.every")

@@ -32,6 +32,7 @@ from hiperlab.run.fit import load_artifacts
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
 from hiperlab.run.references import crop
 from hiperlab.run.session import Session, parts, speaks_for
+from hiperlab.run.unrelated import draw_unrelated, write_manifest
 
 log = logging.getLogger(__name__)
 MANIFEST = "samples.jsonl"
@@ -70,11 +71,14 @@ def sample_all(sessions: Sequence[Session]) -> dict[int, Exception]:
         if files.is_rank_zero():
             kept = [{key: value for key, value in record.items() if key != "concept_index"} for record in records]
             files.write_jsonl(session.folder / "samples" / MANIFEST, kept)
+            write_manifest(session.folder, work.unrelated[number])
             title = f"{session.cfg.method._target_.rsplit('.', 1)[-1]} on {session.stack.name}"
             write_grids(session.folder, session.data.concepts, kept, session.stack.size, title)
         before = session.results.get("stages", {}).get("sample", {}).get("seconds_per_picture")
         kept_speed = {} if before is None else {"seconds_per_picture": before}  # where all pictures were there already
         found = {**kept_speed, **work.found[number], "pictures": len(records)}
+        if work.unrelated[number]:
+            found["unrelated"] = len(work.unrelated[number])
         with speaks_for(session.folder):
             session.end_stage("sample", found, elapsed * shares[number])
     return work.errors
@@ -95,6 +99,7 @@ class _Drawing:
         group: numbers of its concepts.
         method: with what was learnt.
         records: one per picture.
+        inputs: what each concept's pictures depend on, see `picture_key`.
         missing: those that are still to be drawn.
     """
 
@@ -103,6 +108,7 @@ class _Drawing:
     group: list[int]
     method: Method
     records: list[dict[str, Any]]
+    inputs: list[dict[str, Any]]
     missing: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, most: int) -> list[dict[str, Any]]:
@@ -134,6 +140,7 @@ class _Sampling:
     def __init__(self, sessions: Sequence[Session]) -> None:
         self.sessions = sessions
         self.records: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(sessions))}
+        self.unrelated: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(sessions))}
         self.found: dict[int, dict[str, Any]] = {number: {} for number in range(len(sessions))}
         self.errors: dict[int, Exception] = {}
         self.drawn: Counter[int] = Counter()  # pictures of each run
@@ -157,6 +164,7 @@ class _Sampling:
                     for index in drawing.group:
                         _attention(drawing.session, drawing.method, index, anew)
                 self.records[drawing.number] += drawing.records
+                self._draw_unrelated(drawing)
 
     def _next(self) -> list[_Drawing]:
         """Load the next group, and others that can share its calls while memory takes them."""
@@ -188,15 +196,32 @@ class _Sampling:
         method = load_artifacts(session, group).to(session.device)
         if isinstance(method, ShowsAttention):
             method.keeps_maps = True
-        records = []
+        records, inputs = [], []
         for place, index in enumerate(group):
             own = concept_inputs(
                 type(method), session.method_settings(), session.subjects[index], method.artifact(place)
             )
-            records += _plan(session, index, method, {**self.inputs[number], "concept": own})
+            inputs.append({**self.inputs[number], "concept": own})
+            records += _plan(session, index, method, inputs[-1])
         missing = not_there(session.folder, records)
         rank, world = _rank()
-        return _Drawing(number, session, group, method, records, missing[rank::world])
+        return _Drawing(number, session, group, method, records, inputs, missing[rank::world])
+
+    def _draw_unrelated(self, drawing: _Drawing) -> None:
+        """Pictures of texts that the concepts have no part in, and the frozen model's beside them."""
+        session = drawing.session
+
+        def draw(
+            folder: Path, records: list[dict[str, Any]], paint: Callable[[list[dict[str, Any]]], torch.Tensor]
+        ) -> None:
+            barrier()  # the first process may just have put some there
+            draw_missing(folder, records, paint, session.cfg.sample.batch_size, {})
+
+        concepts = [session.data.concepts[index] for index in drawing.group]
+        try:
+            self.unrelated[drawing.number] += draw_unrelated(session, drawing.method, concepts, drawing.inputs, draw)
+        except UserError as error:
+            self._failed(drawing.number, error)
 
     def _draw(self, drawings: list[_Drawing]) -> None:
         """Draw the missing pictures of all, each call shared by as many as want one."""

@@ -19,6 +19,7 @@ from hiperlab.report.loggers import write_csv
 from hiperlab.run.references import edits
 from hiperlab.run.sample import read_manifest
 from hiperlab.run.session import Session
+from hiperlab.run.unrelated import read_unrelated
 
 log = logging.getLogger(__name__)
 # What a comparison reads of a run; a service that keeps files gets them.
@@ -36,10 +37,12 @@ def score(session: Session) -> None:
         if not records:
             raise UserError(f"{session.folder} holds no samples to score: run stages=[sample,score] first.")
         references = {concept.name: concept.views for concept in session.data.concepts}
+        held_out = {concept.name: concept.held_out for concept in session.data.concepts}
         known = [record for record in records if record["concept"] in references]
         scored = score_pictures(
             known, references, session.protocol, root=session.folder, device=session.device,
-            edits=edits(session.data.concepts, session.cfg.model.size),
+            edits=edits(session.data.concepts, session.cfg.model.size), held_out=held_out,
+            unrelated=[record for record in read_unrelated(session.folder) if record["concept"] in references],
         )  # fmt: skip
         for message in scored.messages:
             log.warning("%s", message)

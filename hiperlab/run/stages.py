@@ -21,6 +21,7 @@ from hiperlab.run.monitor import check_monitor
 from hiperlab.run.resume import check_resume
 from hiperlab.run.sample_composed import check_artifacts_together
 from hiperlab.run.session import Session, check_method, configure_logging, open_session, write_settings
+from hiperlab.run.unrelated import check_unrelated
 
 log = logging.getLogger(__name__)
 WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\[[^\[\]]+\]")  # as the web UIs write them
@@ -156,6 +157,7 @@ def _check(session: Session) -> None:
     check_artifacts(session)
     data, protocol = session.data, session.protocol
     check_texts(session)
+    check_unrelated(session)
     score.check_objective(session)
     session.trackers  # noqa: B018 - unknown settings and packages that are not installed stop it here
     log.info("%s: %d pictures", ", ".join(c.name for c in data.concepts), sum(len(c.views) for c in data.concepts))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 from hiperlab.errors import UserError, near
-from hiperlab.world.caption import true_picture
+from hiperlab.world.caption import article, true_picture
 from hiperlab.world.chance import Chance
 from hiperlab.world.draw import render
 from hiperlab.world.identity import Identity, identity
 from hiperlab.world.scene import Scene, scene
-from hiperlab.world.vocabulary import PLACES, POSES
+from hiperlab.world.vocabulary import KINDS, PLACES, POSES
 
 TRAINED = range(0, 2**31)
 HELD_OUT = range(2**31, 2**32)
@@ -185,6 +185,13 @@ EDITS = {
         ("sitting", "sleeping", "jumping wearing a red hat"),
     ),
 }  # fmt: skip
+
+
+def about_others(kind: str) -> tuple[str, ...]:
+    """The prompts, each about another kind of thing than `kind`, in turn; one of the world's vocabulary."""
+    others = [each for each in KINDS if each != kind]
+    nouns = [article(others[number % len(others)]) for number in range(len(PROMPTS))]
+    return tuple(prompt.replace("a {}", noun) for prompt, noun in zip(PROMPTS, nouns, strict=True))
 
 
 def edit(name: str) -> Edit:

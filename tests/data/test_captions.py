@@ -16,7 +16,8 @@ from hiperlab.errors import UserError
 
 SETTINGS = {
     "concepts": None, "name": "rex", "on_bad_image": "stop", "placeholder": None, "word": "dog", "property": "object",
-    "prompts": None, "class_noun": "none", "max_views": None, "center_crop": False, "masks": "off", "flip": 0.0,
+    "prompts": None, "class_noun": "none", "max_views": None, "held_out": 0, "references": None,
+    "center_crop": False, "masks": "off", "flip": 0.0,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet, default_placeholder, file_name
 from hiperlab.data.dreambooth import read_classes
-from hiperlab.data.prompts import load_prompts
+from hiperlab.data.prompts import UNRELATED, load_prompts, unrelated_to
 from hiperlab.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
@@ -203,3 +203,40 @@ def test_skip_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING):
         assert len(load("folder", f"dir={tmp_path}/a", "on_bad_image=skip").concepts[0].views) == 2
     assert "bad.jpg" in caplog.text
+
+
+def test_held_out_pictures_are_the_last_ones_or_a_folder(tmp_path: Path) -> None:
+    root, other = photos(tmp_path / "a", 5), photos(tmp_path / "b", 2)
+    (whole,) = load("folder", f"dir={root}").concepts
+    (some,) = load("folder", f"dir={root}", "held_out=2").concepts
+    assert (some.sources, len(some.held_out)) == (("0.jpg", "1.jpg", "2.jpg"), 2) and len(whole.held_out) == 0
+    assert [each.size for each in some.held_out] == [each.size for each in whole.views[3:]]
+    (few,) = load("folder", f"dir={root}", "held_out=2", "max_views=1").concepts
+    assert (few.sources, few.held_out[0].size) == (("0.jpg",), whole.views[1].size)
+    (named,) = load("folder", f"dir={root}", f"references={other}").concepts
+    assert len(named.views) == 5 and len(named.held_out) == 2
+    both = load("folder", f"dir={tmp_path}", "concepts=[a,b]", f"references=[{other},null]").concepts
+    assert [len(each.held_out) for each in both] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["held_out=5"], "data.held_out=5 leaves no picture of a to train on: there are 5. Hold out 4 at most"),
+        (["held_out=-1"], "data.held_out=-1 is no number of pictures"),
+        (["references=nowhere"], "data.references=nowhere does not exist"),
+        (["references={root}", "held_out=1"], "exclude each other: add data.held_out=0"),
+        (["references=[{root},{root}]"], "data.references has 2 entries for 1 concepts"),
+    ],
+)
+def test_mistakes_with_held_out_pictures(tmp_path: Path, overrides: list[str], said: str) -> None:
+    root = photos(tmp_path / "a", 5)
+    with pytest.raises(Exception) as caught:
+        load("folder", f"dir={root}", *(each.replace("{root}", str(root)) for each in overrides))
+    assert said in str(caught.value)
+
+
+def test_unrelated_prompts_do_not_name_the_class_noun() -> None:
+    assert len(unrelated_to("dog")) == len(UNRELATED) == len(unrelated_to("art")), "no word of them is 'art'"
+    assert "a photo of a red bicycle leaning against a brick wall" not in unrelated_to("Bicycle")
+    assert not any("{}" in text for text in UNRELATED)

@@ -67,7 +67,8 @@ def test_masks_that_mark_nothing_are_refused_by_name(tmp_path, image, message) -
 
 SETTINGS: Any = {
     "concepts": None, "name": "rex", "on_bad_image": "stop", "placeholder": None, "word": "dog", "property": "object",
-    "prompts": None, "class_noun": "none", "captions": "auto", "max_views": None, "center_crop": False, "flip": 1.0,
+    "prompts": None, "class_noun": "none", "captions": "auto", "max_views": None, "held_out": 0, "references": None,
+    "center_crop": False, "flip": 1.0,
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ SIZE = 16
 def cats(*names: str, flip: float = 0.5) -> DataSet:
     return load_named(
         list(names), 64, placeholder=None, word=None, property="object", prompts=None, class_noun="none",
-        captions="auto", masks="auto", max_views=None, center_crop=False, flip=flip,
+        captions="auto", masks="auto", max_views=None, held_out=0, references=None, center_crop=False, flip=flip,
     )  # fmt: skip
 
 

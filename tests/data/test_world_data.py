@@ -21,6 +21,8 @@ SETTINGS = {
     "captions": "auto",
     "masks": "auto",
     "max_views": None,
+    "held_out": 0,
+    "references": None,
     "resolution": 64,
     "center_crop": False,
     "flip": 0.5,
@@ -128,3 +130,21 @@ def test_a_domains_pictures_are_counted_subject_by_subject() -> None:
 def test_domain_mistakes_are_told(changed: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         domain(**changed)
+
+
+def test_held_out_views_are_further_ones_of_the_same_subject() -> None:
+    """Exact: what training sees stays as it is, and the others are those that a longer list of views would hold."""
+    (plain,) = named().concepts
+    (cat,) = named(held_out=3).concepts
+    longer = named(max_views=8).concepts[0].views
+    assert not plain.held_out and [v.tobytes() for v in cat.views] == [v.tobytes() for v in plain.views]
+    assert [v.tobytes() for v in (*cat.views, *cat.held_out)] == [v.tobytes() for v in longer]
+    (few,) = unseen(17, "dog", max_views=2, held_out=1).concepts
+    assert (len(few.views), len(few.held_out)) == (2, 1)
+
+
+@pytest.mark.parametrize("concept", [*named(["cats", "elephant"]).concepts, *unseen(17, "dog").concepts])
+def test_unrelated_prompts_are_about_other_kinds_in_the_worlds_grammar(concept) -> None:
+    kinds = [parse(text)["kind"] for text in concept.unrelated]
+    assert len(concept.unrelated) == 13 and concept.word not in kinds and len(set(kinds)) == 10
+    assert all("{}" not in text and concept.placeholder not in text for text in concept.unrelated)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hiperlab.errors import UserError
 from hiperlab.hub import hub_problem
 from hiperlab.metric import weights
-from hiperlab.metric.encoder import FolderClip, HubClip, HubVision
+from hiperlab.metric.encoder import FolderClip, HubClip, HubSigLip, HubVision
 from hiperlab.metric.extractor import content
 from hiperlab.metric.preprocess import Preprocess, make_transform
 from hiperlab.metric.random_weights import RandomClip
@@ -203,3 +203,47 @@ def test_wrong_names_and_files_are_named(tmp_path: Path) -> None:
 def test_the_twins_tokenizer_needs_no_connection(no_hub: None) -> None:
     pre = Preprocess(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
     assert RandomClip(seed=0, width=32, preprocess=pre).load("k").texts(["a cat"]).shape == (1, 32)
+
+
+def test_a_siglip_with_a_tokenizer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None) -> None:
+    """A tiny one under a name of its own: weights and tokenizer from local files; without them one line each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    config = {
+        "embed_dim": 32, "init_logit_bias": -10, "vision_cfg": CLIP_CFG["vision_cfg"], "custom_text": True,
+        "text_cfg": {**CLIP_CFG["text_cfg"], "context_length": 8, "vocab_size": 9, "hf_tokenizer_name": "some/tiny",
+                     "tokenizer_kwargs": {"clean": "canonicalize"}},
+    }  # fmt: skip
+    (tmp_path / "tiny-siglip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-siglip.json")
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: {"hf_hub": "some/tiny/"})
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "cat": 2, "dog": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]").save_pretrained(
+        tmp_path / "t"
+    )
+    torch.manual_seed(0)
+    network = open_clip.create_model("tiny-siglip")
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    pre = Preprocess(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    recipe = HubSigLip("tiny-siglip", "webli", str(tmp_path / "weights.safetensors"), pre, str(tmp_path / "t"))
+    recipe.fetch("k")
+    encoder = recipe.load("k")
+    wanted = network.eval().encode_text(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0]]), normalize=True)
+    torch.testing.assert_close(encoder.texts(["A cat."]), wanted.detach())
+    assert recipe.settings() == dataclasses.replace(recipe, tokenizer=None, path=None).settings()
+    with pytest.raises(MissingWeightsError, match=r"k\.tokenizer=.* holds no tokenizer\.json"):
+        dataclasses.replace(recipe, tokenizer=str(tmp_path)).fetch("k")
+    with pytest.raises(MissingWeightsError, match=r"tiny-siglip's tokenizer are not here .*set k\.tokenizer=<file>"):
+        dataclasses.replace(recipe, tokenizer=None).fetch("k")
+
+
+def test_dtis_models_are_known_by_these_names() -> None:
+    protocol = load_protocol("dti")
+    siglip, dino = protocol.encoders["siglip"], protocol.encoders["dinov2"]
+    assert isinstance(siglip, HubSigLip) and isinstance(dino, HubVision)
+    assert open_clip.get_pretrained_cfg(siglip.model, siglip.weights)["mean"] == siglip.preprocess.mean
+    assert open_clip.get_model_config(siglip.model)["vision_cfg"]["image_size"] == siglip.preprocess.crop == 512
+    for name in (dino.model, "vit_base_patch16_dinov3.lvd1689m"):
+        assert timm.models.get_pretrained_cfg(name).hf_hub_id

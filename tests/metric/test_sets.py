@@ -13,7 +13,15 @@ from hiperlab.metric.contract import EmbeddedPictures, Measurement, Score
 from hiperlab.metric.protocol import Protocol
 from hiperlab.metric.rows import SET
 from hiperlab.metric.score import score
-from hiperlab.metric.sets import DiversityScore, FrechetScore, KernelScore, diversity, frechet_distance, kernel_distance
+from hiperlab.metric.sets import (
+    DiversityScore,
+    FrechetScore,
+    KernelScore,
+    PerceptualDiversityScore,
+    diversity,
+    frechet_distance,
+    kernel_distance,
+)
 from hiperlab.metric.table import aggregate
 from tests.metric.conftest import ColourEncoder, load_protocol, plain
 
@@ -124,3 +132,24 @@ def test_a_new_score_is_one_class(samples, tmp_path) -> None:
     assert len(found) == len(records) and all(0 <= row["value"] <= 1 for row in found)
     with pytest.raises(UserError, match=r"metric\.members\.bright\.mode=mena is unknown\. Did you mean mean"):
         Protocol("b", True, encoders, {"bright": Brightness("clip", "mena")})
+
+
+def test_div_as_published_by_hand(tmp_path) -> None:
+    """Distances of grey levels: prompt a has 0 1 4 (mean of 1, 4, 3), prompt b 2 2, prompt c a single one."""
+
+    class Levels(ColourEncoder):
+        def perceptual(self, pictures, others):
+            return torch.tensor(
+                [abs(a.getpixel((0, 0))[0] - b.getpixel((0, 0))[0]) for a, b in zip(pictures, others, strict=True)]
+            )
+
+    records = []
+    for number, (prompt, level) in enumerate((("a", 0), ("a", 1), ("a", 4), ("b", 2), ("b", 2), ("c", 9))):
+        plain((level,) * 3).save(tmp_path / f"{number}.png")
+        records.append({"concept": "x", "prompt": prompt, "text": prompt, "path": f"{number}.png"})
+    protocol = Protocol("t", False, load_protocol("twin").encoders, {"div": PerceptualDiversityScore("clip")})
+    loaded = {protocol.encoders["clip"]: Levels()}
+    (row,) = score(records, {"x": [plain((1, 1, 1))]}, protocol, root=tmp_path, loaded=loaded).rows
+    assert (row["value"], row["num_pictures"], row["kind"]) == (pytest.approx((8 / 3 + 0) / 2), 6, SET)
+    (row,) = score(records[-1:], {"x": [plain((1, 1, 1))]}, protocol, root=tmp_path, loaded=loaded).rows
+    assert row["value"] is None
