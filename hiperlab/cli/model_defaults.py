@@ -3,8 +3,8 @@
 Published settings were made for Stable Diffusion; a model of another size needs other rates and steps. Its yaml holds
 one table, `tuned`: method -> setting -> value, and under "default" what holds for every method that does not say
 otherwise. An experiment that compares methods holds such a table of its own, `per_method`; the model's is left aside
-then, unless `per_method: model` takes it. The command line always wins. After composing, `tuned` holds only what was
-put in, and what stood there before.
+then, or stands under it with `base: model` in it. The command line always wins. After composing, `tuned` holds only
+what was put in, and what stood there before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     Args:
         cfg: composed; `hydra.runtime.choices` names method, model and experiment.
         lines: the overrides it was composed from; a setting named there is left as it is. With an experiment only its
-            own `per_method` counts.
+            own `per_method` counts, over the model's where it says so.
 
     Raises:
         UserError: `defaults_from` names no source; a table is none, or names a setting that the method does not have.
@@ -38,10 +38,15 @@ def apply(cfg: DictConfig, lines: Sequence[str]) -> None:
     if source not in SOURCES:
         raise UserError(f"defaults_from={source}: expected model (its own table) or published.")
     chosen = cfg.hydra.runtime.choices
-    own = str(chosen.get("experiment")) != "None" and cfg.get("per_method") != "model"
-    name = "per_method" if own else "tuned"
-    table = _table(cfg, name)
-    wanted = {**table.get("default", {}), **table.get(str(chosen.get("method")), {})}
+    name, method = "tuned", str(chosen.get("method"))
+    wanted: dict[str, Any] = {}
+    if str(chosen.get("experiment")) != "None":
+        name, base = "per_method", OmegaConf.select(cfg, "per_method.base")
+        if base == "model":
+            wanted = _of(_table(cfg, "tuned"), method)
+        elif base is not None:
+            raise UserError(f"per_method.base={base}: expected model, whose table stands under the experiment's then.")
+    wanted |= _of(_table(cfg, name), method)
     if source == "published":
         wanted = {}
     said = [override.key_or_group for override in parse(lines) if override.key_or_group not in GROUPS]
@@ -70,9 +75,16 @@ def _table(cfg: DictConfig, name: str) -> dict[str, dict[str, Any]]:
     """
     given = cfg.get(name, {})
     table: Any = OmegaConf.to_container(given, resolve=False) if OmegaConf.is_dict(given) else None
+    if table is not None:
+        table.pop("base", None)
     if table is None or not all(isinstance(each, dict) for each in table.values()):
         raise UserError(f"{name}={given}: expected a table, method -> setting -> value, as in conf/model/mini.yaml.")
     return table
+
+
+def _of(table: Mapping[str, dict[str, Any]], method: str) -> dict[str, Any]:
+    """What a table says of a method: its own settings before everybody's."""
+    return {**table.get("default", {}), **table.get(method, {})}
 
 
 def line(cfg: Mapping[str, Any], whose: str) -> str:

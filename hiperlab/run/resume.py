@@ -25,7 +25,7 @@ from hiperlab.run.session import Session
 log = logging.getLogger(__name__)
 
 # A resumed run must be asked the same in these; the rest (steps, devices, logging, sampling) may change.
-IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip")
+IDENTITY = ("method", "model", "data", "precision", "seed", "fit.batch_size", "fit.gradient_clip", "fit.stop")
 # But for these: they are of drawing, or say where something lies. Pictures are compared by their content.
 FREE = (
     "data.prompts", "data.dir", "data.image", "data.file", "data.held_out", "data.references", "model.optimise",

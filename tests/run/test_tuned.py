@@ -94,7 +94,7 @@ def test_an_experiment_that_compares_methods_sets_each(name, capsys) -> None:
 
 
 def test_an_experiment_may_take_the_models_table(capsys) -> None:
-    """per_method: model; another model has none, and defaults=published still holds."""
+    """base: model; another model has none, and defaults=published still holds."""
     words, table = ["experiment=ledger", "hydra.mode=RUN"], yaml.safe_load(MINI.read_text())["tuned"]
     for method in ("ti", "neti", "lora"):
         known = {**table["default"], **table.get(method, {})}
