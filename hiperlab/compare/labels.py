@@ -44,11 +44,6 @@ class Contender(NamedTuple):
             [self.method, *(f"{key}={value}" for key, value in self.settings), *filter(None, [self.variant])]
         )
 
-    @property
-    def family(self) -> Contender:
-        """The same without its number of training steps."""
-        return self._replace(settings=tuple(pair for pair in self.settings if pair[0] != STEPS))
-
 
 def overrides(folder: Path) -> dict[str, str]:
     """What a run was asked, key -> value as text; none where it kept no record.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from hiperlab import files
-from hiperlab.compare.labels import STEPS
+from hiperlab.compare.labels import STEPS, Contender
 from hiperlab.compare.runs import COSTS
 from hiperlab.compare.statistics import Values, differences
 from hiperlab.compare.summary import Summary
@@ -82,9 +82,10 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
 
 def _figures(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
-    for part in (_trade_off, _cost, _scores, _steps):
+    for part in (_trade_off, _cost, _scores):
         if found := part(summary):
             yield found
+    yield from _settings(summary)
     yield from _heat_maps(summary)
 
 
@@ -227,34 +228,61 @@ def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
     return "cost", figure, caption + (f" The same for all: {'; '.join(same)}." if same else "")
 
 
-def _steps(summary: Summary) -> tuple[str, Figure, str] | None:
-    """Scores over training steps, a line per method that was trained for different numbers of steps."""
+def _settings(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+    """Scores over each setting that is a number, a line per method that only this setting tells apart."""
     measured = summary.measured
     metrics = [metric for metric in dict.fromkeys((summary.x, summary.y)) if metric is not None] or summary.metrics[:1]
-    lines: dict[str, dict[int, int]] = {}
+    found: dict[str, dict[str, dict[float, int]]] = {}  # setting -> line -> value -> contender
     for c in summary.contenders:
-        contender = measured.contenders[c]
-        runs = np.unique(measured.scores.run[measured.scores.contender == c])
-        steps = {measured.runs[run].steps for run in runs}
-        if len(steps) == 1 and None not in steps and any(key == STEPS for key, _ in contender.settings):
-            lines.setdefault(contender.family.name, {})[int(next(iter(steps)))] = c  # type: ignore[arg-type]
-    lines = {name: dict(sorted(points.items())) for name, points in lines.items() if len(points) > 1}
-    if not lines:
+        for key, value, rest in _numbers(measured.contenders[c]):
+            found.setdefault(key, {}).setdefault(rest, {})[value] = c
+    for key, lines in found.items():
+        kept = {name: dict(sorted(points.items())) for name, points in lines.items() if len(points) > 1}
+        if kept:
+            named = "training steps" if key == STEPS else key
+            says = f"Scores over {named}, with 95 % bootstrap intervals."
+            yield ("steps" if key == STEPS else f"over_{_file(key)}"), _curves(summary, metrics, kept, named), says
+
+
+def _numbers(contender: Contender) -> Iterator[tuple[str, float, str]]:
+    """Each setting that is a number, and a variant that is one: its key, its value, and the name without it."""
+    for key, text in contender.settings:
+        if (value := _number(text)) is not None:
+            rest = contender._replace(settings=tuple(pair for pair in contender.settings if pair[0] != key))
+            yield key, value, rest.name
+    key, _, text = contender.variant.partition("=")
+    if (value := _number(text)) is not None:
+        yield key, value, contender._replace(variant="").name
+
+
+def _number(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
         return None
+    return value if math.isfinite(value) else None
+
+
+def _curves(summary: Summary, metrics: Sequence[int], lines: Mapping[str, Mapping[float, int]], named: str) -> Figure:
+    """A panel per metric: means and intervals over a number."""
+    values = {value for points in lines.values() for value in points}
     figure = _figure(3.0 * len(metrics) + 2.4, 3.0)
     grid = figure.subplots(1, len(metrics), squeeze=False)[0]
     for metric, axes in zip(metrics, grid, strict=True):
         for number, (name, points) in enumerate(lines.items()):
-            found = {steps: each for steps, c in points.items() if (each := summary.estimate(c, metric))}
+            found = {value: each for value, c in points.items() if (each := summary.estimate(c, metric))}
             middle = [each.mean for each in found.values()]
             sides = [_whisker(each) or [[0.0], [0.0]] for each in found.values()]
             whiskers = [[side[end][0] for side in sides] for end in (0, 1)]
             axes.errorbar(list(found), middle, yerr=whiskers, **_look(number), markersize=5, capsize=2, label=name)
-        axes.set_xlabel("training steps")
+        if min(values) > 0 and max(values) / min(values) >= 30:  # rates: they are chosen by factors
+            axes.set_xscale("log")
+        axes.set_xlabel(named)
         axes.set_ylabel(head(summary, metric))
         _towards_better(summary, metric, axes, "y")
     _legend(figure, grid[0])
-    return "steps", figure, "Scores over training steps, with 95 % bootstrap intervals."
+    return figure
 
 
 # ---- subject × prompt -----------------------------------------------------------------------------------------------

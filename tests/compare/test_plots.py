@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import matplotlib
+import pytest
 from PIL import Image
 
+from hiperlab.compare import plots
 from hiperlab.compare.plots import draw
 from hiperlab.compare.runs import find, read
 from hiperlab.compare.summary import summarise
@@ -56,3 +58,24 @@ def test_one_method_and_odd_names(tmp_path) -> None:
     drawn = draw(summarise(read(find([tmp_path]))), tmp_path / "out" / "plots")
     assert [plot.name for plot in drawn] == ["map_______identity"]
     assert {path.parent.name for path in tmp_path.rglob("*.pdf")} == {"plots"}
+
+
+def test_settings_and_variants_that_are_numbers_are_axes(tmp_path) -> None:
+    """A line per method that only this setting tells apart; what is no number is none, and one point is no line."""
+    for rate in ("1e-4", "3e-3", "0.1"):
+        for tuner in ("oft", "dora"):
+            asked = [f"method.optimizer.lr={rate}", f"method.tuner={tuner}"]
+            run(tmp_path / f"{tuner}{rate}", "peft", {"identity": 0.3 + float(rate)}, asked=asked, pictures=False)
+    for scale in (0.6, 0.8):
+        run(tmp_path / f"h{scale}", "hiper", {"identity": scale}, variant=f"scale={scale}", pictures=False)
+    run(tmp_path / "ti", "ti", {"identity": 0.2}, variant="scale=1", pictures=False)
+    summary = summarise(read(find([tmp_path])))
+    found = {name: figure for name, figure, _ in plots._settings(summary)}
+    assert set(found) == {"over_method_optimizer_lr", "over_scale"}
+    axes = found["over_method_optimizer_lr"].axes[0]
+    assert axes.get_xscale() == "log"
+    lines = {each.get_label(): each for each in axes.containers}
+    assert set(lines) == {"peft method.tuner=oft", "peft method.tuner=dora"}
+    x, y = lines["peft method.tuner=oft"].lines[0].get_data()
+    assert list(x) == [1e-4, 3e-3, 0.1] and list(y) == pytest.approx([0.3101, 0.313, 0.41], abs=0.02)
+    assert [each.get_label() for each in found["over_scale"].axes[0].containers] == ["hiper"]
