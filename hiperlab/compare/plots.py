@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from hiperlab import files
 from hiperlab.compare.labels import STEPS, Contender
@@ -278,6 +278,8 @@ def _curves(summary: Summary, metrics: Sequence[int], lines: Mapping[str, Mappin
             axes.errorbar(list(found), middle, yerr=whiskers, **_look(number), markersize=5, capsize=2, label=name)
         if min(values) > 0 and max(values) / min(values) >= 30:  # rates: they are chosen by factors
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())  # the logarithmic one writes formulas
         axes.set_xlabel(named)
         axes.set_ylabel(head(summary, metric))
         _towards_better(summary, metric, axes, "y")

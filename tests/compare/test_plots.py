@@ -73,7 +73,7 @@ def test_settings_and_variants_that_are_numbers_are_axes(tmp_path) -> None:
     found = {name: figure for name, figure, _ in plots._settings(summary)}
     assert set(found) == {"over_method_optimizer_lr", "over_scale"}
     axes = found["over_method_optimizer_lr"].axes[0]
-    assert axes.get_xscale() == "log"
+    assert axes.get_xscale() == "log" and axes.xaxis.get_major_formatter()(0.001) == "0.001"
     lines = {each.get_label(): each for each in axes.containers}
     assert set(lines) == {"peft method.tuner=oft", "peft method.tuner=dora"}
     x, y = lines["peft method.tuner=oft"].lines[0].get_data()
