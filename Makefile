@@ -5,12 +5,14 @@ FOLDER ?= hiperlab/weights/mini
 PRESET ?= gpu
 PYTHON ?= $(RUN) python
 OUT ?= outputs/gpu-check
+SUBJECTS ?= 20
+LEDGER = $(RUN) python -m hiperlab.run data.identity_seed=[$(shell seq -s, $(SUBJECTS))] logger=csv
 # PYTHON names an interpreter, or, for wheels, the version that they are for
 VERSION := $(or $(filter 3.%,$(PYTHON)),3.12)
 WHEELS := $(RUN) python -m pip download -q --no-deps --only-binary=:all: --python-version $(VERSION) \
 	-c .ci/constraints.txt -d .whl
 
-.PHONY: help setup format check test test-fast smoke notebook gpu-check wheels miniature miniature-wheels miniature-report clean
+.PHONY: help setup format check test test-fast smoke notebook gpu-check wheels miniature miniature-wheels miniature-report ledger clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -58,6 +60,15 @@ wheels:  ## collect into .whl/ what gpu-check needs on a machine without network
 miniature-wheels: wheels  ## and what drawing the world and training the miniature need
 	$(WHEELS) ftfy wcwidth skia-python
 	@du -sh .whl
+
+ledger:  ## every method on held-out subjects, and what papers say of them; SUBJECTS=5 is quicker; stopped, it goes on
+	$(LEDGER) experiment=ledger $(ARGS)
+	$(LEDGER) experiment=ledger_peft $(ARGS)
+	$(LEDGER) experiment=ledger_dco $(ARGS)
+	$(LEDGER) -m experiment=ledger method=cross_initialization fit.steps=25 $(ARGS)
+	$(RUN) python -m hiperlab.run experiment=editors logger=csv
+	$(RUN) python -m hiperlab.compare outputs/sweeps/ledger --claims published --out outputs/ledger/concepts
+	$(RUN) python -m hiperlab.compare outputs/sweeps/editors --claims published --out outputs/ledger/edits
 
 clean:  ## remove caches (never outputs)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
