@@ -96,12 +96,14 @@ class Finding(NamedTuple):
         verdict: holds, fails, undecided or not measured.
         found: the difference, turned so that more is better; None where it was not measured.
         why: why it was not measured, "" where it was.
+        scores: names of those that it was measured by.
     """
 
     test: Test
     verdict: str
     found: Paired | None
     why: str = ""
+    scores: tuple[str, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -157,7 +159,10 @@ def _test(given: Any, where: str) -> Test:
     number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if not number or (margin != 0 if relation == GREATER else margin <= 0):
         raise UserError(f"{where}: margin={margin}: {'none' if relation == GREATER else 'above 0'} with {relation}.")
-    return Test(given["about"], _side(given["better"], where), _side(given["worse"], where), relation, float(margin))
+    better, worse = _side(given["better"], where), _side(given["worse"], where)
+    if better == worse:
+        raise UserError(f"{where}: better and worse are both {better.name}.")
+    return Test(given["about"], better, worse, relation, float(margin))
 
 
 def _side(given: Any, where: str) -> Side:
@@ -201,7 +206,7 @@ def _find(test: Test, measured: Measured, sides: set[Side]) -> Finding:
     found = statistics.paired(*(scores_of(measured, place, there) for place in places))
     if found is None or found.low is None:
         return Finding(test, NOT_MEASURED, None, "no two subjects, prompts or pictures in common")
-    return Finding(test, verdict_of(test, found), found)
+    return Finding(test, verdict_of(test, found), found, scores=tuple(names[place] for place in there))
 
 
 def contenders_of(side: Side, measured: Measured, sides: set[Side]) -> list[int]:
@@ -254,7 +259,7 @@ def verdict_of(test: Test, found: Paired) -> str:
 
 # ---- showing --------------------------------------------------------------------------------------------------------
 
-HEAD = ("claim", "source", "test", "difference", "95 % interval", "over", "verdict")
+HEAD = ("claim", "source", "test", "difference", "95 % interval", "p", "over", "verdict")
 
 
 def lines(verdicts: Sequence[Verdict]) -> list[list[str]]:
@@ -263,12 +268,14 @@ def lines(verdicts: Sequence[Verdict]) -> list[list[str]]:
     for verdict in verdicts:
         for number, finding in enumerate(verdict.findings):
             test, found = finding.test, finding.found
-            asked = f"{test.better.name} {_sign(test)} {test.worse.name} in {test.about}"
-            numbers = ["–", "–", finding.why]
+            by = f" ({', '.join(finding.scores)})" if finding.scores else ""
+            asked = f"{test.better.name} {_sign(test)} {test.worse.name} in {test.about}{by}"
+            numbers = ["–", "–", "–", finding.why]
             if found is not None:
                 numbers = [
-                    f"{found.difference:+.3f}",
-                    f"[{found.low:+.3f}, {found.high:+.3f}]",
+                    f"{found.difference:+.3f}".replace("-", "−"),
+                    f"[{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−"),
+                    f"{found.p:.3f}",
                     f"{found.num_units} {found.unit}",
                 ]
             own = f" ({finding.verdict})" if len(verdict.findings) > 1 else ""
@@ -301,6 +308,7 @@ def plain(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
                     "margin": finding.test.margin,
                     "verdict": finding.verdict,
                     "why": finding.why,
+                    "scores": list(finding.scores),
                     **({} if finding.found is None else finding.found._asdict()),
                 }
                 for finding in verdict.findings

@@ -23,6 +23,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''", "−": "$-$", "–": "--", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "·": r"$\cdot$",
+    "≥": r"$\geq$", "±": r"$\pm$",
 }  # fmt: skip
 Mark = Callable[[str, str], str]  # a number as text and "best", "second" or "" -> with its emphasis
 
@@ -231,7 +232,7 @@ def latex(summary: Summary) -> str:
     if summary.verdicts:
         names, *lines = claims(summary)
         escaped = [[escape_latex(cell) for cell in line] for line in lines]
-        wide = r"p{4cm}p{4cm}p{3cm}rclc"
+        wide = r"p{4cm}p{4cm}p{3cm}rccll"
         parts.append(_tabular([escape_latex(n) for n in names], escaped, wide, claims_caption(summary)))
     return "\n\n".join(parts) + "\n"
 
@@ -260,8 +261,9 @@ def claims_caption(summary: Summary) -> str:
     words = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "are undecided", NOT_MEASURED: "were not measured"}
     said = ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind])
     return (
-        f"Of {len(summary.verdicts)} published orderings {said}. By the 95 % interval of the paired difference, turned "
-        "so that more is better, each by itself: not corrected for their number. Judged by "
+        f"Of {len(summary.verdicts)} orderings {said}. By the 95 % interval of the paired difference, turned "
+        "so that more is better, each by itself: not corrected for their number, and of few subjects too narrow (see "
+        "the notes); p is the sign-flip test's. Judged by "
         f"{summary.measured.protocol}, which says nothing of other weights and judges."
     )
 

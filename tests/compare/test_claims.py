@@ -125,6 +125,7 @@ def test_a_side_means_its_settings_and_not_another_sides(tmp_path) -> None:
         ({"about": "beauty"}, "about=beauty is unknown"), ({"relation": "above"}, "relation=above is unknown"),
         ({"relation": "equal"}, "margin=0.0: above 0 with equal"), ({"margin": 0.1}, "margin=0.1: none with greater"),
         ({"better": "peft oft"}, "expected a method and key=value settings, oft is none"), ({"extra": 1}, "a test has"),
+        ({"better": "xti"}, "better and worse are both xti"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_claim_are_named(tmp_path, change, expected) -> None:
@@ -154,6 +155,6 @@ def test_what_is_shown_has_every_test(tmp_path) -> None:
     verdicts = judge(read_claims(PUBLISHED), read(folders))
     rows, values = lines(verdicts), plain(verdicts)
     assert len(rows) == sum(len(each.claim.tests) for each in verdicts)
-    (row,) = [row for row in rows if row[2] == "xti > ti in subject"]
-    assert row[3:] == ["+0.400", "[+0.400, +0.400]", "6 subjects", HOLDS]
+    (row,) = [row for row in rows if row[2] == "xti > ti in subject (identity)"]
+    assert row[3:] == ["+0.400", "[+0.400, +0.400]", "0.031", "6 subjects", HOLDS]
     assert json.loads(json.dumps(values))[3]["tests"][0]["difference"] == pytest.approx(0.4)

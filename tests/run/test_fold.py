@@ -345,7 +345,7 @@ def test_a_sweep_folds_by_itself(tmp_path, launcher) -> None:
 
 def test_a_failed_run_is_failed_in_wandb_too(tmp_path, monkeypatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("hiperlab.report.tracker.Tracker.finish", lambda self, exit_code=0: ended.append(exit_code))
+    monkeypatch.setattr("hiperlab.report.tracker.Trackers.finish", lambda self, exit_code=0: ended.append(exit_code))
     monkeypatch.setitem(JOBS, "wild", ["method=ti", "data=puppy", "method.optimizer.lr=1e30"])
     assert alone(tmp_path, "wild", "stages=[fit]") == 1
     assert ended == [1]
