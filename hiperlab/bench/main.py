@@ -9,12 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hiperlab.bench.plan import METHODS, RANDOM, plan
 from hiperlab.bench.table import compared, read
+from hiperlab.cli.arguments import Parser, names
 from hiperlab.cli.process import guarded
-from hiperlab.errors import UserError
 
 EPILOG = """\
 examples:
@@ -51,26 +51,15 @@ def _batch(size: int | None) -> list[str]:
     return [f"fit.batch_size={size}"] if size else []
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as the other programs say it, instead of the usage and a line."""
-        raise UserError(f"{message} (python -m hiperlab.bench --help lists everything)")
-
-
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as values.
 
     Raises:
         UserError: a flag is unknown or its value of another kind.
     """
-    parser = _Parser(
-        "python -m hiperlab.bench",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m hiperlab.bench", __doc__, EPILOG)
     add: Any = parser.add_argument
-    add("--methods", type=_names, default=list(METHODS), help=f"methods, joined by commas [{','.join(METHODS)}]")
+    add("--methods", type=names, default=list(METHODS), help=f"methods, joined by commas [{','.join(METHODS)}]")
     add("--model", default="tiny", help="a member of conf/model, such as tiny, mini or sd15 [tiny]")
     add(
         "--random", action="store_true", help=f"random weights in the model's real shape, no files: {', '.join(RANDOM)}"
@@ -93,14 +82,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _names(text: str) -> list[str]:
-    """`ti,neti` as a list without repeats, in order."""
-    return list(dict.fromkeys(name for name in text.split(",") if name))
-
-
 def _numbers(text: str) -> list[int]:
     """`1,4,16` as whole numbers from 1, without repeats."""
-    return [_from(1)(name) for name in _names(text)] or [1]
+    return [_from(1)(name) for name in names(text)] or [1]
 
 
 def _from(least: int) -> Any:

@@ -227,8 +227,7 @@ def measured_setting(measured: Measured, contender: int, key: str) -> str | None
     settings = dict(measured.contenders[contender].settings)
     if key in settings:
         return settings[key]
-    runs = np.unique(measured.scores.run[measured.scores.contender == contender])
-    asked = {measured.runs[int(run)].asked.get(key) for run in runs}
+    asked = {measured.runs[int(run)].asked.get(key) for run in measured.runs_of(contender)}
     return asked.pop() if len(asked) == 1 else None
 
 

@@ -11,8 +11,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hiperlab.cli.arguments import Parser, names
 from hiperlab.cli.process import guarded
 from hiperlab.errors import UserError, near
 
@@ -66,15 +67,9 @@ def _beside(paths: Sequence[Path], folders: Sequence[Path]) -> Path:
     alone = len(paths) == 1 and paths[0].name != FETCHED
     if alone and all(folder.parent == paths[0].resolve() for folder in folders):
         return paths[0]
-    names = "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", path.resolve().name).strip("-.") for path in paths)[:50]
+    joined = "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", path.resolve().name).strip("-.") for path in paths)[:50]
     digest = hashlib.blake2b("\n".join(map(str, sorted(folders))).encode(), digest_size=3).hexdigest()
-    return Path(f"comparison-{names}-{digest}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as the other programs say it, instead of the usage and a line."""
-        raise UserError(f"{message} (python -m hiperlab.compare --help lists everything)")
+    return Path(f"comparison-{joined}-{digest}")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -83,17 +78,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown or its value of another kind.
     """
-    parser = _Parser(
-        "python -m hiperlab.compare",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m hiperlab.compare", __doc__, EPILOG, allow_abbrev=False)
     add: Any = parser.add_argument
     add("paths", nargs="*", metavar="FOLDER", help="run folders, sweeps, or folders of these")
     add("--out", metavar="DIR", help="where to write [a single sweep's folder, else ./comparison-…]")
-    add("--metrics", type=_names, default=[], metavar="A,B", help="scores to show, joined by commas [all]")
+    add("--metrics", type=names, default=[], metavar="A,B", help="scores to show, joined by commas [all]")
     add("--baseline", metavar="METHOD", help="test all methods against this one [all pairs]")
     add("--x", metavar="METRIC", help="score of the trade-off's horizontal axis [one of the text]")
     add("--y", metavar="METRIC", help="score of its vertical axis [one of the subject]")
@@ -114,11 +103,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if not args.paths and not args.wandb:
         raise UserError("nothing to compare: name run folders or sweeps, such as outputs/sweeps/my_sweep.")
     return args
-
-
-def _names(text: str) -> list[str]:
-    """`a,b` as a list without repeats, in order."""
-    return list(dict.fromkeys(name for name in text.split(",") if name))
 
 
 def _pictures(text: str) -> str:

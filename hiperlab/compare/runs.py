@@ -201,6 +201,10 @@ class Measured:
         place = contender * len(self.metrics) + metric
         return order[begin[place] : begin[place + 1]]
 
+    def runs_of(self, contender: int) -> NDArray[np.int32]:
+        """Places of the runs with scores of a contender, ascending."""
+        return np.unique(self.scores.run[self.scores.contender == contender])
+
     def values(self, contender: int, metric: int) -> Values:
         """Scores of one contender under one metric with their keys, as `statistics` takes them."""
         at, s = self.lines(contender, metric), self.scores

@@ -266,7 +266,7 @@ def _front(measured: Measured, means: dict[tuple[int, int], Estimate], x: int | 
 
 def _costs(measured: Measured) -> list[dict[str, float | None]]:
     """Mean cost of each contender's runs."""
-    runs = [np.unique(measured.scores.run[measured.scores.contender == c]) for c in range(len(measured.contenders))]
+    runs = [measured.runs_of(c) for c in range(len(measured.contenders))]
     costs = [run.cost for run in measured.runs]
     found: list[dict[str, float | None]] = []
     for mine in runs:

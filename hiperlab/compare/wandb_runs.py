@@ -8,10 +8,7 @@ from typing import Any
 
 from hiperlab import files
 from hiperlab.errors import UserError
-from hiperlab.metric.rows import RESULTS_ARTIFACT
-
-# Nothing else of what a service sends is taken: a file's name chooses no path.
-WANTED = ("results.json", "scores.jsonl", "overrides.yaml", "config.yaml", "samples/samples.jsonl")
+from hiperlab.metric.rows import COMPARED, RESULTS_ARTIFACT
 
 
 def download(project: str, folder: Path, api: Any = None) -> list[Path]:
@@ -51,10 +48,10 @@ def download(project: str, folder: Path, api: Any = None) -> list[Path]:
 
 
 def _fetch(artifact: Any, target: Path) -> Path:
-    """Files of an artifact that are wanted."""
+    """What of an artifact a comparison reads; nothing else is taken, a file's name chooses no path."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(artifact.download(root=place))
-        for name in WANTED:
+        for name in COMPARED:
             if (root / name).is_file():
                 files.atomic_write(target / name, (root / name).read_bytes())
     return target

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def usable(embeddings: Tensor) -> Tensor:
+    """The rows of (B, D) that are embeddings: (B', D)."""
+    return embeddings[~embeddings.isnan().any(-1)]
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Scale the rows of (B, D) to length 1, in float32."""
     return torch.nn.functional.normalize(embeddings.float(), dim=-1)
@@ -39,10 +44,10 @@ def image_similarity(images: Tensor, references: Tensor, scale: str, pairing: st
 
     References without an embedding do not count; a picture without one, or no usable reference, gives NaN.
     """
-    usable = references[~references.isnan().any(-1)]
-    if not len(usable):
+    real = usable(references)
+    if not len(real):
         return torch.full((len(images),), torch.nan, device=images.device)
-    pairs = rescale(images @ usable.T, scale)  # (B, R); scaled before pairing, as "clipscore" is not linear
+    pairs = rescale(images @ real.T, scale)  # (B, R); scaled before pairing, as "clipscore" is not linear
     return _pair(pairs, pairing)
 
 
@@ -51,11 +56,11 @@ def real_similarity(references: Tensor, scale: str, pairing: str) -> Tensor:
 
     This is the score of a perfect picture, the ceiling of a protocol.
     """
-    usable = references[~references.isnan().any(-1)]
-    count = len(usable)
+    real = usable(references)
+    count = len(real)
     if count < 2:
-        return usable.new_empty(0)
-    pairs = rescale(usable @ usable.T, scale)
+        return real.new_empty(0)
+    pairs = rescale(real @ real.T, scale)
     others = ~torch.eye(count, dtype=torch.bool, device=pairs.device)
     return _pair(pairs[others].view(count, count - 1), pairing)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from hiperlab.errors import UserError, near
+from hiperlab.metric.compare import usable
 from hiperlab.metric.edit.distance import EditReference
 from hiperlab.metric.extractor import Encoder
 from hiperlab.metric.picture import as_pictures, open_picture
@@ -263,11 +264,11 @@ class SetScore(Score):
 
     def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """One number per concept, variant and role: pictures of another kind are another distribution."""
-        usable = ~pictures.images.isnan().any(-1)
+        there = ~pictures.images.isnan().any(-1)
         for concept, references in pictures.references.items():
-            real = references[~references.isnan().any(-1)]
+            real = usable(references)
             for members, shared in pictures.sets(concept):
-                numbers = [number for number in members if usable[number]]
+                numbers = [number for number in members if there[number]]
                 prompts = [str(pictures.records[number]["prompt"]) for number in numbers]
                 value = self.measure(pictures.images[numbers], real, prompts)
                 yield Measurement(SET, value, concept, {**shared, "num_pictures": len(numbers)})

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hiperlab import files
 from hiperlab.errors import UserError
+from hiperlab.metric.compare import usable
 from hiperlab.metric.contract import EmbeddedPictures, Measurement, Score
 from hiperlab.metric.encoder import EncoderConfig
 from hiperlab.metric.extractor import Encoder
@@ -197,18 +198,14 @@ class _GalleryScore(Score):
         if not isinstance(encoder, GalleryEncoder):
             raise UserError(f"{type(encoder).__name__} has no gallery: give the score an encoder with one.")
         for concept, held_out in pictures.held_out.items():
-            others, own = encoder.others(concept), _usable(held_out)[: encoder.views]
+            others, own = encoder.others(concept), usable(held_out)[: encoder.views]
             if others is None or not len(own):
                 continue
             numbers = pictures.of(concept)
             images = pictures.images[numbers]
-            found = self.values(images.nan_to_num(), own, _usable(others)).masked_fill(images.isnan().any(-1), 0.0)
+            found = self.values(images.nan_to_num(), own, usable(others)).masked_fill(images.isnan().any(-1), 0.0)
             for number, value in zip(numbers, found.tolist(), strict=True):
                 yield Measurement(PICTURE, value, concept, pictures.records[number])
-
-
-def _usable(embeddings: Tensor) -> Tensor:
-    return embeddings[~embeddings.isnan().any(-1)]
 
 
 @dataclass(frozen=True)

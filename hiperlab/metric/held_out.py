@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hiperlab.metric.compare import usable
 from hiperlab.metric.contract import EmbeddedPictures, Measurement, Score
 from hiperlab.metric.protocol import IdentityScore
 from hiperlab.metric.rows import CEILING, PICTURE
@@ -52,7 +53,7 @@ def copied(images: Tensor, references: Tensor) -> Tensor:
     Returns:
         (B,) of 0 and 1, on the CPU; NaN where there is no embedding, or fewer than two training pictures.
     """
-    real = references[~references.isnan().any(-1)]
+    real = usable(references)
     if len(real) < 2:
         return torch.full((len(images),), torch.nan)
     # From differences: 2 - 2 cos of nearly equal rows is rounding.

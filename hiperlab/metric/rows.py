@@ -17,6 +17,8 @@ PICTURE, CEILING, COPY, COPY_CEILING, SET = "picture", "ceiling", "copy", "copy_
 SETS_APART = ("variant", "role")  # further columns: pictures that differ in one belong to different sets
 CONCEPT, ALL = "concept", "all"  # kinds of table rows
 RESULTS_ARTIFACT = "hiperlab-results"  # type of what W&B keeps of a run's rows
+# Files of a run folder that a comparison reads: what services keep and give back.
+COMPARED = ("results.json", "scores.jsonl", "overrides.yaml", "config.yaml", "samples/samples.jsonl")
 
 
 class _Needed(TypedDict):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hiperlab import files
 from hiperlab.report.tracker import Identity, Tracker
 
 LONGEST = 6000  # characters of a parameter that MLflow takes
@@ -35,27 +36,26 @@ class MlflowTracker(Tracker):
         import mlflow
         from pytorch_lightning.loggers import MLFlowLogger
 
-        identity, path = self.identity, self.run_dir / "mlflow_id"
+        identity = self.identity
         tags = {"group": identity.group, "job_type": identity.job_type, "tags": ", ".join(identity.tags)}
         logger = MLFlowLogger(
             experiment_name=identity.project,
             run_name=identity.name,
             tracking_uri=self.uri or mlflow.get_tracking_uri(),
             tags={name: value for name, value in tags.items() if value},
-            run_id=path.read_text(encoding="ascii").strip() if path.is_file() else None,
+            run_id=self.version or None,
         )
-        self._id = str(logger.run_id)  # the server gives it
-        self.version  # noqa: B018 - keeps it
+        files.atomic_write(self._id_path, str(logger.run_id))  # the server gives it
         return logger
-
-    def new_id(self) -> str:
-        """What the server gave."""
-        return self._id
 
     @property
     def version(self) -> str:
-        """The run's id; none before the run began."""
-        return super().version if hasattr(self, "_id") else ""
+        """The run's id, which the server gave; "" before the run began."""
+        return self._id_path.read_text(encoding="ascii").strip() if self._id_path.is_file() else ""
+
+    @property
+    def _id_path(self) -> Path:
+        return self.run_dir / f"{self.service}_id"
 
     def send_config(self, run: Any, values: Mapping[str, Any]) -> None:
         """As `Tracker`; a run that goes on keeps the values it has, which MLflow never changes."""

@@ -18,8 +18,7 @@ from hiperlab.base.best_score import BestScore
 from hiperlab.base.method import Method
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.report.checkpoint import steps_in
-from hiperlab.report.grid import save_png, strip
-from hiperlab.report.samples import draw_between
+from hiperlab.report.samples import draw_between, show
 
 
 def best_path(folder: str | Path, step: int) -> Path:
@@ -101,10 +100,7 @@ class ScoreMonitor(Callback):
             pictures = draw_between(method, self.prompts, self.seeds, self.how)
             with torch.random.fork_rng(devices=[]):
                 value = self.judge(pictures)
-            save_png(strip(pictures, self.prompts), self.folder / f"step-{step:06d}.png")
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_images"):
-                    logger.log_images("monitor", pictures, self.prompts, step)
+            show(trainer, "monitor", pictures, self.prompts, self.folder / f"step-{step:06d}.png")
         value = trainer.strategy.broadcast(value, 0)
         is_best = best.see(step, value)
         if trainer.is_global_zero:

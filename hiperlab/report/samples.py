@@ -74,11 +74,7 @@ class TrainingSamples(Callback):
         if not trainer.is_global_zero:
             return
         pictures = draw_between(method, self.prompts, self.seeds, self.how)
-        step = trainer.global_step
-        save_png(strip(pictures, self.prompts), self.folder / f"train-{step:06d}.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_images"):
-                logger.log_images("samples", pictures, self.prompts, step)
+        show(trainer, "samples", pictures, self.prompts, self.folder / f"train-{trainer.global_step:06d}.png")
 
 
 def draw_between(
@@ -101,6 +97,14 @@ def draw_between(
             return to_pil(method.sample(prompts, seeds, **how))  # type: ignore[operator]
     finally:
         _restore(modes)
+
+
+def show(trainer: Trainer, key: str, pictures: Sequence[Image.Image], prompts: Sequence[str], path: Path) -> None:
+    """Write pictures as a strip, and hand them to every logger that takes some, under `key`."""
+    save_png(strip(pictures, prompts), path)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_images"):
+            logger.log_images(key, pictures, prompts, trainer.global_step)
 
 
 def _restore(modes: Sequence[tuple[nn.Module, bool]]) -> None:

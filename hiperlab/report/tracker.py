@@ -108,13 +108,9 @@ class Tracker(Logger, ABC):
         path = self.run_dir / f"{self.service}_id"
         if path.is_file():
             return path.read_text(encoding="ascii").strip()
-        name = self.new_id()
+        name = uuid.uuid4().hex[:8]
         files.atomic_write(path, name)
         return name
-
-    def new_id(self) -> str:
-        """An id for a run that has none."""
-        return uuid.uuid4().hex[:8]
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

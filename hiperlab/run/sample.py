@@ -120,17 +120,12 @@ class _Drawing:
 
     def calls(self, batch: list[dict[str, Any]]) -> Calls[Tensor]:
         """Pictures (B, 3, H, W) in [0, 1] of B records of one variant, as U-Net calls."""
-        session = self.session
         return self.method.sample_calls(
             [record["text"] for record in batch],
             [record["seed"] for record in batch],
-            steps=session.sampler.steps,
-            guidance=session.sampler.guidance,
             concepts=[self.group.index(record["concept_index"]) for record in batch],
-            sampler=session.sampler,
             variant=batch[0]["variant"],
-            negative=session.cfg.sample.negative,
-            batch_size=len(batch),
+            **self.session.drawing(len(batch)),
         )
 
 

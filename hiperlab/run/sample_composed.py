@@ -112,11 +112,7 @@ def sample(session: Session) -> None:
             return composition.sample(
                 [record["text"] for record in batch],
                 [record["seed"] for record in batch],
-                steps=session.sampler.steps,
-                guidance=session.sampler.guidance,
-                sampler=session.sampler,
-                negative=session.cfg.sample.negative,
-                batch_size=len(batch),
+                **session.drawing(len(batch)),
             )
 
         draw_missing(session.folder, pictures, paint, session.cfg.sample.batch_size, found)

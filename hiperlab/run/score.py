@@ -10,7 +10,7 @@ from PIL import Image
 
 from hiperlab import files
 from hiperlab.errors import UserError, near
-from hiperlab.metric.rows import ALL, PICTURE, read_scores
+from hiperlab.metric.rows import ALL, COMPARED, PICTURE, read_scores
 from hiperlab.metric.score import score as score_pictures
 from hiperlab.metric.table import aggregate
 from hiperlab.report.environment import peak_memory
@@ -22,8 +22,6 @@ from hiperlab.run.session import Session
 from hiperlab.run.unrelated import read_unrelated
 
 log = logging.getLogger(__name__)
-# What a comparison reads of a run; a service that keeps files gets them.
-KEPT_BY_SERVICES = ("scores.jsonl", "overrides.yaml", "config.yaml", "samples/samples.jsonl")
 
 
 def score(session: Session) -> None:
@@ -82,13 +80,14 @@ def summary(session: Session) -> None:
         for metrics in (*session.folder.glob("metrics.jsonl"), *session.folder.glob("concepts/*/metrics.jsonl")):
             write_csv(metrics)
         rows = read_scores(session.folder)
-        # The page is the run's last act, so it may say how the run ends.
-        write_report(session.folder, {**session.results, "status": "finished"}, rows, session.notes)
-        _to_trackers(session, rows)
+        ended = {**session.results, "status": "finished"}  # these are the run's last acts, so they may say how it ends
+        write_report(session.folder, ended, rows, session.notes)
+        if session.trackers.members:
+            _to_trackers(session, rows, ended)
 
 
-def _to_trackers(session: Session, rows: list[dict[str, Any]]) -> None:
-    """Scores, the grids, and one table row per picture."""
+def _to_trackers(session: Session, rows: list[dict[str, Any]], ended: dict[str, Any]) -> None:
+    """Scores, the grids, one table row per picture, and what a comparison reads."""
     table = session.results.get("scores", [])
     means = {
         "/".join(filter(None, ["score", row["metric"], row["concept"] or ALL, row.get("variant")])): row["mean"]
@@ -113,9 +112,6 @@ def _to_trackers(session: Session, rows: list[dict[str, Any]]) -> None:
         if not grid.name.startswith("train-"):
             with Image.open(grid) as picture:
                 session.trackers.log_images(f"grid/{grid.stem}", [picture.copy()], [grid.stem])
-    kept = [session.folder / name for name in KEPT_BY_SERVICES]
-    texts = {path.relative_to(session.folder).as_posix(): path.read_text("utf-8") for path in kept if path.is_file()}
-    # Sending is the run's last act, so it may say how the run ends.
-    texts["results.json"] = json.dumps({**session.results, "status": "finished"}, indent=1, default=str)
-    session.trackers.log_files(texts)
+    texts = {name: (session.folder / name).read_text("utf-8") for name in COMPARED if (session.folder / name).is_file()}
+    session.trackers.log_files(texts | {"results.json": json.dumps(ended, indent=1, default=str)})
     session.trackers.finish()

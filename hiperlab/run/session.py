@@ -117,6 +117,13 @@ class Session:
         """The scheduler that pictures are drawn with."""
         return _built(self.cfg.sampler, "sampler")
 
+    def drawing(self, count: int) -> dict[str, Any]:
+        """How so many pictures are drawn together: named values of `Method.sample` and `Composition.sample`."""
+        return {
+            "steps": self.sampler.steps, "guidance": self.sampler.guidance, "sampler": self.sampler,
+            "negative": str(self.cfg.sample.negative), "batch_size": count,
+        }  # fmt: skip
+
     @cached_property
     def device(self) -> Any:
         """Where pictures are drawn and scored when no trainer decides."""

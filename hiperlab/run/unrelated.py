@@ -199,11 +199,7 @@ def _paint(session: Session, method: Method, place: int, batch: list[Record]) ->
     return method.sample(
         [record["text"] for record in batch],
         [record["seed"] for record in batch],
-        steps=session.sampler.steps,
-        guidance=session.sampler.guidance,
         concepts=[place] * len(batch),
-        sampler=session.sampler,
         variant=batch[0]["variant"],
-        negative=str(session.cfg.sample.negative),
-        batch_size=len(batch),
+        **session.drawing(len(batch)),
     )

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from hiperlab.report.monitor import ScoreMonitor
 from hiperlab.run.folded import run_folded
 from hiperlab.run.main import main
 from tests.composed import ROOT
+from tests.run.test_early_stop import fitted
 from tests.run.test_fold import learnt, losses
 
 JOB = [
@@ -35,10 +35,6 @@ ON = ["monitor=clip_image", "fit.monitor.every=2", "fit.monitor.seeds=[7]", "fit
 def run(folder: Path, *more: str) -> Path:
     assert main([*JOB, *more, f"run_dir='{folder}'"]) == 0
     return folder
-
-
-def fitted(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())["stages"]["fit"]
 
 
 def logged(folder: Path, score: str = "clip_image") -> list[tuple[int, float]]:
