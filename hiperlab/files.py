@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from hiperlab.errors import DiskFullError, UserError
 
 LOCK_NAME, OWNER_NAME, MARKER_NAME = ".lock", ".lock.json", ".lock.marker"
+LOG_NAME = "run.log"  # of a run folder
 SHIPPED = "hiperlab:"  # begins a path inside the installed package
 
 

@@ -76,14 +76,12 @@ class BestScore:
 
     Attributes:
         seen: all evaluations, ascending.
-        seconds: that drawing and scoring took in this process.
     """
 
     def __init__(self, score: str, lower: bool, patience: int | None, min_delta: float, most: int, name: str) -> None:
         self.score, self.lower, self.patience, self.min_delta = score, lower, patience, min_delta
         self.most, self.name = most, name
         self.seen: list[Evaluation] = []
-        self.seconds = 0.0
 
     @property
     def best(self) -> Evaluation | None:

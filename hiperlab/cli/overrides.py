@@ -42,6 +42,11 @@ def values(lines: Sequence[str]) -> dict[str, Any]:
     return {o.key_or_group: o.value() for o in parse(lines) if not o.is_sweep_override() and not o.is_delete()}
 
 
+def plain(lines: Sequence[str], loader: ConfigLoader | None = None) -> list[str]:
+    """The overrides that are of one value each: those of sweeps are left out."""
+    return [line for override, line in zip(parse(lines, loader), lines) if not override.is_sweep_override()]
+
+
 def assign(key: str, value: object) -> str:
     """`key='value'`, quoted so that Hydra reads any path or text back as it was."""
     return f"{key}={QuotedString(str(value), Quote.single).with_quotes()}"

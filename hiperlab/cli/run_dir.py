@@ -7,12 +7,14 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hiperlab import files
 from hiperlab.cli.overrides import UNRECORDED, merge, parse, values, without
 from hiperlab.errors import UserError
 
@@ -148,6 +150,20 @@ def choose_run_dir(cfg: Mapping[str, Any], choices: Mapping[str, Any], lines: Se
             "Give run_dir=<folder of that run> or artifact=<file>, or add fit to the stages."
         )
     return folder
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a new run folder in which nothing was begun: there is a log and a lock, but no settings of a run.
+
+    A folder above it goes, too, if it was made for this one.
+    """
+    if not folder.is_dir() or (folder / "overrides.yaml").exists():
+        return
+    with suppress(OSError):  # somebody else's file in it: it stays
+        for name in (files.LOG_NAME, files.LOCK_NAME):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _continued_or_new(cfg: Mapping[str, Any], choices: Mapping[str, Any], lines: Sequence[str]) -> Path:

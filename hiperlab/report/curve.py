@@ -11,13 +11,14 @@ _W, _H, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 240, 58, 34, 10, 10
 _MOST = 1200  # points drawn: more than the pixels there are
 
 
-def curve(steps: Sequence[float], values: Sequence[float | None], label: str) -> str:
+def curve(steps: Sequence[float], values: Sequence[float | None], label: str, smoothed: bool = True) -> str:
     """Single values (pale) and their running mean (strong) over optimizer steps.
 
     Args:
         steps: ascending.
         values: one per step; None or infinite ones are left out.
         label: names the vertical axis.
+        smoothed: whether there is a running mean; without one the single values are strong.
 
     Returns:
         An <svg> element, or "" if fewer than two values are left.
@@ -25,10 +26,10 @@ def curve(steps: Sequence[float], values: Sequence[float | None], label: str) ->
     points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)]
     if len(points) < 2:
         return ""
-    smooth = _running_mean([v for _, v in points])
     every = -(-len(points) // _MOST)
     xs = [s for s, _ in points]
-    low, high = min(v for _, v in points), max(v for _, v in points)
+    shown = [v for _, v in points]
+    low, high = min(shown), max(shown)
     y_ticks, x_ticks = _ticks(low, high), _ticks(xs[0], xs[-1])
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
@@ -52,7 +53,7 @@ def curve(steps: Sequence[float], values: Sequence[float | None], label: str) ->
         middle=(_LEFT + _W) / 2,
         across=[(y(tick), f"{tick:g}") for tick in y_ticks],
         below=[(x(tick), f"{tick:g}") for tick in x_ticks if xs[0] <= tick <= xs[-1]],
-        lines=[("raw", line([value for _, value in points])), ("mean", line(smooth))],
+        lines=[("raw", line(shown)), ("mean", line(_running_mean(shown)))] if smoothed else [("mean", line(shown))],
     )
 
 

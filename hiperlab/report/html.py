@@ -140,7 +140,7 @@ def _monitored(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str,
     found = []
     for whose, part in _trained(folder):
         each = names.get(part.name) or next(iter(names.values()), {})
-        if score and (drawn := _over_steps(part, f"monitor/{score}")):
+        if score and (drawn := _over_steps(part, f"monitor/{score}", smoothed=False)):
             found.append((f"{score}{whose}", drawn, str(each.get("artifact_step", "–"))))
     return found
 
@@ -150,9 +150,9 @@ def _trained(folder: Path) -> list[tuple[str, Path]]:
     return [("", folder), *((f" ({part.name})", part) for part in sorted(folder.glob("concepts/*")))]
 
 
-def _over_steps(folder: Path, key: str) -> str:
+def _over_steps(folder: Path, key: str, smoothed: bool = True) -> str:
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if key in row and row.get("step") is not None]
-    return curve([row["step"] for row in rows], [row[key] for row in rows], key)
+    return curve([row["step"] for row in rows], [row[key] for row in rows], key, smoothed)
 
 
 def _cost(results: Mapping[str, Any]) -> list[tuple[str, Any]]:

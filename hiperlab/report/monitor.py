@@ -42,6 +42,9 @@ class ScoreMonitor(Callback):
         folder: for strips of the pictures.
         kept: the folder of the checkpoints.
         settings: the method's composed configuration, kept with the artifact.
+
+    Attributes:
+        seconds: that drawing and scoring took in this process.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ScoreMonitor(Callback):
         self.every, self.judge = every, judge
         self.prompts, self.seeds, self.how = list(prompts), list(seeds), dict(how)
         self.folder, self.kept, self.settings = folder, kept, settings
+        self.seconds = 0.0
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,7 +112,7 @@ class ScoreMonitor(Callback):
                 artifact.write(best_path(self.kept, step), method, 0, self.settings, step)
             self._prune(best)
         self._log(trainer, best.score, value)
-        best.seconds += time.monotonic() - start
+        self.seconds += time.monotonic() - start
 
     def _log(self, trainer: Trainer, score: str, value: float) -> None:
         for logger in trainer.loggers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class TrainingSamples(Callback):
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         options: further named values for `method.sample`, such as concepts or sampler.
+
+    Attributes:
+        seconds: that drawing took in this process.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class TrainingSamples(Callback):
         self.prompts = list(prompts)
         self.seeds = list(seeds)
         self.how: dict[str, Any] = {"steps": steps, "guidance": guidance, **(options or {})}
+        self.seconds = 0.0
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,8 +78,10 @@ class TrainingSamples(Callback):
         """Draw, write, hand on; every submodule keeps the mode it was found in."""
         if not trainer.is_global_zero:
             return
+        start = time.monotonic()
         pictures = draw_between(method, self.prompts, self.seeds, self.how)
         show(trainer, "samples", pictures, self.prompts, self.folder / f"train-{trainer.global_step:06d}.png")
+        self.seconds += time.monotonic() - start
 
 
 def draw_between(

@@ -18,8 +18,8 @@ from hydra.types import HydraContext, RunMode
 from hiperlab.cli.compose import Request, check_config, open_hydra
 from hiperlab.cli.model_defaults import line
 from hiperlab.cli.overrides import values
-from hiperlab.cli.process import config_dir
-from hiperlab.cli.run_dir import HANDED, choose_run_dir, with_earlier
+from hiperlab.cli.process import config_dir, told
+from hiperlab.cli.run_dir import HANDED, choose_run_dir, remove_unused, with_earlier
 from hiperlab.cli.targets import trusted
 from hiperlab.errors import UserError
 
@@ -66,7 +66,9 @@ def within_run(hydra: Any, request: Request, cfg: Any, task: Callable[[Any], Any
     said = line(cfg, str(chosen.get("experiment") or chosen.get("model")))
     if said and not cfg.artifacts:  # kept concepts bring the settings they were learnt with
         print(f"hiperlab: {said}", flush=True)
+    ours = cfg.run_dir is None
     folder = choose_run_dir(cfg, cfg.hydra.runtime.choices, request.overrides)
+    ours = ours and not folder.exists()
     os.environ[HANDED] = str(folder)
     cfg.run_dir = str(folder)
     failure: list[BaseException] = []
@@ -85,5 +87,7 @@ def within_run(hydra: Any, request: Request, cfg: Any, task: Callable[[Any], Any
     ended = run_job(guarded, cfg, "hydra.run.dir", None, context)
     callbacks.on_run_end(config=cfg, config_name=request.config_name, job_return=ended)
     if failure:
+        if ours and told(failure[0])[1] == 2:
+            remove_unused(folder)
         raise failure[0]
     return found[0]

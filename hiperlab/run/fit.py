@@ -125,7 +125,7 @@ def fit_all(sessions: Sequence[Session], signals: StopSignals, resume_command: s
 
 
 def _own_seconds(rows: list[dict[str, Any]]) -> float:
-    """What a run's training took: of a pass that several share, its part."""
+    """What a run's training took, without drawing and scoring in between: of a pass that several share, its part."""
     return sum(row["train_seconds"] / row["shared_by"] for row in rows)
 
 
@@ -133,10 +133,10 @@ def _summed_up(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What results.json says of a run's training."""
     found = {key: rows[0][key] for key in ("world_size", "micro_batch_size", "accumulate")}
     found = {"steps": max(row["steps"] for row in rows), **found}
-    found["finished"] = all(row["finished"] for row in rows)
+    found["ended_early"] = all(row["ended_early"] for row in rows)
     each = [(name, row) for row in rows for name in row["concepts"]]
     if session.cfg.fit.stop is not None or session.cfg.monitor is not None:
-        found["stopped_at"] = {name: row["steps"] for name, row in each if row["finished"]}
+        found["stopped_at"] = {name: row["steps"] for name, row in each if row["ended_early"]}
         found["steps_saved"] = {name: session.cfg.fit.steps - row["steps"] for name, row in each}
     if session.cfg.monitor is not None:
         found["monitor"] = {"score": session.cfg.monitor, **{name: row["monitor"] for name, row in each}}
@@ -265,7 +265,7 @@ class _Training:
         start = time.monotonic()
         module, views = train_together(trainees, micro, stop)
         stop.raise_if_stopped()
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start - sum(trainee.seconds_aside for trainee in trainees)
         for place, (number, trainee) in enumerate(ready):
             if place in module.failed:
                 self._failed(number, module.failed[place])
@@ -322,7 +322,7 @@ def _alone(trainee: Trainee, micro: int | None, signals: StopSignals, resume_com
         if not method.finished:
             trainer.fit(method, datamodule=data, ckpt_path=trainee.start, weights_only=True)
     stop.raise_if_stopped()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start - trainee.seconds_aside
     kept = _kept(trainee, trainer.global_step) if trainer.is_global_zero else {"written": [], "monitor": None}
     trainer.strategy.barrier()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -334,9 +334,9 @@ def _kept(trainee: Trainee, steps: int) -> dict[str, Any]:
     """Write what a training of so many steps ends with; returns its files, its step and its scores."""
     session, method = trainee.session, trainee.method
     step = monitor.keep_best(session, trainee.group, method, steps)
-    return {
-        "written": write_artifacts(session, method, step), "artifact_steps": step, "monitor": monitor.told(method, step)
-    }  # fmt: skip
+    seconds = trainee.monitor.seconds if trainee.monitor else 0.0
+    told = monitor.told(method, step, seconds)
+    return {"written": write_artifacts(session, method, step), "artifact_steps": step, "monitor": told}
 
 
 def _row(
@@ -347,7 +347,7 @@ def _row(
     return {
         "concepts": [concept.name for concept in trainee.method.concepts],
         "steps": steps,
-        "finished": trainee.method.ended,
+        "ended_early": trainee.method.ended,
         "world_size": world,
         "micro_batch_size": trainee.session.results["micro_batch_size"],
         "accumulate": accumulate,

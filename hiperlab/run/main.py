@@ -21,6 +21,7 @@ from hiperlab import __version__
 from hiperlab.cli.compose import Request, compose
 from hiperlab.cli.flags import arguments, show, shows
 from hiperlab.cli.help import help_text
+from hiperlab.cli.overrides import plain
 from hiperlab.cli.process import collector_paused, guarded
 from hiperlab.run.asked import asked, places, within_run
 from hiperlab.sweep.job import FOLDED, JOB, follow_parent
@@ -61,9 +62,10 @@ def _start(hydra: Any, request: Request, args: argparse.Namespace) -> int:
     """One run or a sweep: `-m`, or an experiment that says `hydra.mode: MULTIRUN`."""
     if args.multirun:
         return run_sweep(hydra, request)
-    cfg = compose(hydra, request, request.overrides)
+    cfg = compose(hydra, request, plain(request.overrides, hydra.config_loader))
     if cfg.hydra.mode == RunMode.MULTIRUN:
         return run_sweep(hydra, request)
+    cfg = compose(hydra, request, request.overrides)  # of several values in a single run, it says what to do
     return _run(hydra, request, cfg)
 
 

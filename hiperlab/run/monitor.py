@@ -193,13 +193,13 @@ def keep_best(session: Session, group: Sequence[int], method: Method, steps: int
     return step
 
 
-def told(method: Method, kept: int) -> dict[str, Any] | None:
-    """What results.json says of a concept's scores; None where nothing was monitored."""
+def told(method: Method, kept: int, seconds: float) -> dict[str, Any] | None:
+    """What results.json says of a concept's scores, which took so many seconds; None where nothing was monitored."""
     scores = method.best_score
     if scores is None:
         return None
     best = scores.best
     return {
         "best": best and best.score, "best_step": best and best.step, "artifact_step": kept,
-        "evaluations": len(scores.seen), "seconds": round(scores.seconds, 2),
+        "evaluations": len(scores.seen), "seconds": round(seconds, 2),
     }  # fmt: skip

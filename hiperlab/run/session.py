@@ -390,7 +390,7 @@ def configure_logging(*folders: Path) -> None:
     terminal.addFilter(shown)
     root.addHandler(terminal)
     for folder in folders if files.is_rank_zero() else ():
-        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file = logging.FileHandler(folder / files.LOG_NAME, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         file.addFilter(partial(_is_about, folder))
         root.addHandler(file)

@@ -104,7 +104,8 @@ def _finished(session: Session) -> bool:
     fitted = session.results.get("stages", {}).get("fit", {})
     cfg = session.cfg
     asked = cfg.resume == "auto" and "fit" in cfg.stages and session.results.get("status") == "finished"
-    return asked and (fitted.get("steps") == cfg.fit.steps or bool(fitted.get("finished")))
+    early = fitted.get("ended_early", fitted.get("finished"))  # the name in folders of 0.1.0
+    return asked and (fitted.get("steps") == cfg.fit.steps or bool(early))
 
 
 def _complete(session: Session) -> bool:

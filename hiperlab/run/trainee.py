@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ class Trainee:
         """How many numbers one concept trains."""
         return sum(p.numel() for p in self.method.parameters() if p.requires_grad) // len(self.group)
 
+    @property
+    def seconds_aside(self) -> float:
+        """What drawing and scoring between its steps took in this process; no training."""
+        return self.samples.seconds + (self.monitor.seconds if self.monitor else 0.0)
+
     def data(self, rows: int, accumulate: int) -> ConceptData:
         """Its batches; also gives the method its reference pictures.
 
@@ -108,13 +114,15 @@ class Trainee:
             RewindLogs(),
             FiniteGuard(self.checkpoints),
             *([self.monitor] if self.monitor else []),
-            self._samples(),
+            self.samples,
             EndWhenFinished(),
             self.checkpoints,
             CadencedExports(self.session.folder / "artifacts"),
         ]
 
-    def _samples(self) -> TrainingSamples:
+    @cached_property
+    def samples(self) -> TrainingSamples:
+        """Draws while it trains."""
         session, cfg = self.session, self.session.cfg
         chosen = [session.data.concepts[index] for index in self.group]
         prompts = [

@@ -91,6 +91,13 @@ def test_curve_draws_finite_values_only():
     assert "<polyline" in curve([0, 1], [0.0, 0.0], "loss")
 
 
+def test_a_curve_of_few_values_is_not_smoothed():
+    svg = curve([0, 1, 2], [0.0, 1.0, 0.0], "identity", smoothed=False)
+    assert svg.count("<polyline") == 1 and '<polyline class="mean"' in svg
+    heights = [float(each.split(",")[1]) for each in svg.split('points="')[1].split('"')[0].split()]
+    assert heights[0] == heights[2] > heights[1]  # downwards: the value in the middle is the highest
+
+
 def row(concept, value, picture="a.png", prompt="a <cats>"):
     return {
         "metric": "clip_t", "concept": concept, "prompt": prompt, "seed": 0, "picture": picture, "value": value,

@@ -168,6 +168,16 @@ def test_flags_may_stand_among_overrides(ask):
     assert code == 0 and yaml.safe_load(out)["fit"]["steps"] == 9
 
 
+def test_a_refused_command_leaves_no_folder(tmp_path, capsys):
+    words = ["model=tiny", "logger=csv", f"outputs_dir={tmp_path / 'out'}"]
+    assert door.main([*words, "data=folder", "data.dir=/nowhere"]) == 2
+    assert door.main([*words, "monitor=identty"]) == 2
+    assert "no score of metric=twin" in capsys.readouterr().err
+    assert list((tmp_path / "out").rglob("*")) == []
+    assert door.main([*words, "monitor=identty", f"run_dir={tmp_path / 'mine'}"]) == 2
+    assert (tmp_path / "mine").is_dir(), "a folder that was named is not ours to delete"
+
+
 def test_an_earlier_run_is_asked_again(ask):
     assert ask("method=neti", "seed=3", "+extra=1", "run_dir=a run, odd=name")[0] == 2  # Hydra's grammar needs quotes
     name = "a run, odd=name"

@@ -38,7 +38,7 @@ def ended(tmp_path_factory) -> Path:
 def test_it_ends_where_the_ratio_says(ended) -> None:
     found, rows = fitted(ended), losses(ended)
     last = found["steps"]
-    assert 3 < last < 14 and found["finished"] and found["stopped_at"] == {"cats": last}
+    assert 3 < last < 14 and found["ended_early"] and found["stopped_at"] == {"cats": last}
     ratios = [row["dvar/ratio"] for row in rows]
     assert len(rows) == last and ratios[:3] == [1.0] * 3
     assert ratios[-1] < 0.5 and all(ratio >= 0.5 for ratio in ratios[:-1])

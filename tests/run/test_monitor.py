@@ -7,11 +7,13 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -171,7 +173,7 @@ def test_patience_ends_it(scripted, tmp_path) -> None:
     scripted(SCORES)
     folder = run(tmp_path / "ended", *ON, "fit.monitor.patience=1", "fit.steps=20", "sampler.steps=1")
     found = fitted(folder)
-    assert found["steps"] == 8 and found["finished"] and found["stopped_at"] == {"cats": 8}
+    assert found["steps"] == 8 and found["ended_early"] and found["stopped_at"] == {"cats": 8}
     assert found["steps_saved"] == {"cats": 12} and artifact_step(folder) == 4
     assert (folder / "checkpoints" / "step-000008.ckpt").is_file()
     assert "training ends after step 8, 12 steps are saved" in (folder / "run.log").read_text()
@@ -183,6 +185,23 @@ def test_patience_ends_it(scripted, tmp_path) -> None:
     assert fitted(folder)["steps"] == 8 and artifact_step(folder) == 4
     assert (folder / "artifacts" / "cats.safetensors").stat().st_mtime_ns > before
     assert "12 steps are saved" in (folder / "run.log").read_text().split("resuming from")[0]
+
+
+@pytest.mark.parametrize("drawn", [[], ["fit.sample_every=2"]], ids=["scored", "drawn, too"])
+def test_scoring_is_no_training_time(drawn, scripted, monkeypatch, tmp_path) -> None:
+    """What a table calls the cost of a training is free of what was looked at in between."""
+
+    def slowly(*_: object) -> list[Image.Image]:
+        time.sleep(1.5)
+        return [Image.new("RGB", (8, 8))] * 8
+
+    scripted(SCORES)
+    monkeypatch.setattr("hiperlab.report.monitor.draw_between", slowly)
+    monkeypatch.setattr("hiperlab.report.samples.draw_between", slowly)
+    found = fitted(run(tmp_path / "slow", *ON, *drawn))
+    waited = 4 * 1.5 + (5 * 1.5 if drawn else 0)
+    assert found["monitor"]["cats"]["seconds"] >= 4 * 1.5
+    assert found["train_seconds"] <= found["seconds"] - waited
 
 
 def test_less_may_be_better(scripted, monkeypatch, tmp_path) -> None:

@@ -110,6 +110,12 @@ def test_each_job_has_its_own_overrides_and_process(here):
     assert [results(row)["stages"] for row in jobs(folder.name).values()] == [["sample", "score"]]
 
 
+def test_an_experiment_that_is_a_sweep_takes_several_values(here):
+    code, _, err = run("experiment=both", "fit.steps=7,8", "sweep=more")
+    assert code == 0, err
+    assert len(list(Path("outputs/sweeps/more").glob("*/results.json"))) == 4
+
+
 def test_an_experiment_may_be_a_sweep(here):
     code, _, err = run("experiment=both", "fit.steps=7", "sweep=exp")
     assert code == 0, err
