@@ -18,7 +18,10 @@ from hiperlab.errors import UserError, near
 
 # Which score says how far the text was followed, and which how far the subject is itself: the first that was measured.
 EDITABILITY = ("clip_text", "clip_edited", "direction")
-IDENTITY = ("identity", "face", "dino", "dinov2", "clip_image", "structure", "lpips", "ns_lpips", "background_psnr")
+IDENTITY = (  # held-out pictures first: likeness to those that were trained on rewards copies of them
+    "identity_held_out", "dino_held_out", "identity", "face", "dino", "dinov2", "clip_image", "structure", "lpips",
+    "ns_lpips", "background_psnr",
+)  # fmt: skip
 MOST_PAIRS = 300  # of methods, without a baseline: beyond, a table of all differences can be read by nobody
 ENOUGH = 6  # subjects: the least of which p can be below 0.05
 UNTRAINED = "UNTRAINED"  # as runs say it of their judges, too

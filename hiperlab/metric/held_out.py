@@ -71,6 +71,8 @@ class CopiedScore(Score):
     def measurements(self, pictures: EmbeddedPictures) -> Iterator[Measurement]:
         """0 or 1 per picture."""
         for concept, references in pictures.references.items():
+            if len(usable(references)) < 2:
+                continue
             numbers = pictures.of(concept)
             for number, value in zip(numbers, copied(pictures.images[numbers], references).tolist(), strict=True):
                 yield Measurement(PICTURE, value, concept, pictures.records[number])
