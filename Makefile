@@ -65,7 +65,7 @@ ledger:  ## every method on held-out subjects, and what papers say of them; SUBJ
 	$(LEDGER) experiment=ledger $(ARGS)
 	$(LEDGER) experiment=ledger_peft $(ARGS)
 	$(LEDGER) experiment=ledger_dco $(ARGS)
-	$(LEDGER) -m experiment=ledger method=cross_initialization fit.steps=25 $(ARGS)
+	$(LEDGER) -m experiment=ledger method=cross_initialization fit.steps=25 method.optimizer.lr=0.15 $(ARGS)
 	$(RUN) python -m hiperlab.run experiment=editors logger=csv
 	$(RUN) python -m hiperlab.compare outputs/sweeps/ledger --claims published --out outputs/ledger/concepts
 	$(RUN) python -m hiperlab.compare outputs/sweeps/editors --claims published --out outputs/ledger/edits
