@@ -185,7 +185,7 @@ def check_names(claims: Sequence[Claim], measured: Measured) -> None:
     are what its choice (`tuner`) takes.
 
     Raises:
-        UserError: a method, a setting of one or a choice among alternatives that there is not, with the nearest there is.
+        UserError: a method, a setting of one or a choice among alternatives that there is not, with the nearest one.
     """
     shipped = {path.stem: path for path in (config_dir() / "method").glob("*.yaml")}
     ran = {each.method for each in measured.contenders}

@@ -12,7 +12,6 @@ Axes: N pictures, U units (subjects, or prompts or pictures of one), M methods.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Self

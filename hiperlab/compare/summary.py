@@ -93,6 +93,7 @@ class Summary:
         """A score as tables show it; a real minus sign, an en dash for none."""
         if value is None or not math.isfinite(value):
             return "–"
+        value += 0.0  # -0.0 is nothing negative
         text = f"{value:+.{self.decimals[metric]}f}" if sign else f"{value:.{self.decimals[metric]}f}"
         return text.replace("-", "−")
 
