@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 
-from hiperlab.compare.labels import Contender, as_text, few
+from hiperlab.compare.labels import Contender, as_text, cut, few
 
 SECTIONS = ("sampler", "sample", "model", "precision")  # of a config
 OF_DATA = ("resolution", "center_crop", "prompts", "held_out", "references")  # other settings of data make subjects
@@ -77,10 +77,16 @@ def _by_value(texts: Mapping[str, str]) -> str:
     for name, text in texts.items():
         groups.setdefault(text, []).append(name)
     ordered = sorted(groups.items(), key=lambda pair: len(pair[1]))
-    parts = [f"{text} ({few(names)})" for text, names in ordered]
+    parts = [f"{_quoted(text)} ({few(names)})" for text, names in ordered]
     if len(ordered) > 1 and len(ordered[-1][1]) > 2:
-        parts[-1] = f"{ordered[-1][0]} (the {len(ordered[-1][1])} others)"
+        parts[-1] = f"{_quoted(ordered[-1][0])} (the {len(ordered[-1][1])} others)"
     return ", ".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """A value in a sentence: texts of several words, or of none, in quotation marks."""
+    short = cut(" ".join(text.split()), 80)
+    return short if short and " " not in short else f'"{short}"'
 
 
 def _mixed(runs: Sequence[Asked]) -> set[str]:

@@ -97,7 +97,7 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         claims=_claims(summary),
         runs=_runs(measured),
         left_out=measured.left_out,
-        plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name) for plot in plots],
+        plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name, plot.title) for plot in plots],
         blocks=blocks,
         methods=[(c, measured.names[c]) for c in summary.contenders],
         subjects=[measured.subject_name(s) for s in range(len(measured.subjects))],

@@ -70,7 +70,7 @@ def test_settings_and_variants_that_are_numbers_are_axes(tmp_path) -> None:
         run(tmp_path / f"h{scale}", "hiper", {"identity": scale}, variant=f"scale={scale}", pictures=False)
     run(tmp_path / "ti", "ti", {"identity": 0.2}, variant="scale=1", pictures=False)
     summary = summarise(read(find([tmp_path])))
-    found = {name: figure for name, figure, _ in plots._settings(summary)}
+    found = {each.name: each.figure for each in plots._settings(summary)}
     assert set(found) == {"over_method_optimizer_lr", "over_scale"}
     axes = found["over_method_optimizer_lr"].axes[0]
     assert axes.get_xscale() == "log" and axes.xaxis.get_major_formatter()(0.001) == "0.001"
