@@ -59,7 +59,7 @@ def unlike(groups: Sequence[tuple[Contender, Sequence[Asked]]]) -> str:
     mixed = {key for _, runs in groups for key in _mixed(runs)}
     said: dict[tuple[tuple[str, str], ...], list[str]] = {}  # settings with the same values in the same groups are one
     for key, found in values.items():
-        texts = {name: " and ".join(sorted(each)) for name, each in found.items()}
+        texts = {name: " and ".join(sorted(map(_quoted, each))) for name, each in found.items()}
         if len(set(texts.values())) < 2 and key not in mixed:
             continue
         if all(_names(contender, key) for contender, _ in groups if contender.name in texts):
@@ -77,9 +77,9 @@ def _by_value(texts: Mapping[str, str]) -> str:
     for name, text in texts.items():
         groups.setdefault(text, []).append(name)
     ordered = sorted(groups.items(), key=lambda pair: len(pair[1]))
-    parts = [f"{_quoted(text)} ({few(names)})" for text, names in ordered]
+    parts = [f"{text} ({few(names)})" for text, names in ordered]
     if len(ordered) > 1 and len(ordered[-1][1]) > 2:
-        parts[-1] = f"{_quoted(ordered[-1][0])} (the {len(ordered[-1][1])} others)"
+        parts[-1] = f"{ordered[-1][0]} (the {len(ordered[-1][1])} others)"
     return ", ".join(parts)
 
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -125,7 +126,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
     if handles:
         shown = shortened(labels[:MOST_LEGEND], 42)
         more = f"the first {MOST_LEGEND} of {len(labels)}" if len(labels) > MOST_LEGEND else None
-        figure.legend(handles[:MOST_LEGEND], shown, loc="outside right upper", frameon=False, title=more)
+        # Of an error bar its marker alone: whiskers would hide what tells it from others of its colour.
+        marks = [each[0] if isinstance(each, ErrorbarContainer) else each for each in handles[:MOST_LEGEND]]
+        figure.legend(marks, shown, loc="outside right upper", frameon=False, title=more)
 
 
 def _trade_off(summary: Summary) -> _Drawing | None:
