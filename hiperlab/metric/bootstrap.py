@@ -66,8 +66,8 @@ def tail(num_units: int, num_groups: int = 1) -> float:
 
     Args:
         num_units: n, more than there are groups.
-        num_groups: g; units are drawn anew within each. Of equally large ones the bootstrap's variance is (n - g) / n of
-            the unbiased one as with g = 1, and Student's t has n - g degrees of freedom, as of a pooled variance.
+        num_groups: g; units are drawn anew within each. Of equally large ones the bootstrap's variance is (n - g) / n
+            of the unbiased one, as with g = 1, and Student's t has n - g degrees of freedom, as of a pooled variance.
     """
     degrees = num_units - num_groups
     reach = math.sqrt(num_units / degrees) * student_quantile((1 + LEVEL) / 2, degrees)

@@ -2,9 +2,9 @@
 
 The interval is an expanded percentile bootstrap over prompts (`hiperlab.metric.bootstrap`). Pictures of one prompt
 resemble each other, so resampling pictures (or a normal interval over them) would look too sure; and means of bounded,
-skewed scores over 10 to 25 prompts are not normal. Concepts are kept fixed and prompts are drawn anew within each, so an
-interval says what other prompts and seeds would give for *these* concepts, not what other concepts would. A concept with
-a single prompt is resampled over its pictures. The draws' seed is fixed: the same rows give the same table.
+skewed scores over 10 to 25 prompts are not normal. Concepts are kept fixed and prompts are drawn anew within each, so
+an interval says what other prompts and seeds would give for *these* concepts, not what other concepts would. A concept
+with a single prompt is resampled over its pictures. The draws' seed is fixed: the same rows give the same table.
 """
 
 from __future__ import annotations
