@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 
-from hiperlab.compare.labels import Contender, as_text, cut, few
+from hiperlab.compare.labels import Contender, as_text, few, shortened
 
 SECTIONS = ("sampler", "sample", "model", "precision")  # of a config
 OF_DATA = ("resolution", "center_crop", "prompts", "held_out", "references")  # other settings of data make subjects
@@ -51,20 +51,22 @@ def unlike(groups: Sequence[tuple[Contender, Sequence[Asked]]]) -> str:
     Args:
         groups: compared ones, each with its runs.
     """
-    values: dict[str, dict[str, set[str]]] = {}  # setting -> group -> its values
+    values: dict[tuple[str, str], dict[str, set[str]]] = {}  # setting, data set it is of -> group -> its values
     for contender, runs in groups:
-        for _, mine in runs:
+        for data, mine in runs:
             for key, text in mine.items():
-                values.setdefault(key, {}).setdefault(contender.name, set()).add(text)
+                place = (key, data if key.startswith("data.") else "")
+                values.setdefault(place, {}).setdefault(contender.name, set()).add(text)
     mixed = {key for _, runs in groups for key in _mixed(runs)}
+    several = len({data for _, runs in groups for data, _ in runs}) > 1
     said: dict[tuple[tuple[str, str], ...], list[str]] = {}  # settings with the same values in the same groups are one
-    for key, found in values.items():
+    for (key, data), found in values.items():
         texts = {name: " and ".join(sorted(map(_quoted, each))) for name, each in found.items()}
         if len(set(texts.values())) < 2 and key not in mixed:
             continue
         if all(_names(contender, key) for contender, _ in groups if contender.name in texts):
             continue
-        said.setdefault(tuple(texts.items()), []).append(key)
+        said.setdefault(tuple(texts.items()), []).append(f"{key} of {data}" if several and data else key)
     if not said:
         return ""
     parts = [f"{', '.join(keys)}: {_by_value(dict(texts))}" for texts, keys in said.items()]
@@ -77,16 +79,17 @@ def _by_value(texts: Mapping[str, str]) -> str:
     for name, text in texts.items():
         groups.setdefault(text, []).append(name)
     ordered = sorted(groups.items(), key=lambda pair: len(pair[1]))
-    parts = [f"{text} ({few(names)})" for text, names in ordered]
+    short = shortened([text for text, _ in ordered], 80)
+    parts = [f"{text} ({few(names)})" for text, (_, names) in zip(short, ordered, strict=True)]
     if len(ordered) > 1 and len(ordered[-1][1]) > 2:
-        parts[-1] = f"{ordered[-1][0]} (the {len(ordered[-1][1])} others)"
+        parts[-1] = f"{short[-1]} (the {len(ordered[-1][1])} others)"
     return ", ".join(parts)
 
 
 def _quoted(text: str) -> str:
     """A value in a sentence: texts of several words, or of none, in quotation marks."""
-    short = cut(" ".join(text.split()), 80)
-    return short if short and " " not in short else f'"{short}"'
+    line = " ".join(text.split())
+    return line if line and " " not in line else f'"{line}"'
 
 
 def _mixed(runs: Sequence[Asked]) -> set[str]:

@@ -53,6 +53,14 @@ def test_size_and_prompts_of_the_same_data_are_named(tmp_path) -> None:
     )
 
 
+def test_settings_of_several_data_sets_are_compared_within_each(tmp_path) -> None:
+    for method, own in (("ti", 128), ("neti", 64)):
+        for data, size in (("cats", 512), ("dogs", own)):
+            run(tmp_path / method / data, method, {"clip": 0.5}, data=data, config={"data": {"resolution": size}})
+    run(tmp_path / "lora", "lora", {"clip": 0.5}, data="cats", config={"data": {"resolution": 512}})
+    assert read(find([tmp_path])).unlike.removeprefix(SAYS) == "data.resolution of dogs: 64 (neti), 128 (ti)."
+
+
 def test_what_every_name_shows_is_not_said_again(tmp_path) -> None:
     for method in ("ti", "neti"):
         for steps in (25, 50):
@@ -115,3 +123,5 @@ def test_it_is_the_first_line_everywhere(tmp_path, capsys) -> None:
 def test_most_have_one_value(tmp_path) -> None:
     groups = [(Contender(m, (), ""), [("d", {"sample.negative": "ugly, low res" * (m == "e")})]) for m in "abcde"]
     assert unlike(groups) == f'{SAYS}sample.negative: "ugly, low res" (e), "" (the 4 others).'
+    long = [(Contender(m, (), ""), [("d", {"sample.negative": f"{'a ' * 60}{m} {'b ' * 60}"})]) for m in "xy"]
+    assert " x " in unlike(long) and " y " in unlike(long) and len(unlike(long)) < 300
