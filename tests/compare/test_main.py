@@ -107,6 +107,15 @@ def test_a_folder_that_cannot_be_written(sweep, capsys) -> None:
     assert "--out" in capsys.readouterr().err
 
 
+def test_a_closed_pipe_is_no_folder_that_cannot_be_written(sweep, monkeypatch, capsys) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    assert main([str(sweep), "--pictures", "none"]) == 0 and (sweep / "comparison.html").is_file()
+    assert capsys.readouterr().err == ""
+
+
 def test_an_output_that_is_a_file(sweep, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert main([str(sweep), "--out", str(tmp_path / "file")]) == 2

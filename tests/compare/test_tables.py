@@ -70,7 +70,7 @@ def test_marks_follow_means_as_they_are_and_agree_with_ranks(tmp_path) -> None:
     best = summarise(read(find([tmp_path / "lora", tmp_path / "hiper"])))
     assert best.marks(0) == {}
     for method in ("lora", "hiper"):  # more prompts, on which these two are better than all: nobody else has them
-        run(tmp_path / f"more_{method}", method, {"clip_text": 0.9}, concepts=["c0"], prompts=["{} more"])
+        run(tmp_path / f"more_{method}", method, {"clip_text": 9.0}, concepts=["c0"], prompts=["{} more"])
     uneven = summarise(read(find([tmp_path])))
     best = {name for c, mark in uneven.marks(0).items() if mark == "best" for name in [uneven.measured.names[c]]}
     assert best == {uneven.measured.names[c] for c, rank in uneven.ranks[0].items() if rank.rank == 1} == {"ti"}

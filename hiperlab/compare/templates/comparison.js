@@ -53,7 +53,7 @@
   const round = (value) => Number(value.toFixed(12));  // what differs in the last bits is equal, as in the ranks
   const mean = (cell, places) => {
     const found = JSON.parse(cell.dataset.parts).filter((value, place) => value !== null && places.has(place));
-    return found.length ? round(found.reduce((sum, value) => sum + value, 0) / found.length) : null;
+    return found.length ? round(found.reduce((sum, value) => sum + value, 0) / found.length) + 0 : null;
   };
   const average = () => {
     const names = chosen(), some = names.size > 0 && names.size < boxes.length;
