@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
+from hiperlab.cli.process import config_dir
 from hiperlab.compare import statistics
 from hiperlab.compare.runs import Measured
 from hiperlab.compare.statistics import Paired, Values
@@ -153,7 +155,10 @@ def _test(given: Any, where: str) -> Test:
         raise UserError(f"{where}: a test has about, better, worse, and may have relation and margin.")
     relation, margin = given.get("relation", GREATER), given.get("margin", 0.0)
     if given["about"] not in ABOUT:
-        raise UserError(f"{where}: about={given['about']} is unknown.{near(str(given['about']), ABOUT)}")
+        score = str(given["about"])
+        of = [about for about, lists in ABOUT.items() for scores in lists if score in scores]
+        hint = f" That is a score: write about: {of[0]}." if of else near(score, ABOUT)
+        raise UserError(f"{where}: about={score} is unknown.{hint}")
     if relation not in (GREATER, AT_LEAST, EQUAL):
         raise UserError(f"{where}: relation={relation} is unknown.{near(str(relation), (GREATER, AT_LEAST, EQUAL))}")
     number = isinstance(margin, int | float) and not isinstance(margin, bool)
@@ -171,6 +176,51 @@ def _side(given: Any, where: str) -> Side:
     if odd := [each for each in settings if "=" not in each]:
         raise UserError(f"{where}: {given!r}: expected a method and key=value settings, {odd[0]} is none.")
     return Side(method, tuple(sorted((key, value) for key, _, value in (each.partition("=") for each in settings))))
+
+
+def check_names(claims: Sequence[Claim], measured: Measured) -> None:
+    """Refuse what is neither known nor measured: a misspelt side would be "not measured" for ever.
+
+    Known are the members of conf/method with their settings; of a table of alternatives (`tuners`) the names in it
+    are what its choice (`tuner`) takes.
+
+    Raises:
+        UserError: a method, a setting of one or a choice among alternatives that there is not, with the nearest one.
+    """
+    shipped = {path.stem: path for path in (config_dir() / "method").glob("*.yaml")}
+    ran = {each.method for each in measured.contenders}
+    asked: dict[Side, str] = {}
+    for claim in claims:
+        for test in claim.tests:
+            asked.setdefault(test.better, claim.name)
+            asked.setdefault(test.worse, claim.name)
+    for side, name in asked.items():
+        where = f"claim {name}: {side.name}"
+        if side.method not in {*shipped, *ran}:
+            known = sorted({*shipped, *ran})
+            closest = get_close_matches(side.method, known, n=5, cutoff=0.0)
+            raise UserError(f"{where}: no method {side.method} is known or among the runs.{near(side.method, closest)}")
+        if side.method in shipped and side.settings:
+            _check_settings(side, yaml.safe_load(shipped[side.method].read_text(encoding="utf-8")), where)
+
+
+def _check_settings(side: Side, found: Any, where: str) -> None:
+    """Refuse settings that the method's file does not have; those of other groups are not looked at."""
+    for key, value in side.settings:
+        table, (first, *parts) = found, key.split(".")
+        if first != "method":
+            continue
+        for part in ["method", *parts[:-1]]:
+            table = table.get(part) if isinstance(table, dict) else None
+        if not isinstance(table, dict):  # below what the file leaves to a reference
+            continue
+        last = parts[-1] if parts else ""
+        if last not in table:
+            closest = get_close_matches(last, sorted(map(str, table)), n=5, cutoff=0.0)
+            raise UserError(f"{where}: {side.method} has no setting {key}.{near(last, closest)}")
+        choices = table.get(f"{last}s")
+        if isinstance(choices, dict) and value not in choices:
+            raise UserError(f"{where}: {key} cannot be {value}.{near(value, map(str, choices))}")
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -277,17 +327,29 @@ def lines(verdicts: Sequence[Verdict]) -> list[list[str]]:
                     f"{found.p:.3f}",
                     f"{found.num_units} {found.unit}",
                 ]
-            own = f" ({finding.verdict})" if len(verdict.findings) > 1 else ""
+            own = f" ({told(finding)})" if len(verdict.findings) > 1 else ""
+            whole = told(finding) if not own else verdict.verdict
             rows.append(
                 [
                     verdict.claim.says if number == 0 else "",
                     verdict.claim.source if number == 0 else "",
                     asked,
                     *numbers,
-                    (verdict.verdict if number == 0 else "") + own,
+                    (whole if number == 0 else "") + own,
                 ]
             )
     return rows
+
+
+def told(finding: Finding) -> str:
+    """A verdict with what may be lost where the claim allows it: "holds, margin 0.05"."""
+    return finding.verdict + (f", margin {finding.test.margin:g}" if finding.test.margin else "")
+
+
+def margins(verdict: Verdict) -> str:
+    """The margins of a claim's tests for a sentence, "" where it has none."""
+    found = sorted({finding.test.margin for finding in verdict.findings if finding.test.margin})
+    return f" (margin {', '.join(f'{margin:g}' for margin in found)})" if found else ""
 
 
 def plain(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -318,4 +380,6 @@ def plain(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
 
 def _sign(test: Test) -> str:
-    return {GREATER: ">", AT_LEAST: f"≥ (−{test.margin:g})", EQUAL: f"= (±{test.margin:g})"}[test.relation]
+    return {GREATER: ">", AT_LEAST: f"≥ (margin −{test.margin:g})", EQUAL: f"= (margin ±{test.margin:g})"}[
+        test.relation
+    ]

@@ -74,14 +74,31 @@ def told_apart(asked: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> l
     differing = [key for key in keys if len({each.get(key) for each in asked}) > 1]
     if not differing:
         return [()] * len(asked)
-    full = []
+    choosing = {key: choice for key in differing if (choice := _chosen_by(key))}
+    full, idle = [], []
     for each, folder in zip(asked, folders, strict=True):
-        missing = [key for key in differing if key not in each]
-        config = _config(folder) if missing else {}
-        composed = {key: text for key in missing if (text := _composed(config, key)) is not None}
+        missing = [key for key in (*differing, *(key for key, _ in choosing.values())) if key not in each]
+        found = config(folder) if missing else {}
+        composed = {key: text for key in missing if (text := _composed(found, key)) is not None}
         full.append({**composed, **each})
-    differing = [key for key in differing if len({each.get(key) for each in full}) > 1]
-    return [tuple((key, each[key]) for key in differing if key in each) for each in full]
+        idle.append({key for key, (by, name) in choosing.items() if full[-1].get(by, name) != name})
+    runs = list(zip(full, idle, strict=True))
+    # Of a setting that counts for some runs only, these alone must differ.
+    differing = [key for key in differing if len({each.get(key) for each, off in runs if key not in off}) > 1]
+    return [tuple((key, each[key]) for key in differing if key in each and key not in off) for each, off in runs]
+
+
+def _chosen_by(key: str) -> tuple[str, str] | None:
+    """Of a setting of one of several alternatives, the key that chooses among them, and this one's name.
+
+    Configs name a table of alternatives in the plural and the choice in the singular beside it:
+    `method.tuners.oft.lr` counts where `method.tuner` is oft.
+    """
+    parts = key.split(".")
+    for place, part in enumerate(parts[1:-1], 1):
+        if part.endswith("s"):
+            return ".".join([*parts[:place], part[:-1]]), parts[place + 1]
+    return None
 
 
 def in_order(settings: tuple[tuple[str, str], ...]) -> tuple[tuple[str, bool, float, str], ...]:
@@ -120,18 +137,80 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def _config(folder: Path) -> Any:
+def config(folder: Path) -> dict[str, Any]:
     """The composed config; {} where there is none, or none that can be read: names are then a little longer."""
     try:
-        return yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
+        found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _composed(config: Any, key: str) -> str | None:
+def _composed(found: Any, key: str) -> str | None:
     """A setting's value in the composed config; None where it has none (a group's member is not kept there)."""
     for part in key.split("."):
-        if not isinstance(config, dict) or part not in config:
+        if not isinstance(found, dict) or part not in found:
             return None
-        config = config[part]
-    return None if isinstance(config, dict) else as_text(config)
+        found = found[part]
+    return None if isinstance(found, dict) else as_text(found)
+
+
+# ---- short names ----------------------------------------------------------------------------------------------------
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """Some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def cut(text: str, most: int) -> str:
+    """A name of at most that many letters: its end tells contenders apart, its beginning is their method."""
+    return text if len(text) <= most else f"{text[: most // 3]}…{text[-(most - most // 3 - 1) :]}"
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names cut to at most `most` letters (8 or more), different ones to different texts.
+
+    Those that would look alike keep the words that tell them apart, then their settings without the tables they are
+    of; what still looks alike is numbered.
+    """
+    found = {name: cut(name, most) for name in names}
+    for shorter in (_own_words, _last_parts):
+        for alike in _alike(found):
+            found.update({name: cut(text, most) for name, text in shorter(alike).items()})
+    for alike in _alike(found):
+        for number, name in enumerate(alike, 1):
+            end = f" #{number}"
+            found[name] = f"{found[name][: most - len(end)]}{end}"
+    return [found[name] for name in names]
+
+
+def _alike(short: Mapping[str, str]) -> list[list[str]]:
+    """Groups of different names with the same short one."""
+    groups: dict[str, list[str]] = {}
+    for name, text in short.items():
+        groups.setdefault(text, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _own_words(names: Sequence[str]) -> dict[str, str]:
+    """Each name's first word, and those that not all have."""
+    shared = set.intersection(*(set(name.split()) for name in names))
+    return {
+        name: " ".join([name.split()[0], "…", *(word for word in name.split()[1:] if word not in shared)])
+        for name in names
+        if name.split()
+    }
+
+
+def _last_parts(names: Sequence[str]) -> dict[str, str]:
+    """The words of `_own_words`, settings by the last part of their keys."""
+    return {
+        name: " ".join(
+            f"{key.rpartition('.')[2]}={value}" if equals else word
+            for word in text.split()
+            for key, equals, value in [word.partition("=")]
+        )
+        for name, text in _own_words(names).items()
+    }

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ def _main(argv: list[str]) -> int:
         )
     out = Path(args.out) if args.out else _beside(paths, folders)
     try:
-        print(compare(folders, out, args.metrics, args.baseline, args.x, args.y, args.pictures, claims), flush=True)
+        said = compare(folders, out, args.metrics, args.baseline, args.x, args.y, args.pictures, claims)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}): choose another folder by --out.") from error
+    with suppress(BrokenPipeError):  # `| head`: the files are written
+        print(said, flush=True)
     return 0
 
 
@@ -83,7 +86,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("paths", nargs="*", metavar="FOLDER", help="run folders, sweeps, or folders of these")
     add("--out", metavar="DIR", help="where to write [a single sweep's folder, else ./comparison-…]")
     add("--metrics", type=names, default=[], metavar="A,B", help="scores to show, joined by commas [all]")
-    add("--baseline", metavar="METHOD", help="test all methods against this one [all pairs]")
+    add("--baseline", metavar="METHOD", help="test all methods against this one [all pairs; in .tex the best]")
     add("--x", metavar="METRIC", help="score of the trade-off's horizontal axis [one of the text]")
     add("--y", metavar="METRIC", help="score of its vertical axis [one of the subject]")
     add(

@@ -5,7 +5,7 @@ Nothing on it comes from outside: figures and pictures are part of the file, its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from hiperlab.compare import tables
 from hiperlab.compare.claims import FAILS, HOLDS
 from hiperlab.compare.plots import Plot
 from hiperlab.compare.runs import COSTS, NO_SEED, Measured
-from hiperlab.compare.statistics import Estimate
+from hiperlab.compare.statistics import DIGITS, Estimate
 from hiperlab.compare.summary import Summary
 from hiperlab.compare.wall import Wall, embedded
 from hiperlab.report import page
@@ -33,6 +33,7 @@ class Cell(NamedTuple):
         below: in small letters.
         kind: style class.
         bar: where interval and mean lie between the column's least and most, three percentages; empty for none.
+        parts: the value of each subject (None without one), of which the page shows the mean where some are chosen.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Cell(NamedTuple):
     below: str = ""
     kind: str = ""
     bar: tuple[float, ...] = ()
+    parts: Sequence[float | None] = ()
 
 
 class Line(NamedTuple):
@@ -95,7 +97,7 @@ def write(summary: Summary, plots: Sequence[Plot], folder: Path, pictures: str) 
         claims=_claims(summary),
         runs=_runs(measured),
         left_out=measured.left_out,
-        plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name) for plot in plots],
+        plots=[(plot.caption, embedded(plot.svg, "image/svg+xml"), plot.name, plot.title) for plot in plots],
         blocks=blocks,
         methods=[(c, measured.names[c]) for c in summary.contenders],
         subjects=[measured.subject_name(s) for s in range(len(measured.subjects))],
@@ -123,8 +125,10 @@ def _title(summary: Summary) -> str:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _means(summary: Summary, contender: int, subject: int | None) -> list[Cell]:
-    """A contender's cells, one per metric."""
+def _means(
+    summary: Summary, contender: int, subject: int | None, ends: Mapping[int, tuple[float, float]]
+) -> list[Cell]:
+    """A contender's cells, one per metric; with bars on the scale of `ends`, of a metric's intervals."""
     cells = []
     for metric in summary.metrics:
         found = summary.estimate(contender, metric, subject)
@@ -133,35 +137,53 @@ def _means(summary: Summary, contender: int, subject: int | None) -> list[Cell]:
             continue
         mark = summary.marks(metric, subject).get(contender, "")
         below = tables.bounds(summary, metric, found.low, found.high)
-        bar = _bar(summary, metric, found) if subject is None else ()
-        cells.append(Cell(summary.number(metric, found.mean), found.mean, below, mark, bar))
+        bar = _bar(found, *ends[metric]) if metric in ends else ()
+        parts = _parts(summary, contender, metric) if subject is None else ()
+        cells.append(Cell(summary.number(metric, found.mean), found.mean, below, mark, bar, parts))
     return cells
 
 
-def _bar(summary: Summary, metric: int, found: Estimate) -> tuple[float, ...]:
-    """Begin, mean and end of an interval on the scale of all contenders' intervals, in percent."""
-    others = [each for c in summary.contenders if (each := summary.estimate(c, metric))]
-    ends = [end for each in others for end in (each.low, each.high, each.mean) if end is not None]
-    least, width = min(ends), max(ends) - min(ends)
-    if not width or found.low is None or found.high is None:
+def _parts(summary: Summary, contender: int, metric: int) -> list[float | None]:
+    """Each subject's mean, to the digits that decide which is the best."""
+    found = [summary.estimate(contender, metric, subject) for subject in range(len(summary.measured.subjects))]
+    return [None if each is None else round(each.mean, DIGITS) for each in found]
+
+
+def _ends(summary: Summary) -> dict[int, tuple[float, float]]:
+    """Per metric the least and the greatest end of all contenders' intervals."""
+    found = {}
+    for metric in summary.metrics:
+        others = [each for c in summary.contenders if (each := summary.estimate(c, metric))]
+        ends = [end for each in others for end in (each.low, each.high, each.mean) if end is not None]
+        if ends:
+            found[metric] = (min(ends), max(ends))
+    return found
+
+
+def _bar(found: Estimate, least: float, most: float) -> tuple[float, ...]:
+    """Begin, mean and end of an interval on a scale, in percent."""
+    if most == least or found.low is None or found.high is None:
         return ()
-    return tuple(round(100 * (end - least) / width, 1) for end in (found.low, found.mean, found.high))
+    return tuple(round(100 * (end - least) / (most - least), 1) for end in (found.low, found.mean, found.high))
 
 
 def _scores(summary: Summary) -> Sheet:
     """The main table; real pictures against each other are its last line."""
-    measured, lines = summary.measured, []
+    measured, lines, ends = summary.measured, [], _ends(summary)
+    subjects = range(len(measured.subjects))
     for c in summary.contenders:
         name = measured.names[c]
         count = max((each.num_values for m in summary.metrics if (each := summary.estimate(c, m))), default=0)
         missed = max(summary.missed[c, m] for m in summary.metrics)
         pictures = Cell(str(count), count, f"up to {missed} without a score" if missed else "")
-        lines.append(Line([Cell(name, name), *_means(summary, c, None), pictures], name))
-    ceilings = {m: [value for (metric, _), value in measured.ceilings.items() if metric == m] for m in summary.metrics}
-    if any(ceilings.values()):
-        cells = [
-            Cell(summary.number(m, sum(found) / len(found)) if found else "–", None) for m, found in ceilings.items()
-        ]
+        lines.append(Line([Cell(name, name), *_means(summary, c, None, ends), pictures], name))
+    ceilings = {m: [measured.ceilings.get((m, s)) for s in subjects] for m in summary.metrics}
+    if any(each is not None for found in ceilings.values() for each in found):
+        cells = []
+        for m, parts in ceilings.items():
+            found = [value for value in parts if value is not None]
+            shown = summary.number(m, sum(found) / len(found)) if found else "–"
+            cells.append(Cell(shown, None, parts=parts if found else ()))
         lines.append(Line([Cell("real pictures", None), *cells, Cell("", None)], "", kind="ceiling"))
     return Sheet("scores", ["method", *(tables.head(summary, m) for m in summary.metrics), "pictures"], lines)
 
@@ -174,7 +196,7 @@ def _by_subject(summary: Summary) -> Sheet:
         for c in summary.contenders:
             if any(summary.estimate(c, m, subject) for m in summary.metrics):
                 label = measured.names[c]
-                cells = [Cell(name, name), Cell(label, label), *_means(summary, c, subject)]
+                cells = [Cell(name, name), Cell(label, label), *_means(summary, c, subject, {})]
                 lines.append(Line(cells, f"{label} {name}", name))
     return Sheet("subjects", ["subject", "method", *(tables.head(summary, m) for m in summary.metrics)], lines)
 
@@ -212,10 +234,19 @@ def _claims(summary: Summary) -> Sheet:
     """A line per test of each published ordering that was measured."""
     head, *texts = tables.claims(summary)
     rows = [
-        Line([Cell(shown, shown) for shown in text], " ".join(text), kind=text[-1] if text[-1] in MARKED else "")
+        Line(
+            [Cell(shown, shown) for shown in text],
+            " ".join(text),
+            kind=kind if (kind := _verdict(text[-1])) in MARKED else "",
+        )
         for text in texts
     ]
     return Sheet("claims", head, rows)
+
+
+def _verdict(text: str) -> str:
+    """A claim's verdict without its margin, and without those of its single tests."""
+    return text.partition(",")[0].partition(" (")[0]
 
 
 def _costs(summary: Summary) -> Sheet:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
 
 from hiperlab import files
-from hiperlab.compare.labels import STEPS, Contender
+from hiperlab.compare.labels import STEPS, Contender, shortened
 from hiperlab.compare.runs import COSTS
 from hiperlab.compare.statistics import Values, differences
 from hiperlab.compare.summary import Summary
-from hiperlab.compare.tables import head
+from hiperlab.compare.tables import head, intervals, over
 
 KINDS = ("png", "svg", "pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
@@ -47,24 +50,35 @@ class Plot(NamedTuple):
         name: of its files, without ending.
         caption: what it shows.
         svg: its content, for a page that stands alone.
+        title: the full texts of what is cut in it, a line each; "" where nothing is.
     """
 
     name: str
     caption: str
     svg: bytes
+    title: str = ""
+
+
+class _Drawing(NamedTuple):
+    """A figure before it is written: see `Plot`."""
+
+    name: str
+    figure: Figure
+    caption: str
+    title: str = ""
 
 
 def draw(summary: Summary, folder: Path) -> list[Plot]:
     """Write every figure that there are numbers for into `folder`, and return them in the order to be shown."""
     found = []
     with matplotlib.rc_context(_STYLE):
-        for name, figure, caption in _figures(summary):
+        for name, figure, caption, title in _figures(summary):
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once, not again for every kind of file
             content = {kind: _saved(figure, kind) for kind in KINDS}
             for kind, data in content.items():
                 files.atomic_write(folder / f"{name}.{kind}", data)
-            found.append(Plot(name, caption, content["svg"]))
+            found.append(Plot(name, caption, content["svg"], title))
     return found
 
 
@@ -81,7 +95,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _figures(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+def _figures(summary: Summary) -> Iterator[_Drawing]:
     for part in (_trade_off, _cost, _scores):
         if found := part(summary):
             yield found
@@ -101,11 +115,6 @@ def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _short(text: str, most: int = 42) -> str:
-    """A name that fits beside a figure: its end tells contenders apart, its beginning is their method."""
-    return text if len(text) <= most else f"{text[: most // 3]}…{text[-(most - most // 3 - 1) :]}"
-
-
 def _towards_better(summary: Summary, metric: int, axes: Axes, axis: str) -> None:
     """Turn an axis whose lower values are better, so that better is always to the right, or up."""
     if summary.measured.metrics[metric].lower_is_better:
@@ -115,12 +124,14 @@ def _towards_better(summary: Summary, metric: int, axes: Axes, axis: str) -> Non
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        shown = [_short(label) for label in labels[:MOST_LEGEND]]
+        shown = shortened(labels[:MOST_LEGEND], 42)
         more = f"the first {MOST_LEGEND} of {len(labels)}" if len(labels) > MOST_LEGEND else None
-        figure.legend(handles[:MOST_LEGEND], shown, loc="outside right upper", frameon=False, title=more)
+        # Of an error bar its marker alone: whiskers would hide what tells it from others of its colour.
+        marks = [each[0] if isinstance(each, ErrorbarContainer) else each for each in handles[:MOST_LEGEND]]
+        figure.legend(marks, shown, loc="outside right upper", frameon=False, title=more)
 
 
-def _trade_off(summary: Summary) -> tuple[str, Figure, str] | None:
+def _trade_off(summary: Summary) -> _Drawing | None:
     """Following the text against being the subject, with intervals and the Pareto front."""
     x, y = summary.x, summary.y
     there = [] if x is None or y is None else [
@@ -146,10 +157,11 @@ def _trade_off(summary: Summary) -> tuple[str, Figure, str] | None:
     _towards_better(summary, y, axes, "y")
     _legend(figure, axes)
     names = [each.name for each in summary.measured.metrics]
-    return "trade_off", figure, (
-        f"{names[x]} against {names[y]}: better is to the right and up. Bars are 95 % bootstrap intervals; the dashed "
-        "line joins the Pareto front, the methods that no other beats in both."
-    )  # fmt: skip
+    bars = f"Bars are 95 % bootstrap intervals over {over(summary.units)}; the" if summary.intervals else "The"
+    return _Drawing("trade_off", figure, (
+        f"{names[x]} against {names[y]}: better is to the right and up. {bars} dashed line joins the Pareto front, the "
+        "methods that no other beats in both."
+    ))  # fmt: skip
 
 
 def _whisker(found: Any) -> list[list[float]] | None:
@@ -157,7 +169,7 @@ def _whisker(found: Any) -> list[list[float]] | None:
     return None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
 
 
-def _scores(summary: Summary) -> tuple[str, Figure, str] | None:
+def _scores(summary: Summary) -> _Drawing | None:
     """Every metric in a panel: means and intervals, a line per contender."""
     metrics, lines = summary.metrics, summary.contenders[:MOST_LINES]
     if len(lines) < 2:
@@ -175,15 +187,16 @@ def _scores(summary: Summary) -> tuple[str, Figure, str] | None:
                     found.mean, number, xerr=_whisker(found), **_look(number), markersize=4.5, linewidth=1.2, capsize=2
                 )
         axes.set_title(head(summary, metric))
-        axes.set_yticks(range(len(lines)), [_short(summary.measured.names[c], 34) for c in lines])
+        axes.set_yticks(range(len(lines)), shortened([summary.measured.names[c] for c in lines], 34))
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.tick_params(labelsize=7.5)
         axes.locator_params(axis="x", nbins=4)
     more = f" The first {len(lines)} of {len(summary.contenders)} are shown." * (len(lines) < len(summary.contenders))
-    return "scores", figure, f"Means with 95 % bootstrap intervals; ↑ more is better, ↓ less is better.{more}"
+    caption = f"Means {intervals(summary)}; ↑ more is better, ↓ less is better.{more}"
+    return _Drawing("scores", figure, caption)
 
 
-def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
+def _cost(summary: Summary) -> _Drawing | None:
     """What a score costs, a panel per kind of cost."""
     metric = summary.y if summary.y is not None else summary.x if summary.x is not None else summary.metrics[0]
     there = [c for c in summary.contenders if summary.estimate(c, metric)]
@@ -225,10 +238,10 @@ def _cost(summary: Summary) -> tuple[str, Figure, str] | None:
     _legend(figure, first)
     same = [COSTS[key] for key in COSTS if len({summary.costs[c][key] for c in there} - {None}) == 1]
     caption = f"{summary.measured.metrics[metric].name} against what it costs: better is up and to the left."
-    return "cost", figure, caption + (f" The same for all: {'; '.join(same)}." if same else "")
+    return _Drawing("cost", figure, caption + (f" The same for all: {'; '.join(same)}." if same else ""))
 
 
-def _settings(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+def _settings(summary: Summary) -> Iterator[_Drawing]:
     """Scores over each setting that is a number, a line per method that only this setting tells apart."""
     measured = summary.measured
     metrics = [metric for metric in dict.fromkeys((summary.x, summary.y)) if metric is not None] or summary.metrics[:1]
@@ -240,8 +253,9 @@ def _settings(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
         kept = {name: dict(sorted(points.items())) for name, points in lines.items() if len(points) > 1}
         if kept:
             named = "training steps" if key == STEPS else key
-            says = f"Scores over {named}, with 95 % bootstrap intervals."
-            yield ("steps" if key == STEPS else f"over_{_file(key)}"), _curves(summary, metrics, kept, named), says
+            says = f"Scores over {named}, {intervals(summary)}."
+            name = "steps" if key == STEPS else f"over_{_file(key)}"
+            yield _Drawing(name, _curves(summary, metrics, kept, named), says)
 
 
 def _numbers(contender: Contender) -> Iterator[tuple[str, float, str]]:
@@ -290,32 +304,29 @@ def _curves(summary: Summary, metrics: Sequence[int], lines: Mapping[str, Mappin
 # ---- subject × prompt -----------------------------------------------------------------------------------------------
 
 
-def _heat_maps(summary: Summary) -> Iterator[tuple[str, Figure, str]]:
+def _heat_maps(summary: Summary) -> Iterator[_Drawing]:
     """Subject × prompt of the trade-off's two scores: each method, and its difference to the baseline where one is."""
     measured = summary.measured
     metrics = [metric for metric in dict.fromkeys((summary.y, summary.x)) if metric is not None] or summary.metrics[:1]
+    subjects = [measured.subject_name(s) for s in range(len(measured.subjects))]
     for metric in metrics:
         there = [c for c in summary.contenders if summary.estimate(c, metric)]
         more = f" The first {MOST_PANELS} of {len(there)} are shown." if len(there) > MOST_PANELS else ""
         there = there[:MOST_PANELS]
         name = measured.metrics[metric].name
         panels = [(measured.names[c], measured.values(c, metric).found()) for c in there]
-        if figure := _heat_map(measured.prompts, [s.concept for s in measured.subjects], panels, head(summary, metric)):
-            yield (
-                f"map_{_file(name)}",
-                figure,
-                f"{name} by subject and prompt (mean over seeds), a panel per method.{more}",
-            )
+        if found := _heat_map(measured.prompts, subjects, panels, head(summary, metric)):
+            caption = f"{name} by subject and prompt (mean over seeds) of each method.{more}"
+            yield _Drawing(f"map_{_file(name)}", found[0], caption, found[1])
         against = summary.baseline if summary.baseline is not None else there[0] if len(there) == 2 else None
         if against is None or (against, metric) not in summary.means:
             continue
         base = measured.values(against, metric)
-        gains = [(f"{measured.names[c]} −", _gain(measured.values(c, metric), base)) for c in there if c != against]
-        label = f"difference to {_short(measured.names[against], 24)}, {name}"
-        concepts = [s.concept for s in measured.subjects]
-        if figure := _heat_map(measured.prompts, concepts, gains, label, difference=True):
+        gains = [(measured.names[c], _gain(measured.values(c, metric), base)) for c in there if c != against]
+        label = f"{name}, difference to {measured.names[against]}"
+        if found := _heat_map(measured.prompts, subjects, gains, label, difference=True):
             caption = f"{name} minus that of {measured.names[against]}, by subject and prompt, on the same seeds.{more}"
-            yield f"difference_{_file(name)}", figure, caption
+            yield _Drawing(f"difference_{_file(name)}", found[0], caption, found[1])
 
 
 def _gain(a: Values, b: Values) -> Values:
@@ -336,50 +347,83 @@ def _heat_map(
     panels: Sequence[tuple[str, Values]],
     label: str,
     difference: bool = False,
-) -> Figure | None:
-    """Panels of one colour scale; None where no two cells are there to compare, or too many to be seen."""
+) -> tuple[Figure, str] | None:
+    """Panels of one colour scale, and the full texts of what is cut; None where nothing, or too much, can be compared.
+
+    Where subjects have prompts of their own, as edits do, each of them is a row, and methods are the columns.
+    """
     kept = [(name, v) for name, values in panels for v in [_with_prompt(values, prompts)] if len(v.value)]
     cells = sorted({cell for _, v in kept for cell in zip(v.subject.tolist(), v.prompt.tolist(), strict=True)})
     if len(cells) < 2:
         return None
-    rows = list(dict.fromkeys(subject for subject, _ in cells))
-    columns = sorted({prompt for _, prompt in cells})
-    own = len(cells) < 0.6 * len(rows) * len(columns)  # each subject has prompts of its own: they are numbered
-    place = {}
-    for subject in rows:
-        mine = [prompt for s, prompt in cells if s == subject]
-        place.update({(subject, p): mine.index(p) if own else columns.index(p) for p in mine})
-    height = max(place.values()) + 1
-    if len(rows) > MOST_CELLS or height > MOST_CELLS:
+    across = list(dict.fromkeys(subject for subject, _ in cells))
+    down = sorted({prompt for _, prompt in cells})
+    own = len(across) > 1 and len(cells) < 0.6 * len(across) * len(down)
+    if max(len(cells) if own else len(down), 0 if own else len(across)) > MOST_CELLS:
         return None
-    tables = []
-    for _, v in kept:
-        table = np.full((height, len(rows)), np.nan)
-        for subject, prompt in set(zip(v.subject.tolist(), v.prompt.tolist(), strict=True)):
-            mean = v.value[(v.subject == subject) & (v.prompt == prompt)].mean()
-            table[place[subject, prompt], rows.index(subject)] = mean
-        tables.append(table)
-    across = min(4 if len(rows) < 6 else 3, len(tables))
+    means = [_cell_means(v) for _, v in kept]
+    names = [name for name, _ in kept]
+    if own:
+        rows = [f"{subjects[s]}: {_prompt(prompts[p])}" for s, p in cells]
+        columns, titles = names, [""]
+        tables = [np.array([[found.get(cell, np.nan) for found in means] for cell in cells])]
+    else:
+        rows, columns, titles = [_prompt(prompts[p]) for p in down], [subjects[s] for s in across], names
+        tables = [np.array([[found.get((s, p), np.nan) for s in across] for p in down]) for found in means]
+    shown_rows, shown_columns = shortened(rows, 80 if own else 56), shortened(columns, 24)
+    figure = _panels(tables, titles, shown_rows, shown_columns, label, difference)
+    cut = [text for text, short in zip([*rows, *columns], [*shown_rows, *shown_columns], strict=True) if text != short]
+    return figure, "\n".join(cut)
+
+
+def _panels(
+    tables: Sequence[NDArray[np.float64]],
+    titles: Sequence[str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    difference: bool,
+) -> Figure:
+    """A heat map per table, with a common scale; titles are wrapped, so that none is cut."""
+    size = (max(1.7, 0.22 * len(columns)), max(0.8, 0.2 * len(rows)))
+    across = min(4 if len(columns) < 6 else 3, len(tables))
     down = math.ceil(len(tables) / across)
-    size = (max(1.7, 0.22 * len(rows)), max(0.8, 0.2 * height))
-    figure = _figure(size[0] * across + (1.6 if own else 3.2), (size[1] + 0.3) * down + 0.9)
+    wrapped = ["\n".join(textwrap.wrap(title, int(size[0] / 0.075))) for title in titles]
+    lines = 1 + max(title.count("\n") for title in wrapped)
+    beside = 0.4 + 0.062 * max(map(len, rows))  # inches that the rows' names take
+    figure = _figure(size[0] * across + beside + 1.0, (size[1] + 0.16 + 0.14 * lines) * down + 0.9)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    low, high = np.nanmin(tables), np.nanmax(tables)
+    low, high = (
+        float(np.nanmin([np.nanmin(table) for table in tables])),
+        float(np.nanmax([np.nanmax(t) for t in tables])),
+    )
     if difference:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     for axes in grid.flat[len(tables) :]:
         axes.set_visible(False)
-    for number, (axes, table, (name, _)) in enumerate(zip(grid.flat, tables, kept)):
+    for number, (axes, table, title) in enumerate(zip(grid.flat, tables, wrapped)):
         image = axes.imshow(table, vmin=low, vmax=high, cmap="PuOr" if difference else "cividis", aspect="auto")
-        axes.set_title(_short(name, int(size[0] / 0.075)), fontsize=8)
+        axes.set_title(title, fontsize=8)
         axes.grid(False)
         axes.set_facecolor("#cfd5db")  # nothing there: neither of the scales has this grey
-        names = [f"prompt {i + 1}" for i in range(height)] if own else [_short(_prompt(prompts[p])) for p in columns]
-        axes.set_yticks(range(height), names, fontsize=7)
-        axes.set_xticks(range(len(rows)), [_short(subjects[s], 20) for s in rows], rotation=40, ha="right", fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
         axes.tick_params(length=0, labelbottom=number + across >= len(tables))
-    figure.colorbar(image, ax=grid.ravel().tolist(), label=label, shrink=0.9, pad=0.02)
+    # The scale is as high as the figure; its name may take two lines.
+    high_as = int(figure.get_figheight() * 0.8 / 0.075)
+    bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.9, pad=0.02)
+    bar.set_label("\n".join(textwrap.wrap(label, max(12, high_as))), fontsize=8)
     return figure
+
+
+def _cell_means(values: Values) -> dict[tuple[int, int], float]:
+    """(subject, prompt) -> mean over seeds."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for subject, prompt, value in zip(
+        values.subject.tolist(), values.prompt.tolist(), values.value.tolist(), strict=True
+    ):
+        found.setdefault((subject, prompt), []).append(value)
+    return {cell: sum(each) / len(each) for cell, each in found.items()}
 
 
 def _with_prompt(values: Values, prompts: Sequence[str]) -> Values:

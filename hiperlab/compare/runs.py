@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiperlab import files
-from hiperlab.compare.labels import PLACES, Contender, in_order, overrides, told_apart
+from hiperlab.compare.conditions import conditions, unlike
+from hiperlab.compare.labels import PLACES, Contender, config, few, in_order, overrides, told_apart
 from hiperlab.compare.statistics import Values
 from hiperlab.errors import UserError, near
 from hiperlab.metric.rows import CEILING, NEEDED, read_scores
 from hiperlab.metric.table import counts, refuse_mixtures
 
 RESULTS = "results.json"
-MARKS = (RESULTS, "overrides.yaml")  # a folder with one of them is a run folder, even one that was killed early
+# A folder with one of them is a run folder, even one that was killed early, or a job that never came to start.
+MARKS = (RESULTS, "overrides.yaml", "run.log", "job.log")
+SWEEP = "sweep.json"  # what a sweep keeps of its jobs
 NO_SEED = -1  # of a score of several pictures
 STAMP = ("metric", "protocol", "protocol_hash", "weights")
 COSTS = {  # columns of a run's cost
@@ -66,11 +70,15 @@ class Run:
         folder: where it lies.
         results: its results.json.
         asked: its overrides, key -> value.
+        conditions: what it was measured with beside its method, see `conditions`.
+        composed: whether it kept its config, so that all of these are known.
     """
 
     folder: Path
     results: Mapping[str, Any]
     asked: Mapping[str, str]
+    conditions: Mapping[str, str]
+    composed: bool
 
     @property
     def method(self) -> str:
@@ -158,6 +166,7 @@ class Measured:
         trained: whether the judges are.
         left_out: a line for each folder that does not count.
         notes: what a reader must know of the runs.
+        unlike: a sentence on settings in which the contenders were not measured alike; "" for none.
     """
 
     runs: list[Run]
@@ -172,6 +181,7 @@ class Measured:
     trained: bool
     left_out: list[str]
     notes: list[str]
+    unlike: str
 
     @cached_property
     def names(self) -> list[str]:
@@ -217,14 +227,17 @@ class Measured:
 def find(paths: Sequence[Path]) -> list[Path]:
     """Run folders: the given ones, or all below them (of a sweep, of a folder of sweeps), each once, by name.
 
+    Of a sweep also those that its record lists though they were never made, or are gone: `read` says why.
+
     Raises:
         UserError: a path is no folder.
     """
     found: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
-            names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{path} is no folder of runs.{near(path.name, names)}")
+            folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+            closest = get_close_matches(path.name, folders, n=5, cutoff=0.0)
+            raise UserError(f"{path} is no folder of runs.{near(path.name, closest)}")
         for folder in _below(path):
             found.setdefault(folder.resolve())
     return list(found)
@@ -236,7 +249,21 @@ def _below(path: Path) -> Iterator[Path]:
         if any(mark in names for mark in MARKS):
             inside.clear()
             yield Path(folder)
+        elif SWEEP in names:
+            inside[:] = sorted({*inside, *_jobs(Path(folder))})
+            yield from (Path(folder) / name for name in inside if not (Path(folder) / name).is_dir())
         inside[:] = sorted(name for name in inside if not name.startswith("."))
+
+
+def _jobs(sweep: Path) -> dict[str, str]:
+    """A sweep's jobs by the names of their folders, and what its record says became of each; {} without a record."""
+    try:
+        jobs = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))["jobs"]
+        told = {str(job["job"]): (str(job["status"]), " ".join(str(job.get("error") or "").split())) for job in jobs}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # none, or another program's: the folders that are there speak for themselves
+    plain = {name: texts for name, texts in told.items() if name == Path(name).name and not name.startswith(".")}
+    return {name: ": ".join(filter(None, [status, error[:200]])) for name, (status, error) in plain.items()}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -283,14 +310,17 @@ def _run(folder: Path) -> Run:
     try:
         found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"has no {RESULTS} (it was stopped early)") from None
+        what = f"has no {RESULTS}" if folder.is_dir() else "there is no such folder"
+        told = _jobs(folder.parent).get(folder.name)
+        raise UserError(f"{what} ({f'its sweep says {told}' if told else 'it was stopped early'})") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{RESULTS} is damaged ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(found, dict):
         raise UserError(f"{RESULTS} is damaged (no table of values)")
     if found.get("status") != "finished":
         raise UserError(f"is not finished (status: {found.get('status', 'none')})")
-    return Run(folder, found, overrides(folder))
+    asked, composed = overrides(folder), config(folder)
+    return Run(folder, found, asked, conditions(composed, asked, folder), bool(composed))
 
 
 class _Names(dict[Any, int]):
@@ -392,10 +422,16 @@ class _Reader:
         for note in self.notes:
             name, colon, rest = note.partition(": ")
             whose.setdefault(rest if colon and name in concepts else note, []).extend([name] * (name in concepts))
-        found = [f"{_few(names)}: {text}" if names else text for text, names in whose.items()]
+        found = [f"{few(names)}: {text}" if names else text for text, names in whose.items()]
         for folders in self.seen.values():
             if len(folders) > 1:
-                found.append(f"{_few(list(map(str, folders)))} differ in nothing that is compared: they are averaged.")
+                found.append(f"{few(list(map(str, folders)))} differ in nothing that is compared: they are averaged.")
+        bare = [str(run.folder) for run in self.runs if not run.composed]
+        if bare:
+            found.append(
+                f"{few(bare)} {'keeps' if len(bare) == 1 else 'keep'} no config.yaml: of what their pictures were "
+                "drawn with only their overrides are known."
+            )
         return found
 
     def measured(self, left_out: list[str]) -> Measured:
@@ -425,7 +461,14 @@ class _Reader:
             trained=self.trained,
             left_out=left_out,
             notes=self._all_notes(),
+            unlike=unlike(self._groups(columns)),
         )
+
+    def _groups(self, columns: Columns) -> list[tuple[Contender, list[tuple[str, Mapping[str, str]]]]]:
+        """The contenders with what their runs were measured with."""
+        pairs = np.unique(np.stack([columns.contender, columns.run]), axis=1).T.tolist()
+        runs = [(run.data, run.conditions) for run in self.runs]
+        return [(each, [runs[run] for c, run in pairs if c == place]) for each, place in self.contenders.items()]
 
     def _examples(self) -> str:
         """A folder of each protocol, or of each judge's weights."""
@@ -452,12 +495,6 @@ def _checked(row: Mapping[str, Any]) -> tuple[float, int]:
     if not isinstance(row["concept"], str) or not isinstance(row["metric"], str):
         raise ValueError("concept and metric are no names")
     return math.nan if value is None or not math.isfinite(value) else float(value), NO_SEED if seed is None else seed
-
-
-def _few(names: Sequence[str], most: int = 4) -> str:
-    """Some names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _within(found: Any, *keys: str) -> Any:

@@ -12,20 +12,19 @@ Axes: N pictures, U units (subjects, or prompts or pictures of one), M methods.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hiperlab.metric.bootstrap import DRAWS, LEVEL, interval, resamples
+
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
-LEVEL = 0.95
-DRAWS = 10_000  # resamples; of more than 1,000 units fewer, see `_resamples`
+DIGITS = 12  # decimal places in which ranks compare means: what differs in the last bits is equal
 EXACT_UNITS = 13  # up to these every pattern of signs is tried: 2^12, as a pattern and its opposite agree
 SUBJECTS, PROMPTS, PICTURES = "subjects", "prompts", "pictures"  # what is drawn anew
 
@@ -160,34 +159,6 @@ def mean(values: Values) -> Estimate | None:
     return Estimate(float(found.means.mean()), low, high, found.unit, len(found.means), found.num_values)
 
 
-def interval(means: Floats) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean of units that are drawn with replacement.
-
-    The percentile interval (Efron & Tibshirani 1993, section 13.3) of the mean of n units is too narrow by
-    sqrt((n - 1) / n), and by the normal's quantile in place of Student's: of 5 normal units it covers 83 %, of 10 90 %.
-    The expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap") takes quantiles
-    further out: 92 % of 5, 94 to 95 % from 10 on (of exponential ones 87, 91, and from 20 on 93). No resample lies
-    outside the units' own range, so that it can cover at most `most_coverage`.
-
-    Args:
-        means: of the units (U,).
-
-    Returns:
-        (low, high), or None with less than two units.
-    """
-    if len(means) < 2:
-        return None
-    tail = _tail(len(means))
-    found = np.quantile(_resamples(len(means)) @ means, [tail, 1 - tail])
-    low, high = np.clip(found, means.min(), means.max())  # rounding must not lead out of their range
-    return float(low), float(high)
-
-
-def most_coverage(num_units: int) -> float:
-    """The most that any bootstrap interval of a mean covers: that not all units lie on one side of a median."""
-    return 1 - 2.0 ** (1 - num_units)
-
-
 def _units(value: Floats, subject: Codes, prompt: Codes) -> Units:
     """Averages by keys that are numbers from 0."""
     (subjects, _), prompts = _averages((subject, prompt), value)
@@ -212,35 +183,6 @@ def _codes(*columns: NDArray[Any]) -> Codes:
 
 def _shape(keys: Sequence[Codes]) -> tuple[int, ...]:
     return tuple(int(key.max(initial=0)) + 1 for key in keys)
-
-
-def _resamples(num_units: int) -> Floats:
-    """Weights (draws, U) of bootstrap resamples; a row sums to 1."""
-    return _kept_small(num_units) if num_units <= 64 else _kept_large(num_units)  # 5 MB at most, 80 MB at most
-
-
-def _drawn(num_units: int) -> Floats:
-    draws = max(1000, min(DRAWS, 10_000_000 // num_units))
-    rng = np.random.Generator(np.random.Philox(key=0))
-    return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=draws) / num_units
-
-
-_kept_small, _kept_large = lru_cache(maxsize=64)(_drawn), lru_cache(maxsize=2)(_drawn)
-
-
-@lru_cache(maxsize=1000)
-def _tail(num_units: int) -> float:
-    """The expanded percentile interval's share of resamples on each side: normal CDF of -sqrt(n / (n - 1)) t."""
-    reach = math.sqrt(num_units / (num_units - 1)) * student_quantile((1 + LEVEL) / 2, num_units - 1)
-    return NormalDist().cdf(-reach)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t: with t = sqrt(v) tan(a) the angle a has a density in proportion to cos(a)^(v - 1)."""
-    angles = (np.arange(200_001) + 0.5) / 200_001 * math.pi - math.pi / 2
-    density = np.cos(angles) ** (degrees - 1)
-    share = (np.cumsum(density) - density / 2) / density.sum()  # up to the middle of each step
-    return math.sqrt(degrees) * math.tan(float(np.interp(probability, share, angles)))
 
 
 # ---- paired tests ---------------------------------------------------------------------------------------------------
@@ -372,7 +314,7 @@ def ranks(means: Floats, lower_is_better: bool = False) -> list[Rank]:
     observed = _places(values.mean(axis=1)[None])[0]
     if means.shape[1] < 2:
         return [Rank(float(rank), None, None, None) for rank in observed]
-    drawn = _places(_resamples(means.shape[1]) @ values.T)  # (draws, M)
+    drawn = _places(resamples(means.shape[1]) @ values.T)  # (draws, M)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="inverted_cdf")
     least = drawn == drawn.min(axis=1, keepdims=True)
     best = (least / least.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -381,7 +323,7 @@ def ranks(means: Floats, lower_is_better: bool = False) -> list[Rank]:
 
 def _places(values: Floats) -> Floats:
     """Ranks along the last axis, the least is 1, equal ones share the average of their places."""
-    values = np.round(values, 12)  # what differs in the last bits is equal
+    values = np.round(values, DIGITS)
     places = np.empty_like(values)
     for column in range(values.shape[1]):
         one = values[:, column : column + 1]

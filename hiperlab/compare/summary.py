@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -15,6 +15,7 @@ from hiperlab.compare.claims import Claim, Verdict, judge
 from hiperlab.compare.runs import COSTS, Measured
 from hiperlab.compare.statistics import PICTURES, SUBJECTS, Estimate, Paired, Rank
 from hiperlab.errors import UserError, near
+from hiperlab.metric.bootstrap import most_coverage
 
 # Which score says how far the text was followed, and which how far the subject is itself: the first that was measured.
 EDITABILITY = ("clip_text", "clip_edited", "direction")
@@ -95,27 +96,57 @@ class Summary:
         """A score as tables show it; a real minus sign, an en dash for none."""
         if value is None or not math.isfinite(value):
             return "–"
+        value += 0.0  # -0.0 is nothing negative
         text = f"{value:+.{self.decimals[metric]}f}" if sign else f"{value:.{self.decimals[metric]}f}"
         return text.replace("-", "−")
 
     def marks(self, metric: int, subject: int | None = None) -> dict[int, str]:
-        """Contender -> "best" or "second" by the mean as it is shown; none where there is nothing to choose from."""
-        found = {c: self.estimate(c, metric, subject) for c in self.contenders}
-        shown = {c: round(each.mean, self.decimals[metric]) for c, each in found.items() if each}
-        places = sorted(set(shown.values()), reverse=not self.measured.metrics[metric].lower_is_better)
-        if len(places) < 2:
-            return {}
-        marks = {places[0]: BEST, places[1]: SECOND}
-        # Two that are best together leave no second.
-        if sum(value == places[0] for value in shown.values()) > 1:
-            del marks[places[1]]
-        return {c: marks[value] for c, value in shown.items() if value in marks}
+        """Contender -> "best" or "second"; none where there is nothing to choose from.
+
+        By its rank, which is over what all methods have in common; of one subject, and where there is nothing in
+        common, by the mean. Neither is rounded to what tables show.
+        """
+        if (metric, subject) not in self._marks:
+            ranked = self.ranks.get(metric, {}) if subject is None else {}
+            found = {c: self.estimate(c, metric, subject) for c in self.contenders}
+            sign = 1 if self.measured.metrics[metric].lower_is_better else -1
+            places = {c: each.rank for c, each in ranked.items()} or {
+                c: round(sign * each.mean, statistics.DIGITS) for c, each in found.items() if each
+            }
+            self._marks[metric, subject] = _first_two(places)
+        return self._marks[metric, subject]
+
+    @cached_property
+    def _marks(self) -> dict[tuple[int, int | None], dict[int, str]]:
+        """What `marks` found: tables of many lines ask again and again."""
+        return {}
+
+    @cached_property
+    def units(self) -> list[str]:
+        """What the shown means are over, each once: subjects, or prompts or pictures of one."""
+        return sorted({each.unit for (_, m), each in self.means.items() if m in self.metrics})
+
+    @cached_property
+    def intervals(self) -> bool:
+        """Whether any shown mean has an interval: a single unit has none."""
+        return any(each.low is not None for (_, m), each in self.means.items() if m in self.metrics)
 
     def estimate(self, contender: int, metric: int, subject: int | None = None) -> Estimate | None:
         """The mean over all subjects, or over the prompts of one; None without a number."""
         if subject is None:
             return self.means.get((contender, metric))
         return self.by_subject.get((contender, metric, subject))
+
+
+def _first_two(places: Mapping[int, float]) -> dict[int, str]:
+    """The least is the best; two that are best together leave no second, and of equal ones alone none is."""
+    order = sorted(set(places.values()))
+    if len(order) < 2:
+        return {}
+    marks = {order[0]: BEST, order[1]: SECOND}
+    if sum(place == order[0] for place in places.values()) > 1:
+        del marks[order[1]]
+    return {c: marks[place] for c, place in places.items() if place in marks}
 
 
 def summarise(
@@ -161,7 +192,13 @@ def summarise(
         y=identity,
         front=_front(measured, means, text, identity),
         costs=_costs(measured),
-        notes=[*_caveats(measured, chosen, means), *_too_many_tests(differences), *skipped, *measured.notes],
+        notes=[
+            *filter(None, [measured.unlike]),
+            *_caveats(measured, chosen, means),
+            *_too_many_tests(differences),
+            *skipped,
+            *measured.notes,
+        ],
         verdicts=judge(claims, measured),
     )
 
@@ -286,12 +323,17 @@ def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, 
     said = measured.trained or any(UNTRAINED in note for note in measured.notes)
     found = [] if said else [f"The judge is {UNTRAINED}: these numbers measure nothing."]
     units = {(each.unit, each.num_units) for (_, m), each in means.items() if m in metrics}
-    alone = [unit for unit, _ in units if unit != SUBJECTS]
+    alone = {unit for unit, _ in units if unit != SUBJECTS}
     if alone and len(measured.subjects) == 1:
-        over = "pictures" if alone == [PICTURES] else "prompts"
+        over = "pictures" if alone == {PICTURES} else "prompts"
+        single = all(count == 1 for _, count in units)
         found.append(
-            f"There is one subject ({' · '.join(measured.subjects[0])}): intervals and tests are over its {over} and "
-            "say nothing about other subjects."
+            f"There is one subject ({' · '.join(measured.subjects[0])})"
+            + (
+                f" and one of its {over}, so that no interval exists and no test can tell anything."
+                if single
+                else f": intervals and tests are over its {over} and say nothing about other subjects."
+            )
         )
     elif alone:
         found.append(
@@ -308,7 +350,7 @@ def _caveats(measured: Measured, metrics: Sequence[int], means: dict[tuple[int, 
         whose = "" if len(names) == len(metrics) else f" ({', '.join(names)})"
         found.append(
             f"With {few} {drawn}{whose} a bootstrap interval covers at most "
-            f"{100 * statistics.most_coverage(few):.0f} %, and p is at least {2 / 2**few:.3g}: no difference can be "
+            f"{100 * most_coverage(few):.0f} %, and p is at least {2 / 2**few:.3g}: no difference can be "
             f"told from chance at 5 %. It takes {ENOUGH}."
         )
     if uneven := _uneven(measured, metrics, means):

@@ -5,25 +5,28 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
-from hiperlab.compare.claims import FAILS, HEAD, HOLDS, NOT_MEASURED, UNDECIDED, lines, plain
+from hiperlab.compare.claims import FAILS, HEAD, HOLDS, NOT_MEASURED, UNDECIDED, Verdict, lines, margins, plain
 from hiperlab.compare.runs import COSTS
-from hiperlab.compare.statistics import Estimate
+from hiperlab.compare.statistics import PICTURES, PROMPTS, SUBJECTS, Estimate
 from hiperlab.compare.summary import BEST, SECOND, Summary
 from hiperlab.errors import human_bytes
 from hiperlab.metric.rows import ALL, CONCEPT, Row
 
 FORMAT = 1
-LATEX_METRICS = 5  # columns of a LaTeX table: more do not fit a page's width
+LATEX_METRICS = 6  # columns of a LaTeX table: more do not fit a page's width
+LATEX_ROWS = 25  # methods, or tests, of one: more do not fit its height
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''", "−": "$-$", "–": "--", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "·": r"$\cdot$",
-    "≥": r"$\geq$", "±": r"$\pm$",
+    "≥": r"$\geq$", "±": r"$\pm$", "×": r"$\times$", "…": r"\ldots{}", "[": "{[}", "]": "{]}", "*": "{*}",
 }  # fmt: skip
 Mark = Callable[[str, str], str]  # a number as text and "best", "second" or "" -> with its emphasis
 
@@ -61,7 +64,8 @@ def text(summary: Summary) -> str:
     lines = [names, *_cells(summary, summary.metrics, lambda number, _: number)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([*shown, *summary.notes])
+    unlike = summary.measured.unlike
+    return "\n".join([*filter(None, [unlike]), *shown, *(note for note in summary.notes if note != unlike)])
 
 
 def _cells(summary: Summary, metrics: Sequence[int], mark: Mark) -> list[list[str]]:
@@ -110,7 +114,7 @@ def markdown(summary: Summary) -> str:
         lines = [[escaped(cell) for cell in line] for line in ranks(summary)]
         parts += [
             "## Ranks",
-            "Rank, its 95 % bootstrap interval, and the probability of being the best.",
+            escaped(rank_caption(summary)),
             _pipes(lines),
         ]
     parts += ["## Cost", _pipes([[escaped(cell) for cell in line] for line in costs(summary)])]
@@ -130,37 +134,57 @@ def _pipes(lines: Sequence[Sequence[str]]) -> str:
 # ---- parts that every form shows ------------------------------------------------------------------------------------
 
 
+def over(units: Sequence[str]) -> str:
+    """What means and tests are over, in words."""
+    words = {PROMPTS: "prompts of one subject", PICTURES: "pictures of one prompt"}
+    return " or ".join(words.get(unit, unit) for unit in units)
+
+
+def intervals(summary: Summary) -> str:
+    """Which intervals the means have, for a caption."""
+    if summary.intervals:
+        return f"with 95 % bootstrap intervals over {over(summary.units)}"
+    return f"without intervals, as there is one {over(summary.units).replace('s of', ' of', 1).removesuffix('s')} only"
+
+
 def caption(summary: Summary) -> str:
     """What the table of scores is."""
     measured = summary.measured
-    units = {each.unit for (_, m), each in summary.means.items() if m in summary.metrics}
-    over = (
-        "subjects" if units == {"subjects"} else "prompts of one subject" if units == {"prompts"} else "/".join(units)
-    )
     counts = [(len(measured.runs), "run"), (len(measured.subjects), "subject")]
     sizes = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts)
+    of = {SUBJECTS: "subjects of means over prompts and seeds", PROMPTS: "prompts of means over seeds"}
+    means = " or ".join(of.get(unit, unit) for unit in summary.units)
     return (
-        f"Protocol {measured.protocol}; {sizes}. Means over {over} of means over prompts and seeds, with 95 % "
-        f"bootstrap intervals over {over}. The best mean is bold, the second underlined."
+        f"Protocol {measured.protocol}; {sizes}. Means over {means}, {intervals(summary)}. The best is bold, the "
+        "second underlined, by means that are not rounded, over what all methods have in common."
     )
 
 
 def test_caption(summary: Summary) -> str:
     """What the table of differences is."""
     whom = "all pairs" if summary.baseline is None else f"all against {summary.measured.names[summary.baseline]}"
+    return f"{whom[0].upper()}{whom[1:]}, on the same subjects, prompts and seeds: {tested(summary)}"
+
+
+def tested(summary: Summary) -> str:
+    """What is said of a pair of methods."""
+    units = over(sorted({each.found.unit for each in summary.differences}))
+    if all(each.found.low is None for each in summary.differences):
+        return "mean difference. There is nothing to draw anew, so that neither an interval nor a test exists."
     return (
-        f"{whom[0].upper()}{whom[1:]}, on the same subjects, prompts and seeds: mean difference with its 95 % "
-        "bootstrap interval, p of a two-sided sign-flip test over subjects, and p after Holm's correction within the "
-        "metric."
+        f"mean difference with its 95 % bootstrap interval, p of a two-sided sign-flip test over {units}, and p after "
+        "Holm's correction within the metric."
     )
 
 
 def rank_caption(summary: Summary) -> str:
     """What the table of ranks is."""
-    over = sorted({f"{count} {unit}" for unit, count in summary.ranked_over.values()})
-    return (
-        f"Place by the mean over what all methods have in common ({', '.join(over)}), 1 is the best; in brackets where "
-        "95 % of its bootstrap resamples lie, and the share of them in which the method is first."
+    over = sorted({f"{count} {unit if count != 1 else unit[:-1]}" for unit, count in summary.ranked_over.values()})
+    spread = any(rank.low is not None for found in summary.ranks.values() for rank in found.values())
+    return f"Place by the mean over what all methods have in common ({', '.join(over)}), 1 is the best" + (
+        "; in brackets where 95 % of its bootstrap resamples lie, and the share of them in which it is first."
+        if spread
+        else ". There is nothing to draw anew, so that no interval exists."
     )
 
 
@@ -205,49 +229,140 @@ def costs(summary: Summary) -> list[list[str]]:
 
 
 def escape_latex(found: str) -> str:
-    """Text that LaTeX prints as it is."""
-    return "".join(_LATEX.get(letter, letter) for letter in " ".join(found.split()))
+    """Text that LaTeX prints as it is; in braces where the beginning of a row would be read as an option."""
+    return "".join(_LATEX.get(letter, letter) for letter in " ".join(found.split()) if letter.isprintable())
 
 
 def latex(summary: Summary) -> str:
-    """Tables for a paper with the package booktabs: scores, at most five metrics wide each, then differences."""
+    """Tables for a paper with the package booktabs: scores, differences to one method, and orderings.
 
-    def mark(number: str, place: str) -> str:
-        number = escape_latex(number)
-        return {BEST: rf"\textbf{{{number}}}", SECOND: rf"\underline{{{number}}}"}.get(place, number)
-
-    parts = ["% \\usepackage{booktabs}", *(f"% {' '.join(note.split())}" for note in summary.notes)]
-    for begin in range(0, len(summary.metrics), LATEX_METRICS):
-        metrics = summary.metrics[begin : begin + LATEX_METRICS]
-        names = ["Method", *(escape_latex(head(summary, m)) for m in metrics)]
-        lines = []
-        for line in _cells(summary, metrics, mark):
-            cells = [re.sub(r" \[(.*)\]$", _small, cell) for cell in line[1:-1]]
-            lines.append([escape_latex(line[0]), *cells])
-        parts.append(_tabular(names, lines, "l" + "c" * len(metrics), caption(summary)))
+    Scores have their interval below them. Differences are to the baseline, without one to the best of each score: all
+    pairs are in comparison.md and .json.
+    """
+    parts = [
+        "% \\usepackage{booktabs}; letters beyond Latin ones need LuaLaTeX or XeLaTeX",
+        *(f"% {' '.join(note.split())}" for note in summary.notes),
+    ]
+    groups = _evenly(summary.metrics, LATEX_METRICS)
+    scores = " ".join([caption(summary), summary.measured.unlike]).strip()
+    forms = [("scores", _latex_scores, scores)]
     if summary.differences:
-        names, *lines = differences(summary)
-        escaped = [[escape_latex(cell) for cell in line] for line in lines]
-        parts.append(_tabular([escape_latex(n) for n in names], escaped, "lllrcrrl", test_caption(summary)))
+        forms.append(("differences", _latex_differences, _against(summary)))
+    for label, rows_of, says in forms:
+        for number, metrics in enumerate(groups, 1):
+            names = ["Method", *(head(summary, m) for m in metrics)]
+            label_of = f"{label}-{number}" if len(groups) > 1 else label
+            parts += _floats(names, rows_of(summary, metrics), "l" + "c" * len(metrics), says, label_of)
     if summary.verdicts:
-        names, *lines = claims(summary)
-        escaped = [[escape_latex(cell) for cell in line] for line in lines]
-        wide = r"p{4cm}p{4cm}p{3cm}rccll"
-        parts.append(_tabular([escape_latex(n) for n in names], escaped, wide, claims_caption(summary)))
+        rows = _latex_claims([each for each in summary.verdicts if each.verdict != NOT_MEASURED])
+        names = ["Ordering", "Test", "Difference", "p", "Verdict"]
+        parts += _floats(names, rows, r"p{4.6cm}p{4.2cm}ccl", claims_caption(summary), "orderings")
     return "\n\n".join(parts) + "\n"
 
 
-def _small(found: re.Match[str]) -> str:
-    """An interval in small letters."""
-    return rf" {{\scriptsize [{escape_latex(found[1])}]}}"
+def _evenly(metrics: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Parts of at most `most`, as equally long as can be."""
+    count = math.ceil(len(metrics) / most)
+    ends = [round(part * len(metrics) / count) for part in range(count + 1)]
+    return [metrics[begin:end] for begin, end in pairwise(ends)]
 
 
-def _tabular(names: Sequence[str], lines: Sequence[Sequence[str]], columns: str, says: str) -> str:
-    body = "\n".join(f"{' & '.join(line)} \\\\" for line in lines)
+def _latex_scores(summary: Summary, metrics: Sequence[int]) -> list[str]:
+    """Per method a row of means, and one of their intervals where it has any."""
+    emphasis = {BEST: r"\textbf{%s}", SECOND: r"\underline{%s}"}
+    rows = []
+    for c in summary.contenders:
+        means, below = [escape_latex(summary.measured.names[c])], [""]
+        for m in metrics:
+            found = summary.estimate(c, m)
+            number = escape_latex(summary.number(m, found.mean if found else None))
+            means.append(emphasis.get(summary.marks(m).get(c, ""), "%s") % number)
+            below.append(_small(bounds(summary, m, found.low, found.high) if found else ""))
+        rows.append("\n".join(_row(cells) for cells in (means, below) if any(cells)))
+    return rows
+
+
+def _latex_differences(summary: Summary, metrics: Sequence[int]) -> list[str]:
+    """Per method its differences to one method: the mean, and p after Holm's correction."""
+    tests = {(each.metric, a, b): (sign, each) for each in summary.differences
+             for sign, a, b in ((1, each.a, each.b), (-1, each.b, each.a))}  # fmt: skip
+    rows = []
+    for c in summary.contenders:
+        cells = []
+        for m in metrics:
+            to = _reference(summary, m)
+            sign, each = tests.get((m, c, to), (0, None)) if to is not None else (0, None)
+            if each is None:
+                cells.append("0" if c == to else "--")
+                continue
+            number = escape_latex(summary.number(m, sign * each.found.difference, sign=True))
+            p = "" if each.found.low is None else _small(f"p={p_value(each.holm)}")
+            cells.append(f"{number} {p}".rstrip())
+        if c != summary.baseline:
+            rows.append(_row([escape_latex(summary.measured.names[c]), *cells]))
+    return rows
+
+
+def _reference(summary: Summary, metric: int) -> int | None:
+    """Whom the others are compared with: the baseline, else the best; of several that are best the first."""
+    if summary.baseline is not None:
+        return summary.baseline
+    return next((c for c, mark in summary.marks(metric).items() if mark == BEST), None)
+
+
+def _against(summary: Summary) -> str:
+    """What the table of differences to one method is."""
+    to = "the best of each score (0)" if summary.baseline is None else summary.measured.names[summary.baseline]
+    tests = "all pairs" if summary.baseline is None else "all methods against it"
+    says = f"Mean difference to {to} on the same subjects, prompts and seeds"
+    if all(each.found.low is None for each in summary.differences):
+        return f"{says}. There is nothing to draw anew, so that no test exists."
+    units = over(sorted({each.found.unit for each in summary.differences}))
     return (
-        f"\\begin{{table*}}\n\\centering\\small\n\\caption{{{escape_latex(says)}}}\n\\begin{{tabular}}{{{columns}}}\n"
-        f"\\toprule\n{' & '.join(names)} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table*}}"
+        f"{says}; p of a two-sided sign-flip test over {units} after Holm's correction for tests of {tests} within the "
+        "score."
     )
+
+
+def _latex_claims(verdicts: Sequence[Verdict]) -> list[str]:
+    """Per test of a claim a row, with its source as a comment: a paper cites it in its own way."""
+    rows = []
+    for verdict in verdicts:
+        source = f"% {' '.join(verdict.claim.source.split())}\n"
+        for finding, (says, _, asked, number, between, p, _, kind) in zip(
+            verdict.findings, lines([verdict]), strict=True
+        ):
+            interval = _small(between) if finding.found else ""
+            cells = [*map(escape_latex, (says, asked, number)), *map(escape_latex, (p, kind))]
+            cells[2] = f"{cells[2]} {interval}".rstrip()
+            rows.append(f"{source}{_row(cells)}")
+            source = ""
+    return rows
+
+
+def _small(found: str) -> str:
+    """What stands behind or below a number, in small letters."""
+    return rf"{{\scriptsize {escape_latex(found)}}}" if found else ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"{' & '.join(cells)} \\\\"
+
+
+def _floats(names: Sequence[str], rows: Sequence[str], columns: str, says: str, label: str) -> list[str]:
+    """Tables of at most `LATEX_ROWS` rows: a float cannot be longer than a page."""
+    found = []
+    for begin in range(0, len(rows), LATEX_ROWS):
+        more = f" ({begin // LATEX_ROWS + 1} of {math.ceil(len(rows) / LATEX_ROWS)})" if len(rows) > LATEX_ROWS else ""
+        body = "\n".join(rows[begin : begin + LATEX_ROWS])
+        name = f"tab:{label}{f'-rows-{begin + 1}' if begin else ''}"
+        found.append(
+            f"\\begin{{table*}}\n\\centering\\small\\setlength{{\\tabcolsep}}{{4pt}}\n"
+            f"\\caption{{{escape_latex(says + more)}}}\n\\label{{{name}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
+            f"{_row([escape_latex(name) for name in names])}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+            "\\end{table*}"
+        )
+    return found
 
 
 def claims(summary: Summary) -> list[list[str]]:
@@ -273,7 +388,7 @@ def claims_text(summary: Summary) -> list[str]:
     measured = [each for each in summary.verdicts if each.verdict != NOT_MEASURED]
     if not summary.verdicts:
         return []
-    return [claims_caption(summary), *(f"  {each.verdict:9}  {each.claim.says}" for each in measured)]
+    return [claims_caption(summary), *(f"  {each.verdict:9}  {each.claim.says}{margins(each)}" for each in measured)]
 
 
 # ---- CSV and JSON ---------------------------------------------------------------------------------------------------

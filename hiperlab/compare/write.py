@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hiperlab import files
 from hiperlab.compare import page, plots, tables
-from hiperlab.compare.claims import Claim
+from hiperlab.compare.claims import Claim, check_names
 from hiperlab.compare.runs import read
 from hiperlab.compare.summary import Summary, summarise
 
@@ -42,7 +42,9 @@ def compare(
     Raises:
         UserError: nothing to compare, scores of several protocols or judges, or a name that is none of those measured.
     """
-    summary = summarise(read(folders), metrics, baseline, x, y, claims)
+    measured = read(folders)
+    check_names(claims, measured)
+    summary = summarise(measured, metrics, baseline, x, y, claims)
     page_path = write(summary, out, pictures)
     left_out = [f"left out: {line}" for line in summary.measured.left_out]
     return "\n".join([tables.text(summary), *tables.claims_text(summary), *left_out, str(page_path)])

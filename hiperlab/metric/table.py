@@ -1,10 +1,10 @@
 """Rows -> a table: means with intervals, per concept and over all, never across protocols.
 
-The interval is a percentile bootstrap over prompts. Pictures of one prompt resemble each other, so resampling pictures
-(or a normal interval over them) would look too sure; and means of bounded, skewed scores over 10 to 25 prompts are not
-normal. Concepts are kept fixed and prompts are drawn anew within each, so an interval says what other prompts and
-seeds would give for *these* concepts, not what other concepts would. A concept with a single prompt is resampled over
-its pictures. The draws' seed is fixed: the same rows give the same table.
+The interval is an expanded percentile bootstrap over prompts (`hiperlab.metric.bootstrap`). Pictures of one prompt
+resemble each other, so resampling pictures (or a normal interval over them) would look too sure; and means of bounded,
+skewed scores over 10 to 25 prompts are not normal. Concepts are kept fixed and prompts are drawn anew within each, so
+an interval says what other prompts and seeds would give for *these* concepts, not what other concepts would. A concept
+with a single prompt is resampled over its pictures. The draws' seed is fixed: the same rows give the same table.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from hiperlab.errors import UserError
+from hiperlab.metric.bootstrap import tail
 from hiperlab.metric.rows import ALL, CEILING, CONCEPT, PICTURE, SET, Row, ScoreRow, TableRow, columns
 
 SOURCE = "source"  # role of an edit's reconstruction, which is no edit
 DRAWS = 2000
-LEVEL = 0.95
 STAMP = [name for name in columns(ScoreRow) if name in columns(TableRow) and name not in ("kind", "concept", "metric")]
 
 
@@ -74,6 +74,9 @@ def _line(
 def interval(concepts: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) -> tuple[float, float] | None:
     """95 % bootstrap interval of the mean over all pictures.
 
+    The expanded percentile interval (Hesterberg 2015): of few prompts the plain one is too narrow, of 5 it covers 83 %.
+    Units are drawn anew within each concept, so that its degrees of freedom are the prompts less the concepts.
+
     Args:
         concepts: per concept, per prompt, the pictures' values.
         draws: number of resamplings.
@@ -85,14 +88,18 @@ def interval(concepts: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) 
         return None
     rng = np.random.Generator(np.random.Philox(key=0))
     total, count = np.zeros(draws), np.zeros(draws)
+    num_units = num_groups = 0
     for concept in concepts:
         units = concept if len(concept) > 1 else [[value] for prompt in concept for value in prompt]
         if not units:
             continue
+        if len(units) > 1:  # a single one does not vary
+            num_units, num_groups = num_units + len(units), num_groups + 1
         drawn = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), size=draws)  # (draws, units)
         total += drawn @ np.array([sum(unit) for unit in units], dtype=np.float64)
         count += drawn @ np.array([len(unit) for unit in units], dtype=np.float64)
-    low, high = np.quantile(total / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    share = tail(num_units, num_groups)
+    low, high = np.quantile(total / count, [share, 1 - share])
     return float(low), float(high)
 
 

@@ -102,9 +102,8 @@ def _sum_up(folder: Path, rows: Sequence[sweep.Outcome], fixed: Sequence[str], s
     content = {"sweep": folder.name, "command": command, "seconds": round(seconds, 1), "jobs": jobs}
     files.write_json(folder / "sweep.json", content)
     done = [Path(row.folder) for row in rows if row.status in sweep.DONE]
-    measured = [job for job in done if (job / "scores.jsonl").is_file()]
-    if measured:
-        _compare(folder, measured)
+    if any((job / "scores.jsonl").is_file() for job in done):
+        _compare(folder, [Path(row.folder) for row in rows])  # a failed job is named as left out
 
 
 def _compare(folder: Path, jobs: Sequence[Path]) -> None:

@@ -12,6 +12,10 @@ from PIL import Image
 
 PROMPTS = ("a photo of {}", "{} on the beach", "{} in the snow")
 STAMP = {"protocol": "mini", "protocol_hash": "abc", "trained": True, "weights": "w"}
+CONFIG = {
+    "sampler": {"scheduler": "DDIMScheduler", "steps": 25, "guidance": 4.0}, "sample": {"seeds": [0], "batch_size": 8},
+    "model": {"name": "mini", "path": "mini", "note": "n"}, "precision": {"unet": "float32", "vae": "float32"},
+}  # fmt: skip
 
 
 def run(
@@ -29,6 +33,7 @@ def run(
     pictures: bool = True,
     variant: str = "",
     spread: float = 0.01,
+    config: dict[str, Any] | None = None,
     **stamp: Any,
 ) -> Path:
     """A finished run; a score grows by `spread` with each concept, prompt and seed."""
@@ -49,6 +54,7 @@ def run(
     write_lines(folder / "scores.jsonl", rows)
     write_lines(folder / "samples" / "samples.jsonl", records)
     (folder / "overrides.yaml").write_text(yaml.safe_dump([f"method={method}", f"data={data}", *asked]))
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})))
     fit = {
         "train_seconds": 12.5 * len(concepts),
         "artifact_bytes": 4000 * len(concepts),

@@ -16,8 +16,10 @@ from hiperlab.compare.claims import (
     UNDECIDED,
     Side,
     Test,
+    check_names,
     judge,
     lines,
+    margins,
     plain,
     read_claims,
     verdict_of,
@@ -122,7 +124,9 @@ def test_a_side_means_its_settings_and_not_another_sides(tmp_path) -> None:
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"about": "beauty"}, "about=beauty is unknown"), ({"relation": "above"}, "relation=above is unknown"),
+        ({"about": "beauty"}, "about=beauty is unknown"),
+        ({"about": "clip_text"}, "That is a score: write about: text"),
+        ({"relation": "above"}, "relation=above is unknown"),
         ({"relation": "equal"}, "margin=0.0: above 0 with equal"), ({"margin": 0.1}, "margin=0.1: none with greater"),
         ({"better": "peft oft"}, "expected a method and key=value settings, oft is none"), ({"extra": 1}, "a test has"),
         ({"better": "xti"}, "better and worse are both xti"),
@@ -145,6 +149,48 @@ def test_published_claims_name_methods_that_there_are() -> None:
         for test in claim.tests:
             assert {test.better.method, test.worse.method} <= methods, claim.name
             assert test.better != test.worse
+
+
+@pytest.mark.parametrize(
+    "better, expected",
+    [
+        ("netti", "claim one: netti: no method netti is known or among the runs. Did you mean neti"),
+        ("peft method.tuner=otf", "method.tuner cannot be otf. Did you mean oft"),
+        ("peft method.tunr=oft", "peft has no setting method.tunr. Did you mean tuner"),
+        ("peft method.tuners.oft.rate=1", "peft has no setting method.tuners.oft.rate"),
+    ],
+)
+def test_misspelt_names_are_refused_with_the_nearest(tmp_path, better, expected) -> None:
+    run(tmp_path / "a", "ti", {"identity": 0.5}, pictures=False)
+    measured = read([tmp_path / "a"])
+    with pytest.raises(UserError, match=expected):
+        check_names(read_claims(claims(tmp_path, {"about": "subject", "better": better, "worse": "ti"})), measured)
+
+
+def test_known_but_absent_methods_and_those_of_the_runs_are_no_mistake(tmp_path) -> None:
+    run(tmp_path / "a", "own_method", {"identity": 0.5}, concepts=SUBJECTS, pictures=False)
+    measured = read([tmp_path / "a"])
+    tests = [
+        {"about": "subject", "better": "own_method method.any=1", "worse": "ti method.optimizer.lr=1e-3"},
+        {"about": "subject", "better": "peft method.tuner=boft method.tuners.boft.lr=1", "worse": "xti fit.steps=9"},
+    ]
+    found = read_claims(claims(tmp_path, *tests))
+    check_names(found, measured)
+    check_names(read_claims(PUBLISHED), measured)
+    assert {finding.verdict for finding in judge(found, measured)[0].findings} == {NOT_MEASURED}
+
+
+def test_a_margin_is_part_of_what_is_said(tmp_path) -> None:
+    folders = [run(tmp_path / m, m, {"identity": 0.5}, concepts=SUBJECTS, pictures=False) for m in ("ti", "xti")]
+    shared = {"about": "subject", "better": "xti", "worse": "ti", "margin": 0.05}
+    for relation, sign in (("at_least", "≥ (margin −0.05)"), ("equal", "= (margin ±0.05)")):
+        verdict = asked(tmp_path, folders, {**shared, "relation": relation})
+        (line,) = lines([verdict])
+        assert line[-1] == "holds, margin 0.05" and f"xti {sign} ti" in line[2] and margins(verdict) == " (margin 0.05)"
+    plainly = {"about": "subject", "better": "xti", "worse": "ti"}
+    verdict = asked(tmp_path, folders, plainly, {**shared, "relation": "at_least"})
+    assert [line[-1] for line in lines([verdict])] == ["undecided (undecided)", " (holds, margin 0.05)"]
+    assert margins(asked(tmp_path, folders, plainly)) == ""
 
 
 def test_what_is_shown_has_every_test(tmp_path) -> None:

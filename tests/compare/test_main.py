@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_nothing_to_compare(sweep, tmp_path, capsys) -> None:
     assert len(err) == 4 and "Did you mean sweeps" in err[1] and "no run folder in" in err[2]
 
 
+def test_of_many_neighbours_the_closest_five_are_named(tmp_path, capsys) -> None:
+    for number in range(40):
+        (tmp_path / f"sweep_{number:02}").mkdir()
+    (tmp_path / "sweeps_99").write_text("no folder")
+    assert main([str(tmp_path / "sweep_7")]) == 2
+    said = capsys.readouterr().err
+    assert len(re.findall(r"sweep_\d\d", said.partition("Choices: ")[2])) == 5 and "sweep_07" in said
+    assert "sweeps_99" not in said
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a folder that may not be written into")
 def test_a_folder_that_cannot_be_written(sweep, capsys) -> None:
     sweep.chmod(0o500)
@@ -94,6 +105,15 @@ def test_a_folder_that_cannot_be_written(sweep, capsys) -> None:
     finally:
         sweep.chmod(0o700)
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_folder_that_cannot_be_written(sweep, monkeypatch, capsys) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    assert main([str(sweep), "--pictures", "none"]) == 0 and (sweep / "comparison.html").is_file()
+    assert capsys.readouterr().err == ""
 
 
 def test_an_output_that_is_a_file(sweep, tmp_path, capsys) -> None:
@@ -124,6 +144,9 @@ def test_a_sweep_ends_with_it_and_never_fails_by_it(sweep, capsys, monkeypatch) 
     out = capsys.readouterr().out
     assert "clip_text ↑" in out and f"{sweep}/comparison.html" in out and "no comparison" not in out
     assert {path.name for path in sweep.iterdir()} == {*FILES, "plots", "ti", "neti", "sweep.json"}
+    failed = Outcome("lora", ["method=lora"], "failed", 1.0, str(sweep / "lora"), "hiperlab: no such file")
+    _sum_up(sweep, [*rows, failed], [], 2.0)
+    assert f"left out: {sweep}/lora: there is no such folder (its sweep says failed" in capsys.readouterr().out
 
     def broken(*_: object) -> None:
         raise RuntimeError("no\nfont")

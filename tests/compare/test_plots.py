@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -70,7 +71,7 @@ def test_settings_and_variants_that_are_numbers_are_axes(tmp_path) -> None:
         run(tmp_path / f"h{scale}", "hiper", {"identity": scale}, variant=f"scale={scale}", pictures=False)
     run(tmp_path / "ti", "ti", {"identity": 0.2}, variant="scale=1", pictures=False)
     summary = summarise(read(find([tmp_path])))
-    found = {name: figure for name, figure, _ in plots._settings(summary)}
+    found = {each.name: each.figure for each in plots._settings(summary)}
     assert set(found) == {"over_method_optimizer_lr", "over_scale"}
     axes = found["over_method_optimizer_lr"].axes[0]
     assert axes.get_xscale() == "log" and axes.xaxis.get_major_formatter()(0.001) == "0.001"
@@ -79,3 +80,47 @@ def test_settings_and_variants_that_are_numbers_are_axes(tmp_path) -> None:
     x, y = lines["peft method.tuner=oft"].lines[0].get_data()
     assert list(x) == [1e-4, 3e-3, 0.1] and list(y) == pytest.approx([0.3101, 0.313, 0.41], abs=0.02)
     assert [each.get_label() for each in found["over_scale"].axes[0].containers] == ["hiper"]
+
+
+def test_rows_of_prompts_of_ones_own_are_their_texts(tmp_path) -> None:
+    """As edits have them: a row for each, methods side by side, and the full texts of those that are cut."""
+    prompts = {c: [f"a photo of a {{}} number {k} {'far ' * 20 * (k == 0)}in {c}" for k in range(3)] for c in "abc"}
+    for method, gain in (("ti", 0.0), ("neti", 0.25)):
+        for number, (concept, mine) in enumerate(prompts.items()):
+            place = tmp_path / method / concept
+            run(place, method, {"identity": 0.1 * number + gain}, concepts=(concept,), prompts=mine, pictures=False)
+    drawings = {each.name: each for each in plots._heat_maps(summarise(read(find([tmp_path]))))}
+    assert set(drawings) == {"map_identity", "difference_identity"}
+    axes = drawings["map_identity"].figure.axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows[1] == "a: a photo of a S* number 1 in a" and len(set(rows)) == 9
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["neti", "ti"]
+    assert axes.images[0].get_array()[4].tolist() == pytest.approx([0.36, 0.11])
+    full = drawings["map_identity"].title.split("\n")
+    assert full == [f"{c}: {prompts[c][0].replace('{}', 'S*')}" for c in "abc"]
+    change = drawings["difference_identity"].figure.axes[0].images[0].get_array()
+    assert change.shape == (9, 1) and np.allclose(change, -0.25)
+
+
+def test_titles_are_whole_and_inside_of_their_figure(tmp_path) -> None:
+    long = "method.optimizer.weight_decay_of_all_layers={} method.rank=16"
+    for value in (1, 2):
+        asked = [long.format(value).split()[0], "method.rank=16"]
+        run(tmp_path / str(value), "peft", {"identity": 0.1 * value}, concepts="ab", asked=asked, pictures=False)
+    run(tmp_path / "c", "peft", {"identity": 0.7}, concepts="ab", asked=[long.format(3)[:-3] + "8"], pictures=False)
+    summary = summarise(read(find([tmp_path])))
+    for baseline in range(3):
+        with matplotlib.rc_context(plots._STYLE):
+            named = summarise(read(find([tmp_path])), baseline=summary.measured.names[baseline])
+            for drawing in plots._heat_maps(named):
+                drawing.figure.draw_without_rendering()
+                whole = drawing.figure.bbox
+                for axes in drawing.figure.axes:
+                    for text in (axes.title, axes.yaxis.label):
+                        if not text.get_text():
+                            continue
+                        box = text.get_window_extent()
+                        assert box.x0 >= 0 and box.x1 <= whole.x1 and box.y0 >= 0 and box.y1 <= whole.y1, text
+                titles = {axes.title.get_text().replace("\n", "") for axes in drawing.figure.axes} - {""}
+                shown = {name.replace(" ", "") for name in named.measured.names}
+                assert {title.replace(" ", "") for title in titles} <= shown and titles

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hiperlab.compare.labels import shortened
 from hiperlab.compare.runs import Subject, find, read
 from hiperlab.compare.statistics import mean, paired
 from hiperlab.errors import UserError
@@ -110,6 +111,79 @@ def test_damaged_and_unfinished_folders_are_named_and_left_out(tmp_path) -> None
         assert why in lines[name] and "\n" not in lines[name]
     with pytest.raises(UserError, match=r"no finished run with scores among 1 run folders.*running"):
         read([tmp_path / "going"])
+
+
+def test_jobs_that_left_a_log_or_nothing_are_left_out_by_name(tmp_path) -> None:
+    """A sweep's record lists them; a folder may hold only a log, or not be there; a name in it chooses no path."""
+    sweep = tmp_path / "sweeps" / "s"
+    run(sweep / "good", "ti", {"clip": 0.1})
+    run(sweep / "before", "ti", {"clip": 0.1})  # of an earlier command: not in the record
+    for name in ("logged", "unlisted"):
+        (sweep / name).mkdir()
+        (sweep / name / "job.log").write_text("hiperlab: no GPU")
+    jobs = [
+        {"job": "good", "status": "finished", "error": ""},
+        {"job": "logged", "status": "failed", "error": "hiperlab: no\nGPU"},
+        {"job": "never", "status": "not started", "error": ""},
+        {"job": "../outside", "status": "failed", "error": ""},
+        {"job": ".jobs", "status": "failed", "error": ""},
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    for root in (sweep, tmp_path):
+        found = read(find([root]))
+        assert sorted(each.folder.name for each in found.runs) == ["before", "good"]
+        left = {Path(line.partition(":")[0]).name: line.partition(": ")[2] for line in found.left_out}
+        assert left == {
+            "logged": "has no results.json (its sweep says failed: hiperlab: no GPU)",
+            "never": "there is no such folder (its sweep says not started)",
+            "unlisted": "has no results.json (it was stopped early)",
+        }
+    for torn in ("{", "[]", '{"jobs": 3}', '{"jobs": [3]}', '{"jobs": [{"job": "x"}]}'):
+        (sweep / "sweep.json").write_text(torn)
+        assert len(read(find([sweep])).left_out) == 2
+    for name in ("good", "before"):
+        (sweep / name / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="no finished run with scores among 4 run folders"):
+        read(find([sweep]))
+
+
+def test_settings_of_alternatives_that_were_not_chosen_are_in_no_name(tmp_path) -> None:
+    def named(*runs: tuple[str, dict | None]) -> list[str]:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for number, (asked, config) in enumerate(runs):
+            folder = run(root / str(number), "peft", {"clip": 0.1}, asked=asked.split(), config=config, pictures=False)
+            if config is None:
+                (folder / "config.yaml").unlink()
+        return sorted(read(find([root])).names)
+
+    dora, oft = "method.tuner=dora method.tuners.dora.lr=3e-3", "method.tuner=oft method.tuners.oft.lr=1e-3"
+    tables = {"dora": {"lr": 1e-4}, "oft": {"lr": 1e-4}}
+    config = [{"method": {"tuner": tuner, "tuners": tables}} for tuner in ("dora", "oft")]
+    assert named((dora, config[0]), (oft, config[1])) == ["peft method.tuner=dora", "peft method.tuner=oft"]
+    assert named((dora, None), (oft, None)) == ["peft method.tuner=dora", "peft method.tuner=oft"]
+    # Of one alternative two rates are two methods; the default counts, too, and so does what cannot be known.
+    rates = named((dora, config[0]), ("method.tuner=dora", config[0]), (oft, config[1]))
+    assert rates == [
+        "peft method.tuner=dora method.tuners.dora.lr=0.0001", "peft method.tuner=dora method.tuners.dora.lr=0.003",
+        "peft method.tuner=oft",
+    ]  # fmt: skip
+    assert named((dora, None), ("method.tuner=dora", None)) == ["peft", "peft method.tuners.dora.lr=0.003"]
+    assert len(named(("method.tuners.oft.lr=1", None), ("method.tuners.oft.lr=2", None))) == 2
+
+
+def test_short_names_of_different_ones_differ() -> None:
+    long = "peft method.optimizer.weight_decay=0.01 method.tuners.oft.lr={} method.very.long.setting.of.it.all=17"
+    for names in (
+        [long.format(rate) for rate in (0.1, 0.2)],
+        ["x" * 30 + middle + "y" * 60 for middle in "abc"],
+        ["method." + "k" * 40 + f"={value} " + "z" * 50 for value in (1, 2)],
+        [f"{'a' * 40} {word} {'b' * 40}" for word in ("one", "two")],
+    ):
+        for most in (14, 24, 42):
+            short = shortened(names, most)
+            assert len(set(short)) == len(names) and max(map(len, short)) <= most, short
+    assert "lr=0.1" in shortened([long.format(rate) for rate in (0.1, 0.2)], 24)[0]
+    assert shortened(["ti", "ti", "neti"], 24) == ["ti", "ti", "neti"]
 
 
 def test_damaged_or_foreign_pictures_cost_the_pictures_only(tmp_path) -> None:

@@ -16,16 +16,14 @@ from hiperlab.compare.statistics import (
     common,
     differences,
     holm,
-    interval,
     mean,
-    most_coverage,
     paired,
     pareto,
     ranks,
     sign_flip,
-    student_quantile,
     units,
 )
+from hiperlab.metric.bootstrap import interval, most_coverage, student_quantile
 
 
 def test_prompts_count_the_same_in_a_subject_and_subjects_in_the_mean() -> None:

@@ -1,9 +1,11 @@
 "use strict";
 // What is shown stands in the address, behind "#": sort, filter, method, subject, prompt, zoom. So a view can be shared.
+// Of several chosen subjects each stands on a line of its own.
 (() => {
   const one = (selector, inside = document) => inside.querySelector(selector);
   const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
-  const fields = ["filter", "method", "subject", "prompt"].map((name) => one(`#${name}`)).filter(Boolean);
+  const fields = ["filter", "method", "prompt"].map((name) => one(`#${name}`)).filter(Boolean);
+  const boxes = all("#subject input");
   const zoom = one("#zoom");
   let state = new Map();
 
@@ -46,15 +48,54 @@
     set("sort", [...sorts().filter(([name]) => name !== table.id), [table.id, column, way]].map((part) => part.join(":")).join(","));
   };
 
+  // ---- means of chosen subjects ----
+  const chosen = () => new Set((state.get("subject") || "").split("\n").filter((name) => boxes.some((box) => box.value === name)));
+  const round = (value) => Number(value.toFixed(12));  // what differs in the last bits is equal, as in the ranks
+  const mean = (cell, places) => {
+    const found = JSON.parse(cell.dataset.parts).filter((value, place) => value !== null && places.has(place));
+    return found.length ? round(found.reduce((sum, value) => sum + value, 0) / found.length) + 0 : null;
+  };
+  const average = () => {
+    const names = chosen(), some = names.size > 0 && names.size < boxes.length;
+    const places = new Set(boxes.map((box, place) => (names.has(box.value) ? place : -1)));
+    const table = one("#scores");
+    for (const box of boxes) box.checked = names.has(box.value);
+    one("#subject output").textContent = some ? [...names].join(", ") : "all";
+    one("#chosen").hidden = !some;
+    one("#chosen").textContent = `${names.size} of ${boxes.length} subjects chosen: means, pictures and the lines of each `
+      + "subject are of them; intervals, differences, ranks, orderings, cost and figures are of all.";
+    table?.classList.toggle("chosen", some);
+    [...(table?.tHead.rows[0].cells || [])].forEach((head, column) => {
+      const cells = [...table.tBodies[0].rows].map((row) => row.cells[column]).filter((cell) => cell?.dataset.parts);
+      for (const cell of cells) {
+        cell.dataset.all ??= JSON.stringify([one(".mean", cell).textContent, cell.dataset.value, cell.className]);
+        const [text, value, kind] = JSON.parse(cell.dataset.all), now = some ? mean(cell, places) : null;
+        const digits = (text.split(".")[1] || "").length;
+        one(".mean", cell).textContent = !some ? text : now === null ? "–" : now.toFixed(digits).replace("-", "−");
+        cell.dataset.value = some && value !== "" ? now ?? "" : value;  // real pictures are sorted nowhere
+        cell.className = some ? kind.replace(/\b(best|second)\b/, "") : kind;
+      }
+      if (some) mark(cells.filter((cell) => cell.dataset.value !== ""), head.textContent.includes("↓") ? 1 : -1);
+    });
+  };
+  const mark = (cells, sign) => {
+    const [first, next] = [...new Set(cells.map((cell) => sign * Number(cell.dataset.value)))].sort((a, b) => a - b);
+    if (next === undefined) return;
+    const at = (place) => cells.filter((cell) => sign * Number(cell.dataset.value) === place);
+    at(first).forEach((cell) => cell.classList.add("best"));
+    if (at(first).length === 1) at(next).forEach((cell) => cell.classList.add("second"));
+  };
+
   // ---- filters ----
   const filter = () => {
     const words = (state.get("filter") || "").toLowerCase().split(/\s+/).filter(Boolean);
-    const [method, subject, prompt] = ["method", "subject", "prompt"].map((name) => state.get(name) || "");
+    const [method, prompt] = ["method", "prompt"].map((name) => state.get(name) || "");
+    const names = chosen(), other = (subject) => Boolean(names.size && subject && !names.has(subject));
     const matches = (text) => words.every((word) => text.toLowerCase().includes(word));
     for (const row of all("table.sheet tbody tr")) {
       const own = row.classList.contains("ceiling") || (matches(row.dataset.text)
         && (!method || [...row.cells].some((cell) => cell.dataset.value === method)));
-      row.hidden = !own || Boolean(subject && row.dataset.subject && row.dataset.subject !== subject);
+      row.hidden = !own || other(row.dataset.subject);
     }
     const columns = new Set(all(".wall thead [data-method]").map((cell) => cell.dataset.method));
     const fitting = new Set([...columns].filter((name) => matches(name)));
@@ -62,9 +103,9 @@
     for (const cell of all(".wall [data-method]")) cell.hidden = !shown.has(cell.dataset.method);
     for (const row of all(".wall tbody tr")) row.hidden = Boolean(prompt) && row.dataset.prompt !== prompt;
     for (const block of all(".block")) {
-      block.hidden = Boolean(subject && block.dataset.subject !== subject) || !all("tbody tr:not([hidden])", block).length;
+      block.hidden = other(block.dataset.subject) || !all("tbody tr:not([hidden])", block).length;
     }
-    if (one("#each") && subject) one("#each").open = true;
+    if (one("#each") && names.size) one("#each").open = true;
     for (const field of fields) if (field.value !== (state.get(field.id) || "")) field.value = state.get(field.id) || "";
   };
 
@@ -98,7 +139,7 @@
     if (next) set("zoom", next.join("."));
   };
 
-  const show = () => { sort(); filter(); enlarge(); };
+  const show = () => { average(); sort(); filter(); enlarge(); };
   const start = () => { state = read(); show(); };
   document.addEventListener("click", (event) => {
     const head = event.target.closest("table.sheet th"), picture = event.target.closest(".picture");
@@ -114,6 +155,9 @@
       if (way) { event.preventDefault(); go(way); }
     } else if (event.key === "Enter" && event.target.matches("table.sheet th")) sortBy(event.target);
   });
+  for (const box of boxes) {
+    box.addEventListener("input", () => set("subject", boxes.filter((each) => each.checked).map((each) => each.value).join("\n")));
+  }
   for (const field of fields) field.addEventListener("input", () => set(field.id, field.value));
   one("#controls").addEventListener("submit", (event) => event.preventDefault());
   one("#controls").addEventListener("reset", (event) => { event.preventDefault(); state = new Map(); keep(); show(); });
