@@ -93,7 +93,9 @@ def test_rooms_keep_their_walls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 2), ("miniature", 4), ("attention", 2), ("compare", 2), ("read_a_run", 4)])
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("quickstart", 2), ("miniature", 4), ("attention", 2), ("compare", 2), ("read_a_run", 4)]
+)
 def test_notebooks_run(name: str, pictures: int, tmp_path, monkeypatch) -> None:
     import nbformat
     from nbclient import NotebookClient
