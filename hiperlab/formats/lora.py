@@ -291,8 +291,8 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefixes
         if pairs:
             subfolder = folder / ("peft" if part == "unet" else f"peft_{part}")
             settings[part].save_pretrained(str(subfolder))
-            states = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
-            save_file(states, subfolder / PEFT, metadata={"format": "pt"})
+            named = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
+            save_file(named, subfolder / PEFT, metadata={"format": "pt"})
             written.append(subfolder / PEFT)
     return written
 

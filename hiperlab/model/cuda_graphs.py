@@ -94,7 +94,7 @@ def _tensors(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> l
 def _restored(tensors: Sequence[Tensor], like: Conditioning) -> tuple[Tensor, Tensor, Conditioning]:
     """The call whose tensors these are; names and flags are those of `like`."""
     latents, timestep, keys, *rest = tensors
-    present = {name: None if getattr(like, name) is None else rest.pop(0) for name in OPTIONAL}
+    present: dict[str, Any] = {name: None if getattr(like, name) is None else rest.pop(0) for name in OPTIONAL}
     beside = None
     if like.row_offsets is not None:
         scale, which = rest.pop(0), rest.pop(0)

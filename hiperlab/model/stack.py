@@ -161,7 +161,7 @@ class FrozenStack(nn.Module):
         self.towers = tuple(towers)
         self.tokenizer = towers[0].tokenizer  # all have the same words
         modules = [tower.text for tower in towers]
-        self.text: nn.Module = modules[0] if len(modules) == 1 else nn.ModuleDict(zip(text_towers.NAMES, modules))
+        self.text: nn.Module = modules[0] if len(modules) == 1 else nn.ModuleDict(dict(zip(text_towers.NAMES, modules)))
         # Out of the module tree, where it would hold the same layers a second time; one object, as it names them.
         object.__setattr__(self, "_text_module", text_towers.module_of(self.towers))
         self.vae, self.unet = vae, unet
@@ -379,22 +379,21 @@ class FrozenStack(nn.Module):
 
         Some fine-tunes of SDXL say channels' means and deviations as well.
         """
-        mean, deviation = self._channels(latents)
-        if mean is not None:
-            latents = (latents - mean) / deviation
+        if (channels := self._channels(latents)) is not None:
+            latents = (latents - channels[0]) / channels[1]
         return latents * self.vae.config["scaling_factor"]
 
     def unscale(self, latents: Tensor) -> Tensor:
         """The inverse of `scale`, same shape."""
         latents = latents / self.vae.config["scaling_factor"]
-        mean, deviation = self._channels(latents)
-        return latents if mean is None else latents * deviation + mean
+        channels = self._channels(latents)
+        return latents if channels is None else latents * channels[1] + channels[0]
 
-    def _channels(self, latents: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _channels(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         """The latents' means and deviations (C, 1, 1) by channel, where the VAE's config says any."""
         mean, deviation = (self.vae.config.get(name) for name in ("latents_mean", "latents_std"))
         if mean is None or deviation is None:
-            return None, None
+            return None
         first, second = (latents.new_tensor(each)[:, None, None] for each in (mean, deviation))
         return first, second
 
