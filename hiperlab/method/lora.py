@@ -59,6 +59,8 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         targets: ends of the U-Net layers' names.
         text_encoder: whether the text encoder gets offsets too.
         text_targets: ends of the text encoder layers' names.
+        text_lr: learning rate of the text encoder's offsets; None takes the optimizer's.
+        text_decay: their weight decay; None takes the optimizer's.
         identifier: rare word that stands before the class noun in the placeholder's place.
         learn_word: let the placeholder itself stand there, without noun, as a word that is learnt too: its vector
             starts from the class noun's and keeps its norm (--train_text_encoder_ti of kyungmnlee/dco).
@@ -69,7 +71,7 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
 
     stacks_concepts = True
     fixed_settings = (*RareTokenMethod.fixed_settings, "learn_word")
-    training_settings = (*RareTokenMethod.training_settings, "word_lr")
+    training_settings = (*RareTokenMethod.training_settings, "word_lr", "text_lr", "text_decay")
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
     sampling_settings = (*RareTokenMethod.sampling_settings, *DrawnAtStrengths.sampling_settings)
@@ -85,6 +87,8 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         targets: Sequence[str],
         text_encoder: bool,
         text_targets: Sequence[str],
+        text_lr: float | None,
+        text_decay: float | None,
         identifier: str,
         learn_word: bool,
         word_lr: float,
@@ -99,6 +103,14 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
             raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
         if word_lr <= 0:
             raise UserError(f"method.word_lr={word_lr} is out of range. Choose above 0; DCO's authors use 5e-6.")
+        for name, value in (("text_lr", text_lr), ("text_decay", text_decay)):
+            if value is not None and not (value > 0 if name == "text_lr" else value >= 0):
+                raise UserError(f"method.{name}={value} is out of range. Choose a positive number, or null.")
+            if value is not None and not text_encoder:
+                raise UserError(
+                    f"method.{name}={value} is of the text encoder's offsets: add method.text_encoder=true."
+                )
+        self.text_settings = {"lr": text_lr, "weight_decay": text_decay}
         self.set_strengths(strength)
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
@@ -137,10 +149,16 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         )
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The matrices at the optimizer's rate, the word at its own."""
-        if not self.learn_word:
-            return super().param_groups()
-        return [{"params": [*self.down.values(), *self.up.values()]}, {"params": [self.word], "lr": self.word_lr}]
+        """The matrices at the optimizer's rate, the text encoder's and the word at their own, where they have one."""
+        apart = {name: float(value) for name, value in self.text_settings.items() if value is not None}
+        of_text = [key for key in self.down if apart and key.startswith("text/")]
+        rest = [key for key in self.down if key not in of_text]
+        groups: list[dict[str, Any]] = [{"params": [each[key] for each in (self.down, self.up) for key in rest]}]
+        if of_text:
+            groups.append({"params": [each[key] for each in (self.down, self.up) for key in of_text], **apart})
+        if self.learn_word:
+            groups.append({"params": [self.word], "lr": self.word_lr})
+        return groups
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer; the word keeps its norm."""

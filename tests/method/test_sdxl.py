@@ -118,6 +118,22 @@ def test_pooled_row_of_a_learnt_word(xl) -> None:
         assert torch.allclose(states.pooled, plain, atol=1e-5) == (at == "end")
 
 
+def test_text_encoders_have_a_rate_of_their_own(xl) -> None:
+    method = build("lora", xl, CATS, text_encoder=True, text_lr=1e-3, text_decay=0.0)
+    rest, text = method.configure_optimizers().param_groups
+    assert (text["lr"], text["weight_decay"]) == (1e-3, 0.0) and rest["lr"] == 1e-4
+    own = {id(value) for each in (method.down, method.up) for key, value in each.items() if key.startswith("text/")}
+    assert {id(value) for value in text["params"]} == own and not own & {id(value) for value in rest["params"]}
+    (only,) = build("lora", xl, CATS, text_encoder=True).configure_optimizers().param_groups
+    assert len(only["params"]) == len(rest["params"]) + len(own)
+    for changes, message in (
+        ({"text_encoder": True, "text_lr": 0.0}, "method.text_lr=0.0 is out of range"),
+        ({"text_lr": 1e-3}, "add method.text_encoder=true"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build("lora", xl, CATS, **changes)
+
+
 def test_drawn_together(xl) -> None:
     """One concept composed alone is the method's own picture; two of different methods make one."""
     first, second = kept("xti", xl, SUBJECTS[0]), kept("lora", xl, SUBJECTS[1], text_encoder=True)

@@ -346,18 +346,17 @@ def names_of(method: Any) -> dict[str, torch.nn.Parameter]:
 def test_lora_training(stack, root, meta, how, recorded, lora, monkeypatch) -> None:
     """The script's steps: gradients of all three networks, clipped together, in its groups of rates and decays."""
     all_of, how_lora = golden.pick(recorded("lora"), "lora."), meta["lora"]
-    method = lora(stack, root / "lora" / "initial.safetensors")
+    unet, first, second = how_lora["groups"]
+    assert all(first[name] == second[name] for name in ("lr", "weight_decay", "eps"))
+    method = lora(
+        stack, root / "lora" / "initial.safetensors", text_lr=first["lr"], text_decay=first["weight_decay"],
+        optimizer={name: unet[name] for name in ("lr", "weight_decay", "eps")},
+    )  # fmt: skip
     own = names_of(method)
     names = [name.replace("text_model.", "") for name in how_lora["names"]]
     unread = {name.replace("text_model.", "") for name in how_lora["without_gradient"]}
     assert own.keys() == set(names) - unread, "all their matrices but those that get no gradient"
-    parts = ("unet.", "text_encoder.", "text_encoder_2.")
-    groups = [
-        {"params": [own[name] for name in names if name in own and name.startswith(part)], "lr": group["lr"],
-         "weight_decay": group["weight_decay"], "eps": group["eps"]}
-        for part, group in zip(parts, how_lora["groups"], strict=True)
-    ]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = method.configure_optimizers()
     for step in range(len(all_of["loss"])):
         now = {name: all_of[name][step] for name in INPUTS}
         prompts = [method.template.replace("{}", "<it>")] * len(now["latents"])
