@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from hiperlab.base import artifact
 from hiperlab.base.composition import Composition
 from hiperlab.errors import UserError
+from hiperlab.model.shared_calls import alone as answered_alone
+from hiperlab.model.shared_calls import together
 from hiperlab.model.tiny import tiny_sdxl
 from tests.composed import METHODS, SUBJECTS, batch, build, config, kept, trains
 
@@ -132,6 +134,27 @@ def test_text_encoders_have_a_rate_of_their_own(xl) -> None:
     ):
         with pytest.raises(UserError, match=message):
             build("lora", xl, CATS, **changes)
+
+
+def test_side_by_side_each_has_its_own_sizes_and_pooled_row() -> None:
+    """Two trainings in shared calls are what each is alone; so they are when their passes are replayed in blocks."""
+    stack = tiny_sdxl(seed=0, size=64).double()
+    rows = batch(CATS, [0, 1], 64)
+    told = [rows._replace(sizes=torch.full((2, 6), 64.0) * factor) for factor in (1, 3)]
+
+    def gradients(shared: bool) -> list[torch.Tensor]:
+        methods = [build(name, stack, CATS).double() for name in ("ti", "xti")]
+        works = [method.training_calls(each) for method, each in zip(methods, told, strict=True)]
+        losses = together(stack, works) if shared else [answered_alone(stack, work) for work in works]
+        torch.stack(losses).sum().backward()
+        return [p.grad for method in methods for p in method.parameters() if p.grad is not None]
+
+    alone = gradients(shared=False)
+    for ours, theirs in zip(gradients(shared=True), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-6)
+    stack.optimise(channels_last=False, compile=False, gradient_checkpointing=True)
+    for ours, theirs in zip(gradients(shared=True), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-6)
 
 
 def test_drawn_together(xl) -> None:

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 from hiperlab.errors import UserError
+from hiperlab.model.kind import is_sdxl
 from hiperlab.model.load import pretrained
 from hiperlab.model.noise import add_noise, target
 from hiperlab.model.tiny import tiny
@@ -213,3 +214,21 @@ def test_single_files_that_cannot_be_loaded(folder, tmp_path) -> None:
         with pytest.raises(UserError, match=r"cannot be loaded as a single file \(.+\)") as caught:
             pretrained("sd15", str(tmp_path / f"{name}.safetensors"), size=512, config=str(folder))
         assert "\n" not in str(caught.value)
+
+
+def test_sdxl_is_told_from_the_names_of_its_parts(folder, tmp_path) -> None:
+    """Of a folder, of its list of parts alone, of a single file; anything else is an earlier model, or nothing."""
+    assert not is_sdxl(str(folder)) and not is_sdxl(str(tmp_path / "absent"))
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    (listed / "model_index.json").write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    assert is_sdxl(str(listed))
+    with pytest.raises(UserError, match="lacks scheduler, tokenizer, text_encoder, vae, unet, tokenizer_2, text_enc"):
+        pretrained("x", str(listed), size=128)
+    (listed / "model_index.json").write_text("[")
+    assert not is_sdxl(str(listed))
+    for key, found in (("conditioner.embedders.1.model.ln_final.weight", True), ("cond_stage_model.x", False)):
+        save_file({key: torch.zeros(1)}, tmp_path / "one.safetensors")
+        assert is_sdxl(str(tmp_path / "one.safetensors")) is found
+    (tmp_path / "one.safetensors").write_bytes(b"torn")
+    assert not is_sdxl(str(tmp_path / "one.safetensors"))

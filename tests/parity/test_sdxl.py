@@ -20,7 +20,7 @@ from hiperlab import draws
 from hiperlab.base.method import Method, Step, Subject
 from hiperlab.base.prior_preservation import preserved
 from hiperlab.data.batch import Batch
-from hiperlab.data.images import in_range
+from hiperlab.data.images import corner, in_range
 from hiperlab.errors import UserError
 from hiperlab.formats import embedding
 from hiperlab.formats import lora as lora_files
@@ -204,6 +204,16 @@ def test_inversion(stack, root, meta, how, g) -> None:
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_the_pictures(source, how, recorded) -> None:
+    """What the scripts tell the U-Net of each picture: one squeezes, the other cuts the middle out."""
+    for file, crop in (("ti", "squeeze"), ("lora", "middle")):
+        rows = recorded(file)[f"{file}.time_ids"].flatten(0, -2).long().tolist()
+        assert rows
+        for height, width, top, left, side, _ in rows:
+            assert [height, width] in how["picture_sizes"] or [width, height] in how["picture_sizes"]
+            assert corner((width, height), side, crop, None, flip=False) == (top, left)
 
 
 def replayed(method: Method, rows: dict[str, Tensor], prompts: list[str], monkeypatch) -> Tensor:
