@@ -112,18 +112,18 @@ class Composition:
 
         vectors = placed([part.vectors for part in parts])
         pooled = [part.vectors if part.pooled_vectors is None else part.pooled_vectors for part in parts]
-        found = model.condition_tokens(tokens, vectors, placed(pooled) if model.pools else None)
         if all(part.in_values is None for part in parts):
-            return found
+            return model.condition_tokens(tokens, vectors, placed(pooled) if model.pools else None)
+        assert not model.pools, "no method that runs on SDXL has values of its own"
         hidden = model.hidden_states(tokens, vectors)
-        values = found.keys
+        keys = values = model.normalise_text(hidden)
         layer = torch.arange(len(values), device=rows.device)[:, None]
         for part, mine in zip(parts, owned, strict=True):
             if part.in_values is not None:
                 changed = part.in_values(hidden[:, rows[mine], positions[mine]], rows[mine])
                 index = (layer, rows[mine][None], positions[mine][None])
                 values = values.index_put(index, model.normalise_text(changed))
-        return replace(found, values=values)
+        return Conditioning(keys, values)
 
     def negative_condition(self, text: str | None) -> Conditioning:
         """What guidance's unconditional branch reads (1, 1, N, D), through the changed text encoder."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.stack import FrozenStack
 
-MOST = 1024  # texts kept; at SD's 77 x 768 in float32 240 MB
+MOST = 1024  # texts kept; at SD's 77 x 768 in float32 240 MB, at SDXL's 77 x 2048 650
 
 
 class TextCache:
