@@ -120,6 +120,29 @@ def test_pooled_row_of_a_learnt_word(xl) -> None:
         assert torch.allclose(states.pooled, plain, atol=1e-5) == (at == "end")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype, xl) -> None:
+    """The U-Net in half, text encoders and autoencoder in float32, as the precision groups have them."""
+    states, latents = xl.condition_text(["a cat", "a dog"]), torch.ones(2, *xl.latent_shape)
+    expected = xl.predict(latents, torch.tensor([10, 900]), states)
+    half = copy.deepcopy(xl)
+    half.unet.to(dtype)
+    found = half.predict(latents, torch.tensor([10, 900]), states)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_latents_with_means_of_their_own(xl) -> None:
+    """As some fine-tunes' autoencoders say, by channel."""
+    other, latents = copy.deepcopy(xl), torch.randn(2, *xl.latent_shape)
+    other.vae.register_to_config(latents_mean=[1.0, 0.0, -1.0, 2.0], latents_std=[2.0, 1.0, 0.5, 4.0])
+    scaled = other.scale(latents)
+    torch.testing.assert_close(scaled[:, 3], (latents[:, 3] - 2.0) / 4.0 * 0.13025)
+    torch.testing.assert_close(other.unscale(scaled), latents, atol=1e-5, rtol=0)
+    assert torch.equal(xl.scale(latents), 0.13025 * latents)
+
+
 def test_text_encoders_have_a_rate_of_their_own(xl) -> None:
     method = build("lora", xl, CATS, text_encoder=True, text_lr=1e-3, text_decay=0.0)
     rest, text = method.configure_optimizers().param_groups
