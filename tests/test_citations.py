@@ -86,3 +86,5 @@ def test_methods_page_has_every_method() -> None:
     for what, pattern in (("command", r"^\| `method=(\w+) "), ("defaults", r"^\| `(\w+)` \|")):
         found = sorted(re.findall(pattern, text, re.M))
         assert found == names, f"METHODS.md, the table with each method's {what}: {sorted({*found} ^ {*names})}"
+    on_sdxl = re.findall(r"`(\w+)`", " ".join(re.findall(r"^- (`.*?`):", text.partition("## Which base")[2], re.M)))
+    assert sorted(on_sdxl) == names, f"METHODS.md, what each does on SDXL: {sorted({*on_sdxl} ^ {*names})}"

@@ -78,6 +78,10 @@ def test_rows_behind_the_batch(small) -> None:
     assert whole.sample.tolist() == [4, 5, 6, 7, -5, -6, -7, -8]
     assert torch.equal(whole.pixels[4:], torch.cat([half.pixels[2:] for half in halves]))
     assert whole.view[4:].tolist() == [view for half in halves for view in half.view[2:].tolist()]
+    assert whole.sizes is None, "nobody says what the instance pictures were"
+    told = batch([CAT], [4], size=64)._replace(sizes=torch.tensor([[100.0, 200, 0, 9, 64, 64]]))
+    sizes = mine.extend(told, small, ["cat"], seed=0).sizes
+    assert sizes is not None and sizes.tolist() == [[100, 200, 0, 9, 64, 64], [64, 64, 0, 0, 64, 64]]
     assert max(whole.view[4:].tolist()) < 0 and not whole.flip[4:].any()
     assert float(whole.pixels[4:].min()) >= -1 and float(whole.pixels[4:].max()) <= 1
 

@@ -133,7 +133,7 @@ def read(path: Path) -> Artifact:
         base, subject, settings = (json.loads(metadata[key]) for key in ("base", "subject", "settings"))
         if not isinstance(settings, dict):
             raise TypeError("settings are no mapping")
-        base["fingerprint"] = tuple(base["fingerprint"])
+        base |= {name: tuple(base[name]) for name in ("fingerprint", "widths") if name in base}
         return Artifact(
             tensors,
             with_todays_names(settings),

@@ -18,7 +18,6 @@ from hiperlab.errors import UserError
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import Offsets
 from hiperlab.model.sampler import Sampler, ddim, generate
-from hiperlab.model.text import final_norm, with_weights
 from hiperlab.model.weight_changes import materialise, sum_changes
 
 
@@ -83,45 +82,52 @@ class Composition:
                 slots[subject.placeholder] = list(range(first[-1], first[-1] + count))
             first.append(first[-1] + count)
             parts.append(part)
-        keys, values = with_weights(
-            self.model.text, self._text, lambda: self._states(step.prompts, parts, slots, first)
-        )
+        found = self.model.with_text_weights(self._text, lambda: self._states(step.prompts, parts, slots, first))
         for part in parts:
             if part.tail is not None:
-                keys = _with_tail(keys, part.tail)
-                values = None if values is None else _with_tail(values, part.tail)
-        return Conditioning(keys, values, self._unet)
+                values = None if found.values is None else _with_tail(found.values, part.tail)
+                found = replace(found, keys=_with_tail(found.keys, part.tail), values=values)
+        return replace(found, offsets=self._unet)
 
     def _states(
         self, prompts: Sequence[str], parts: Sequence[Part], slots: dict[str, list[int]], first: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """What keys and values read (L, R, N, D); part i owns the slots from first[i] on."""
+    ) -> Conditioning:
+        """What the U-Net reads of the texts (L, R, N, D); part i owns the slots from first[i] on."""
         model = self.model
         tokens = model.tokenize(prompts, slots)
         rows, positions, slot = tokens.occurrences()
         if not len(rows):
-            return final_norm(model.text, model.hidden_states(tokens)), None
-        layers = max(part.vectors.shape[0] for part in parts if part.vectors is not None)
-        vectors = model.alpha_bar.new_zeros(layers, len(rows), model.width)
+            return model.condition_tokens(tokens)
         owned = [torch.nonzero((slot >= low) & (slot < high))[:, 0] for low, high in pairwise(first)]
-        for part, mine, low in zip(parts, owned, first, strict=False):
-            if part.vectors is not None:
-                every = part.vectors.expand(layers, len(prompts), -1, -1)
-                vectors = vectors.index_copy(1, mine, every[:, rows[mine], slot[mine] - low].to(vectors))
+
+        def placed(given: Sequence[Tensor | None]) -> Tensor:
+            """(L, K, D): each part's vectors (L or 1, R, V, D) at its occurrences."""
+            layers = max(each.shape[0] for each in given if each is not None)
+            vectors = model.alpha_bar.new_zeros(layers, len(rows), model.width)
+            for each, mine, low in zip(given, owned, first, strict=False):
+                if each is not None:
+                    every = each.expand(layers, len(prompts), -1, -1)
+                    vectors = vectors.index_copy(1, mine, every[:, rows[mine], slot[mine] - low].to(vectors))
+            return vectors
+
+        vectors = placed([part.vectors for part in parts])
+        pooled = [part.vectors if part.pooled_vectors is None else part.pooled_vectors for part in parts]
+        if all(part.in_values is None for part in parts):
+            return model.condition_tokens(tokens, vectors, placed(pooled) if model.pools else None)
+        assert not model.pools, "no method that runs on SDXL has values of its own"
         hidden = model.hidden_states(tokens, vectors)
-        keys = final_norm(model.text, hidden)
-        values = keys
-        layer = torch.arange(layers, device=rows.device)[:, None]
+        keys = values = model.normalise_text(hidden)
+        layer = torch.arange(len(values), device=rows.device)[:, None]
         for part, mine in zip(parts, owned, strict=True):
             if part.in_values is not None:
                 changed = part.in_values(hidden[:, rows[mine], positions[mine]], rows[mine])
                 index = (layer, rows[mine][None], positions[mine][None])
-                values = values.index_put(index, final_norm(model.text, changed))
-        return keys, None if values is keys else values
+                values = values.index_put(index, model.normalise_text(changed))
+        return Conditioning(keys, values)
 
-    def encode_negative(self, text: str) -> Tensor:
-        """Text states (1, N, D) of guidance's unconditional branch, through the changed text encoder."""
-        return with_weights(self.model.text, self._text, lambda: self.model.encode_text([text]))
+    def negative_condition(self, text: str | None) -> Conditioning:
+        """What guidance's unconditional branch reads (1, 1, N, D), through the changed text encoder."""
+        return self.model.with_text_weights(self._text, lambda: self.model.condition_negative(text))
 
     @torch.no_grad()
     def sample(
@@ -132,7 +138,7 @@ class Composition:
         steps: int,
         guidance: float,
         sampler: Sampler | None = None,
-        negative: str = "",
+        negative: str | None = None,
         batch_size: int = 8,
     ) -> Tensor:
         """Draw one picture (3, H, W) in [0, 1] per (prompt, seed), on the CPU; see `Method.sample`."""
@@ -151,7 +157,7 @@ class Composition:
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler or ddim(steps, guidance),
-                negative=self.encode_negative(negative),
+                negative=self.negative_condition(negative),
                 batch_size=batch_size,
                 time_dependent=self.time_dependent,
                 reads_latents=self.reads_latents,

@@ -140,16 +140,16 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
 
     # ---- what a method of this kind may write ------------------------------------------------------------------------
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+    def edit_conditions(self, texts: Sequence[str], negative: str | None) -> tuple[Conditions, Conditions]:
         """Conditional and unconditional conditioning of the rows at each sampling step.
 
         Args:
             texts: B plain texts, the source first.
-            negative: text of the unconditional branch.
+            negative: text of the unconditional branch; None for an absent one.
         """
-        states = Conditioning(self.encode([texts[0] if self.reads_source else "", *texts[1:]])[None])
+        states = self.encode.condition([texts[0] if self.reads_source else "", *texts[1:]])
         first = negative if self.negates_source else ""
-        empty = Conditioning(self.encode([first, *[negative] * (len(texts) - 1)])[None])
+        empty = self.encode.negative([first, *[negative] * (len(texts) - 1)])
         return (lambda step: states), (lambda step: empty)
 
     def edits(self, texts: Sequence[str], side: int, guided: bool, keep: bool) -> Edits:
@@ -260,10 +260,10 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         pixels = self.map_pixels()
         wanted = None if pixels is None else cross_maps(pixels)
         text, steps = self.inverted_text(), self.inversion_steps
-        states = Conditioning(self.encode([text])[None])
+        states = self.encode.condition([text])
         if self.inversion_guidance == 1 or not text:  # guidance from a text to itself is none
             return (yield from inversion_calls(self.model, latents, states, steps, wanted))
-        empty = Conditioning(self.encode([""])[None])
+        empty = self.encode.condition([""])
         return (yield from inversion_calls(self.model, latents, states, steps, wanted, empty, self.inversion_guidance))
 
     def _cache_path(self) -> Path | None:
@@ -318,7 +318,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
     def condition(self, step: Step) -> Conditioning:
         """The plain texts: (1, R, N, D). What a step of the path adds comes from `edit_conditions`."""
         texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
-        return Conditioning(self.encode(texts)[None])
+        return self.encode.condition(texts)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Own tensors by name, (1, ...) each: a concept axis of one in front, as views, so loading changes them."""
@@ -345,7 +345,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
         images: Tensor | None = None,
         sampler: Sampler | None = None,
         variant: str = "",
-        negative: str = "",
+        negative: str | None = None,
         batch_size: int = 8,
     ) -> Calls[Tensor]:
         """Pictures (B, 3, 8H, 8W) in [0, 1] as `Method.sample`: the source text reconstructs, any other text edits.
@@ -384,7 +384,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
                 log.warning("no attention pictures: %s", error)
                 return []
             with self._evaluating():
-                pictures, edits = alone(self.model, self._edit_calls(texts, seed, guidance, "", keep=True))
+                pictures, edits = alone(self.model, self._edit_calls(texts, seed, guidance, None, keep=True))
             drawn = dict(zip(texts, word_maps(texts, places, pictures, edits), strict=True))
         return [maps for text, maps in drawn.items() if maps and (self.reads_source or text != self.source)]
 
@@ -399,7 +399,7 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             return []
 
     def _draw_calls(
-        self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
+        self, texts: Sequence[str], seed: int, guidance: float, negative: str | None, batch_size: int
     ) -> Calls[dict[str, Tensor]]:
         """Pictures (3, H, W) in [0, 1] by text; the source is drawn beside every batch of targets."""
         targets = [text for text in texts if text != self.source]
@@ -411,12 +411,12 @@ class EditingMethod(Method, ReadsPicture, EditsPicture, ShowsAttention):
             pictures, edits = yield from self._edit_calls(rows, seed, guidance, negative, keep=bool(places))
             if places and edits.sums:
                 for maps in word_maps(rows, places, pictures, edits):
-                    self._maps[maps.text, seed, guidance, negative] = maps
+                    self._maps[maps.text, seed, guidance, negative or ""] = maps
             found = {**dict(zip(rows, pictures, strict=True)), **found}
         return found
 
     def _edit_calls(
-        self, rows: Sequence[str], seed: int, guidance: float, negative: str, keep: bool = False
+        self, rows: Sequence[str], seed: int, guidance: float, negative: str | None, keep: bool = False
     ) -> Calls[tuple[Tensor, Edits]]:
         """Pictures (B, 3, H, W) in [0, 1] of B texts, the source first, and the controls that saw their maps."""
         conditional, unconditional = self.edit_conditions(rows, negative)

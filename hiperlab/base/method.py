@@ -136,6 +136,7 @@ class Method(pl.LightningModule, ABC):
     stacks_concepts: ClassVar[bool] = True  # False: one object has room for one concept
     why_alone: ClassVar[str] = ""  # why no U-Net call of its training can be shared with others', for people to read
     why_apart: ClassVar[str] = ""  # the same of its pictures, of those of an edit's source at the least
+    why_not_sdxl: ClassVar[str] = ""  # why it does not run where the U-Net reads a pooled row beside the text (SDXL)
     why_no_early_stop: ClassVar[str] = ""  # why neither a flat loss nor a score may end its training or choose a step
     time_dependent: ClassVar[bool] = False  # True: conditioning changes along the sampling schedule
     reads_latents: ClassVar[bool] = False  # True: it depends on z_t too, so every picture has its own at every step
@@ -156,6 +157,8 @@ class Method(pl.LightningModule, ABC):
         seed: int,
     ) -> None:
         super().__init__()
+        if model.pools:
+            self.check_sdxl(model.name)
         if not self.stacks_concepts and len(concepts) > 1:
             raise UserError(f"{type(self).__name__} trains one concept at a time, {len(concepts)} were given.")
         for field in ("name", "placeholder"):
@@ -173,6 +176,19 @@ class Method(pl.LightningModule, ABC):
         self.last_timesteps: Tensor | None = None
         self.early_stop: EarlyStop | None = None  # given by who trains it, as the next
         self.best_score: BestScore | None = None
+
+    @classmethod
+    def check_sdxl(cls, model: str) -> None:
+        """Refuse a model of SDXL's kind where the method says why it does not run there.
+
+        Raises:
+            UserError: it says so.
+        """
+        if cls.why_not_sdxl:
+            raise UserError(
+                f"{cls.__name__} does not run on SDXL (model={model}): {cls.why_not_sdxl}. Choose a model of Stable "
+                "Diffusion 1.x or 2.x, e.g. model=sd15."
+            )
 
     # ---- what a method writes --------------------------------------------------------------------------------------
 
@@ -240,27 +256,20 @@ class Method(pl.LightningModule, ABC):
         return torch.stack(found)
 
     def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """Text states of guidance's unconditional branch; by default the frozen text encoder's, the same for all.
-
-        Args:
-            text: the negative text.
-            variant: one of `variants`.
-            concepts: number of each picture's concept.
-
-        Returns:
-            (1, N, D), or one (N, D) for each of `concepts`.
-        """
-        return self.model.encode_text([text])
+        """The text states alone of `negative_condition`: (1, N, D), or one (N, D) for each of `concepts`."""
+        return self.negative_condition(text, variant, concepts).keys[0]
 
     def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
-        """All that guidance's unconditional branch reads, of one row or one for each of `concepts`; by default text.
+        """All that guidance's unconditional branch reads, of one row or one for each of `concepts`.
+
+        By default what the frozen text encoders make of the text, the same for all.
 
         Args:
             text: the negative text.
             variant: one of `variants`.
             concepts: number of each picture's concept.
         """
-        return Conditioning(self.encode_negative(text, variant, concepts)[None])
+        return self.model.condition_text([text])
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -295,7 +304,7 @@ class Method(pl.LightningModule, ABC):
         for part in inputs.timesteps.to(z0.device):
             z_t = self.model.add_noise(z0, noise, part)
             step = Step(rows.prompts, rows.concept, part, z_t, rows.sample, rows.pixels)
-            prediction = yield Call(z_t, part, self.condition(step))
+            prediction = yield Call(z_t, part, self.condition(step).sized(rows.sizes))
             losses.append(denoising_loss(prediction.double(), self.model.target(z0, noise, part).double()))
         return torch.cat(losses).mean()
 
@@ -318,8 +327,8 @@ class Method(pl.LightningModule, ABC):
         z_t = self.model.add_noise(z0, noise, t)
         step = Step(rows.prompts, rows.concept, t, z_t, rows.sample, rows.pixels)
         if (frozen := self.reference_condition(step)) is not None:
-            step = replace(step, reference=(yield Call(z_t, t, frozen, gradient=False)))
-        prediction = yield Call(z_t, t, self.condition(step))
+            step = replace(step, reference=(yield Call(z_t, t, frozen.sized(rows.sizes), gradient=False)))
+        prediction = yield Call(z_t, t, self.condition(step).sized(rows.sizes))
         target = self.model.target(z0, noise, t)
         if rows.mask is not None:
             if step.reference is not None:
@@ -441,7 +450,7 @@ class Method(pl.LightningModule, ABC):
         images: Tensor | None = None,
         sampler: Sampler | None = None,
         variant: str = "",
-        negative: str = "",
+        negative: str | None = None,
         batch_size: int = 8,
     ) -> Tensor:
         """Draw one picture per (prompt, seed) with guidance (Ho & Salimans 2022, eq. 6), independent of the others.
@@ -455,7 +464,7 @@ class Method(pl.LightningModule, ABC):
             images: reference pictures (B, 3, H, W) in [-1, 1] for methods that read them.
             sampler: scheduler to use; None means DDIM.
             variant: one of `variants`.
-            negative: text of the unconditional branch.
+            negative: text of the unconditional branch; None for an absent one: an empty text, in SDXL zeros.
             batch_size: pictures per U-Net call; a matter of memory only.
 
         Returns:
@@ -488,7 +497,7 @@ class Method(pl.LightningModule, ABC):
         images: Tensor | None = None,
         sampler: Sampler | None = None,
         variant: str = "",
-        negative: str = "",
+        negative: str | None = None,
         batch_size: int = 8,
     ) -> Calls[Tensor]:
         """Pictures (B, 3, H, W) in [0, 1] as U-Net calls that other drawings may share; arguments as `sample`."""
@@ -509,9 +518,11 @@ class Method(pl.LightningModule, ABC):
 
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
         if self.consistency is None:
-            negatives = self.negative_condition(negative, variant, [number for _, number in same])
+            negatives = self.negative_condition(negative or "", variant, [number for _, number in same])
+            if negative is None and self.model.zero_negative:
+                negatives = negatives.zeroed()
         else:  # guidance is the frozen model's own then
-            negatives = Conditioning(self.model.encode_text([negative])[None])
+            negatives = self.model.condition_negative(negative)
         return (
             yield from generation_calls(
                 self.model,

@@ -21,7 +21,7 @@ from hiperlab import files
 from hiperlab.clock import Clock
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import SLOT, fill
-from hiperlab.data.images import ImageProblem, read_folder, read_image, to_pixels
+from hiperlab.data.images import ImageProblem, corner, read_folder, read_image, to_pixels
 from hiperlab.data.module import view_order
 from hiperlab.errors import UserError
 from hiperlab.loss.diffusion import denoising_loss
@@ -116,11 +116,10 @@ class Prior:
             view_order(seed, [sample], len(pictures))[0]
             for sample, pictures in zip(batch.sample.tolist(), kept, strict=True)
         ]
-        pixels = torch.stack(
-            [self._pixels(pictures[number], model.size) for pictures, number in zip(kept, chosen, strict=True)]
-        )
+        rows = [self._pixels(pictures[number], model.size) for pictures, number in zip(kept, chosen, strict=True)]
+        pixels, own = torch.stack([row for row, _ in rows]), torch.tensor([sizes for _, sizes in rows])
         views = torch.tensor(chosen, device=batch.view.device)
-        offset, mask = batch.offset, batch.mask
+        offset, mask, sizes = batch.offset, batch.mask, batch.sizes
         return Batch(
             pixels=torch.cat([batch.pixels, pixels.to(batch.pixels)]),
             prompts=[*batch.prompts, *(fill(self.prompt, noun) for noun in nouns)],
@@ -130,6 +129,7 @@ class Prior:
             flip=torch.cat([batch.flip, torch.zeros_like(batch.flip)]),
             offset=None if offset is None else torch.cat([offset, torch.zeros_like(offset)]),
             mask=None if mask is None else torch.cat([mask, torch.ones_like(mask)]),
+            sizes=None if sizes is None else torch.cat([sizes, own.to(sizes)]),  # its own, not the instance's
         )
 
     def losses(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class Prior:
         return [found[number] for number in range(self.count)]
 
     def _draw(self, model: FrozenStack, caption: str, seeds: list[int]) -> list[Image.Image]:
-        pictures = draw_plain(model, [caption] * len(seeds), seeds, ddim(self.steps, self.guidance), "")
+        pictures = draw_plain(model, [caption] * len(seeds), seeds, ddim(self.steps, self.guidance), None)
         levels = (pictures.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
         return [Image.fromarray(picture) for picture in levels]
 
@@ -196,8 +196,8 @@ class Prior:
         settings = [caption, model.size, self.steps, self.guidance, model.scheduler_config, weights]
         return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _pixels(self, picture: Path | Image.Image, size: int) -> Tensor:
-        """(3, size, size) in [-1, 1]; files are read when they are needed, so that a thousand take no memory."""
+    def _pixels(self, picture: Path | Image.Image, size: int) -> tuple[Tensor, tuple[int, ...]]:
+        """(3, size, size) in [-1, 1], and its six numbers of `Batch.sizes`; files are read when they are needed."""
         if isinstance(picture, Path):
             try:
                 picture = read_image(picture)
@@ -205,7 +205,8 @@ class Prior:
                 raise UserError(
                     f"class picture {picture} cannot be read ({error}). Delete it: it is drawn anew."
                 ) from error
-        return to_pixels(picture, size, "square", flip=False)
+        top, left = corner(picture.size, size, "square", None, flip=False)
+        return to_pixels(picture, size, "square", flip=False), (picture.height, picture.width, top, left, size, size)
 
 
 def _file_name(word: str) -> str:

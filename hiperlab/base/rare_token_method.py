@@ -133,7 +133,7 @@ class RareTokenMethod(Method, Composable, Exportable):
     def reference_condition(self, step: Step) -> Conditioning | None:
         """The frozen model's view of the `frozen_texts`, for `loss=dco` in training and `consistency` in pictures."""
         asked = self.loss == "dco" if step.samples is not None else self.consistency is not None
-        return Conditioning(self.plain_text(self.frozen_texts(step))[None]) if asked else None
+        return self.plain_text.condition(self.frozen_texts(step)) if asked else None
 
     def frozen_texts(self, step: Step) -> list[str]:
         """The step's R prompts as the frozen model is asked them: the same, unless they hold a learnt word."""

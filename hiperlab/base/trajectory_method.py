@@ -21,7 +21,6 @@ from hiperlab.base.artifact import RENAMED
 from hiperlab.base.editing_method import EditingMethod, EditingSettings
 from hiperlab.data.batch import Batch
 from hiperlab.errors import UserError
-from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.inversion import noise_calls, previous
 from hiperlab.model.shared_calls import Calls
 
@@ -211,5 +210,5 @@ class TrajectoryMethod(EditingMethod):
     @torch.no_grad()
     def plain_noise_calls(self, text: str, step: int, latents: Tensor) -> Calls[Tensor]:
         """The frozen model's noise (1, C, H, W) for a plain text at step i, without a gradient."""
-        states = Conditioning(self.encode([text])[None])
+        states = self.encode.condition([text])
         return (yield from noise_calls(self.model, latents, self.timesteps[step], states))

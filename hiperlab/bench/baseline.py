@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from hiperlab.base.method import Subject
 from hiperlab.bench.timing import seconds
 from hiperlab.bench.trainee import Trainee, picture, prompt, subject
+from hiperlab.errors import UserError
 from hiperlab.model.stack import FrozenStack
 
 
@@ -47,9 +48,14 @@ class DiffusersTextualInversion:
         stack: the frozen model, on its device; it is not changed.
         subject: its placeholder becomes a token, which starts from its class noun.
         optimizer: parameters -> optimizer.
+
+    Raises:
+        UserError: the model has two text encoders.
     """
 
     def __init__(self, stack: FrozenStack, subject: Subject, optimizer: Callable[..., Optimizer]) -> None:
+        if stack.pools:
+            raise UserError(f"--baseline diffusers trains one text encoder: leave it out with --model {stack.name}.")
         self.unet, self.vae = stack.unet, stack.vae
         self.tokenizer: Any = copy.deepcopy(stack.tokenizer)
         self.text = copy.deepcopy(cast(Any, stack.text))

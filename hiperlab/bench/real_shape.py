@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text_towers import TextTower
 from hiperlab.model.tiny import clip_tokenizer
 
 
@@ -29,8 +30,7 @@ def sd15(name: str, size: int) -> FrozenStack:
         text, vae, unet = parts()
     return FrozenStack(
         name=name,
-        tokenizer=clip_tokenizer(),
-        text=text,
+        towers=[TextTower(clip_tokenizer(), text)],
         vae=vae,
         unet=unet,
         scheduler_config=SCHEDULE,

@@ -47,7 +47,7 @@ KINDS = (  # the first that fits a key counts
         r"hiperlab\.(base|edit|layer|loss)\.\w+\.[A-Z]\w*",
     ),
     _kind(r"data", "a loader, hiperlab.data.….load…", r"hiperlab\.data\.\w+\.load\w*"),
-    _kind(r"model", "hiperlab.model.load.pretrained", r"hiperlab\.model\.(load\.pretrained|tiny\.tiny)"),
+    _kind(r"model", "hiperlab.model.load.pretrained", r"hiperlab\.model\.(load\.pretrained|tiny\.tiny(_sdxl)?)"),
     _kind(r"sampler", "hiperlab.model.sampler.Sampler", r"hiperlab\.model\.sampler\.Sampler"),
     _kind(r"metric(\..+)?", "a class of hiperlab.metric", r"hiperlab\.metric(\.\w+)+\.[A-Z]\w*"),
     _kind(

@@ -88,11 +88,14 @@ RANGES = {  # a method's own numbers are checked by its constructor
     "sample.unrelated": _whole(0),
     "sample.batch_size": _whole(1),
     "sample.seeds": Range("a list, e.g. sample.seeds=[0,1], of whole numbers, each 0 or more", _are_seeds),
-    "sample.negative": Range('a text, "" for none', lambda value: isinstance(value, str)),
+    "sample.negative": Range(
+        'a text, "" for an empty one, null for none', lambda value: isinstance(value, str), null=True
+    ),
     "data.held_out": _whole(0),
     "sampler.steps": _whole(1),
     "sampler.guidance": _number("a number, 0 or more", lambda value: value >= 0),
     "model.size": _whole(8),
+    "model.pooled_at": _one_of("end", "argmax"),
     "model.prediction_type": _one_of("epsilon", "v_prediction", null=True),
     "precision.unet": TYPE,
     "precision.vae": TYPE,

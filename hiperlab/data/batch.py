@@ -22,6 +22,8 @@ class Batch(NamedTuple):
         flip: whether it was mirrored, bool (R,).
         offset: where a random crop begins along the picture's long side, in pixels, int64 (R,); None without one.
         mask: weights of the loss in [0, 1], float32 (R, 1, H, W), laid out as `pixels`; None where all count alike.
+        sizes: height and width of the picture as read, top and left of its crop after it was scaled, height and width
+            of `pixels`, float32 (R, 6): what SDXL is told of a picture; None where nobody says.
     """
 
     pixels: Tensor
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     flip: Tensor
     offset: Tensor | None = None
     mask: Tensor | None = None
+    sizes: Tensor | None = None
 
     def after(self, row: int) -> Batch:
         """The rows from number `row` on."""

@@ -223,6 +223,25 @@ def cut(levels: Tensor, size: int, offset: int | None = None) -> Tensor:
     return levels[:, top : top + size, left : left + size]
 
 
+def corner(picture: tuple[int, int], size: int, crop: Crop, offset: int | None, flip: bool) -> tuple[int, int]:
+    """Top and left of what `to_levels` and `cut` keep, in pixels of the whole picture scaled as they scale it.
+
+    Args:
+        picture: its width and height.
+        size: side of the result.
+        crop: how it becomes square.
+        offset: where a random crop begins along the long side; None for the middle.
+        flip: whether it is mirrored, which a corner is given for as if it had been done first.
+    """
+    if crop == "squeeze":
+        return 0, 0
+    w, h = picture
+    long = size * max(w, h) / min(w, h) if crop == "square" else int(size * max(w, h) / min(w, h))
+    start = (long - size) / 2.0 if offset is None else offset
+    start = round(long - size - start if flip and w > h else start)
+    return (0, start) if w > h else (start, 0)
+
+
 def upright_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture that `read_image` has read, from the head of its file."""
     with Image.open(path, formats=_formats()) as image:

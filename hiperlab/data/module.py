@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hiperlab.data.batch import Batch
 from hiperlab.data.concept import Concept, fill
 from hiperlab.data.dataset import DataSet
-from hiperlab.data.images import RANDOM, cut, in_range, to_levels
+from hiperlab.data.images import RANDOM, corner, cut, in_range, to_levels
 from hiperlab.data.masks import read_mask
 from hiperlab.draws import generator, integers, uniform
 from hiperlab.errors import UserError
@@ -120,11 +120,15 @@ class MicroBatches(Dataset[Batch]):
         pixels: list[Tensor] = []
         masks: list[Tensor] = []
         offsets: list[int] = []
+        sizes: list[tuple[int, ...]] = []
         for index, shown in enumerate(views):
             for sample, view, flip in zip(samples, shown, flips.tolist(), strict=True):
                 offset = self._offset(sample, index, view)
                 offsets.append(offset or 0)
                 pixels.append(in_range(self.cache.picture(index, view, offset, flip)))
+                width, height = self.cache.size_of(index, view)
+                top, left = corner((width, height), self.size, self.dataset.crop or "squeeze", offset, flip)
+                sizes.append((height, width, top, left, self.size, self.size))
                 if self.masked:
                     masks.append(self.cache.mask(index, view, offset, flip) / 255.0)
         count = len(self.dataset.concepts)
@@ -137,6 +141,7 @@ class MicroBatches(Dataset[Batch]):
             flip=flips.repeat(count),
             offset=torch.tensor(offsets) if self.random_crop else None,
             mask=torch.stack(masks) if self.masked else None,
+            sizes=torch.tensor(sizes, dtype=torch.float32),
         )
 
     def _offset(self, sample: int, concept: int, view: int) -> int | None:
@@ -171,6 +176,7 @@ class _PixelCache:
     def __init__(self, dataset: DataSet, size: int) -> None:
         self.dataset, self.size = dataset, size
         self.kept: dict[tuple[int, int, bool], Tensor] = {}  # as levels 0 to 255: a quarter of the numbers' size
+        self.sizes: dict[tuple[int, int], tuple[int, int]] = {}
         self.room = CACHE_BYTES
 
     def picture(self, concept: int, view: int, offset: int | None, flip: bool) -> Tensor:
@@ -183,6 +189,12 @@ class _PixelCache:
         if not masks or masks[view] is None:
             return torch.full((1, self.size, self.size), 255, dtype=torch.uint8)
         return self._cut(self._scaled(concept, view, mask=True), offset, flip)
+
+    def size_of(self, concept: int, view: int) -> tuple[int, int]:
+        """Width and height of a picture as it was read."""
+        if (concept, view) not in self.sizes:
+            self.sizes[concept, view] = self.dataset.concepts[concept].views[view].size
+        return self.sizes[concept, view]
 
     def long_side(self, concept: int, view: int) -> int:
         """Of a scaled picture, in pixels."""
@@ -203,7 +215,9 @@ class _PixelCache:
 
     def _read(self, concept: int, view: int, mask: bool) -> Image.Image:
         if not mask:
-            return self.dataset.concepts[concept].views[view]
+            picture = self.dataset.concepts[concept].views[view]
+            self.sizes[concept, view] = picture.size
+            return picture
         path = self.dataset.concepts[concept].masks[view]
         assert path, "only masks that are there are read"
         return read_mask(path, None, keep_grey=True)

@@ -1,4 +1,4 @@
-"""Embedding files of Textual Inversion: diffusers, CompVis and A1111.
+"""Embedding files of Textual Inversion: diffusers, CompVis and A1111; of SDXL's two text encoders side by side.
 
 CompVis' are written by EmbeddingManager.save in the authors' ldm/modules/embedding_manager.py, diffusers' by
 examples/textual_inversion/textual_inversion.py; A1111's add a name to CompVis' keys.
@@ -8,7 +8,7 @@ Axes: V vectors, D text width.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from hiperlab.formats import pickles
 from hiperlab.formats.disguises import disguise
 
 SAFE = "learned_embeds.safetensors"  # the name that diffusers' scripts give it
-BOTH_ENCODERS = {"clip_l", "clip_g"}  # diffusers' pair for SDXL; the first is SD 1.x's encoder
+SECOND = "learned_embeds_2.safetensors"  # of the second encoder, beside it (textual_inversion_sdxl.py)
+PAIR = ("clip_l", "clip_g")  # keys of SDXL's encoders in one file; the first is SD 1.x's encoder
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 MOST_BYTES = 64 * 1024**2  # of an embedding: 77 vectors of width 2048 are 0.6 MB
 NUMBERED = re.compile(r"(.+?)>?(?:_v?(\d+))?>?")  # a word and which of its vectors
@@ -50,25 +51,52 @@ def read(path: Path) -> Tensor:
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
 
 
-def read_like(path: Path, own: Tensor, setting: str) -> Tensor:
+def read_like(path: Path, own: Tensor, setting: str, widths: Sequence[int] = ()) -> Tensor:
     """`read`, of the shape (V, D) of a method's own rows.
 
     Args:
-        path: the file.
+        path: the file; of SDXL's encoders the pair, or either of the two that diffusers' script writes side by side.
         own: the rows that it is to replace, (V, D).
         setting: for messages, what gives a run as many rows as the file, "{}" for their number.
+        widths: of each text encoder, where there are several.
 
     Raises:
         UserError: as `read`, or the file has another number of rows or another width.
     """
-    rows = read(path)
-    if rows.shape != own.shape:
-        count, width = rows.shape
+    parts = _of_both(path) if len(widths) > 1 else [read(path)]
+    theirs, wanted = [rows.shape[1] for rows in parts], list(widths) or [own.shape[1]]
+    count = len(parts[0])
+    if theirs != wanted or any(len(rows) != len(own) for rows in parts):
+        width, needed = ("+".join(map(str, each)) for each in (theirs, wanted))
+        here = f"{len(own)} of {needed}" if len(widths) > 1 else tuple(own.shape)
         raise UserError(
-            f"{path.name} holds {count} rows of width {width}, this run {tuple(own.shape)}. Set "
+            f"{path.name} holds {count} rows of width {width}, this run {here}. Set "
             f"{setting.replace('{}', str(count))} and load a base model of text width {width}."
         )
-    return rows
+    return torch.cat(parts, dim=1)
+
+
+def read_each(path: Path, widths: Sequence[int]) -> Tensor:
+    """`read`, of every text encoder of these widths: (V, D), of the first alone where the file holds no others."""
+    return torch.cat(_of_both(path), dim=1) if len(widths) > 1 else read(path)
+
+
+def write_each(folder: Path, placeholder: str, vectors: Tensor, widths: Sequence[int]) -> list[Path]:
+    """`write_safe` for every text encoder of these widths, whose vectors stand side by side in (V, D)."""
+    parts = vectors.split(list(widths), dim=-1)
+    return [write_safe(folder, placeholder, rows, file) for rows, file in zip(parts, (SAFE, SECOND), strict=False)]
+
+
+def _of_both(path: Path) -> list[Tensor]:
+    """The vectors (V, d) of each of SDXL's encoders; of the first alone where the file holds no others."""
+    if path.suffix.lower() == ".safetensors":
+        content = tensors(path)
+        if content.keys() == set(PAIR):
+            return [content[key].float().reshape(-1, content[key].shape[-1]) for key in PAIR]
+    first, second = path.with_name(SAFE), path.with_name(SECOND)
+    if path.name in (SAFE, SECOND) and first.is_file() and second.is_file():
+        return [read(first), read(second)]
+    return [read(path)]
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -101,8 +129,8 @@ def _single(content: Any) -> Tensor | None:
     if not isinstance(content, Mapping):
         return None
     found = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if found.keys() == BOTH_ENCODERS:
-        return found["clip_l"]
+    if found.keys() == set(PAIR):
+        return found[PAIR[0]]
     return next(iter(found.values())) if len(found) == 1 else _numbered(found)
 
 
@@ -116,8 +144,12 @@ def _numbered(found: Mapping[str, Tensor]) -> Tensor | None:
     return torch.stack([rows[number] for number in range(len(rows))])
 
 
-def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str) -> list[Path]:
+def write(
+    folder: Path, name: str, placeholder: str, vectors: Tensor, base: str, widths: Sequence[int] = ()
+) -> list[Path]:
     """Write all three forms into `folder`: diffusers' safetensors and `.bin`, A1111's `.pt`.
+
+    Of two text encoders: `<name>.safetensors` with both, as everybody loads them, and diffusers' two files.
 
     Args:
         folder: where; must exist.
@@ -125,7 +157,13 @@ def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str)
         placeholder: diffusers' token; several vectors become `<x>`, `<x>_1`, ... there.
         vectors: (V, D).
         base: name of the base model, kept by A1111.
+        widths: of each text encoder, where there are several.
     """
+    if len(widths) > 1:
+        pair = [part.detach().cpu().float().contiguous().clone() for part in vectors.split(list(widths), dim=-1)]
+        both = folder / f"{name}.safetensors"
+        save_file(dict(zip(PAIR, pair, strict=True)), both, metadata={"format": "pt"})
+        return [both, *write_each(folder, placeholder, vectors, widths)]
     safe = write_safe(folder, placeholder, vectors)
     vectors = vectors.detach().cpu().float().contiguous().clone()
     binary, webui = folder / "learned_embeds.bin", folder / f"{name}.pt"
@@ -144,8 +182,8 @@ def write(folder: Path, name: str, placeholder: str, vectors: Tensor, base: str)
     return [safe, binary, webui]
 
 
-def write_safe(folder: Path, placeholder: str, vectors: Tensor) -> Path:
-    """Write diffusers' safetensors alone; arguments as `write`."""
-    path = folder / SAFE
+def write_safe(folder: Path, placeholder: str, vectors: Tensor, file: str = SAFE) -> Path:
+    """Write diffusers' safetensors alone, under the name `file`; other arguments as `write`."""
+    path = folder / file
     save_file({placeholder: vectors.detach().cpu().float().contiguous().clone()}, path, metadata={"format": "pt"})
     return path

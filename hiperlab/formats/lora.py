@@ -1,5 +1,7 @@
 """LoRA files: diffusers (now and before PEFT), PEFT and kohya, read and written; cloneofsimo's are read.
 
+SDXL's have a second text encoder: `text_encoder_2.`, in kohya's form `lora_te1_` and `lora_te2_`.
+
 Key names are left to the converters of diffusers and PEFT. Done here is what these lose: alpha (diffusers #6087), and
 the text encoder's old key names.
 Letters: A (r, in) "down", B (out, r) "up", W' = W + scale B A with scale = alpha / r (Hu et al. 2021, section 4.1).
@@ -11,7 +13,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,12 +44,14 @@ BLOCKS = SimpleNamespace(
     layers_per_block=2
 )  # of every SD U-Net; diffusers needs it for the original checkpoint's names
 BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|clip_l)")  # the web UIs', OneTrainer's
-KOHYA = ("lora_unet_", "lora_te_", "lora_te1_")
-OTHER_KINDS = {  # parts of keys that belong to something else than LoRA on SD 1.x or 2.x
+BUNDLED_PAIR = re.compile(r"bundle_emb\.(.+?)\.(clip_l|clip_g)")  # SDXL's
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+OTHER_KINDS = {  # parts of keys that belong to something else than LoRA
     "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
-    "lora_mid": "LoCon with a Tucker core", "lora_te2_": "a LoRA for SDXL", "text_encoder_2.": "a LoRA for SDXL",
-    ".clip_g": "a LoRA for SDXL",
+    "lora_mid": "LoCon with a Tucker core",
 }  # fmt: skip
+OF_SDXL = ("lora_te2_", "text_encoder_2.", ".clip_g")  # parts of keys that SD 1.x and 2.x have no place for
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> (A, B); convolutions keep their four axes
 
@@ -55,6 +59,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> (A, B); convolutions keep 
 class Adapter(NamedTuple):
     """What a LoRA file holds, by the modules' names in the U-Net and in the text model, without "text_model.".
 
+    Of SDXL `text` has the encoder's name in front, "text_encoder." or "text_encoder_2.", as `FrozenStack.text_module`.
     The scale is folded into B: W' = W + B A. `words` are learnt embeddings (V, D) that came in the same file.
     """
 
@@ -63,8 +68,8 @@ class Adapter(NamedTuple):
     words: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
-def read(path: Path) -> Adapter:
-    """Any LoRA file for Stable Diffusion 1.x or 2.x.
+def read(path: Path, sdxl: bool = False) -> Adapter:
+    """Any LoRA file for Stable Diffusion 1.x, 2.x or, where `sdxl` says so, XL.
 
     Alpha comes from the file's header (diffusers), a tensor beside each pair (kohya) or `adapter_config.json` beside
     the file (PEFT); without any it is the rank.
@@ -86,27 +91,49 @@ def read(path: Path) -> Adapter:
     content = pickles.named_tensors(path, content, "a LoRA file")
     for part, kind in OTHER_KINDS.items():
         if any(part in key for key in content):
-            raise UserError(
-                f"{path.name} is {kind}, which method=lora does not read. Choose a plain LoRA of SD 1 or 2."
-            )
+            raise UserError(f"{path.name} is {kind}, which method=lora does not read. Choose a plain LoRA.")
+    if not sdxl and any(part in key for key in content for part in OF_SDXL):
+        raise UserError(f"{path.name} is a LoRA for SDXL, which has a second text encoder: load it with model=sdxl.")
     if wrong := [key for key, value in content.items() if key.endswith(".alpha") and value.numel() != 1]:
         raise UserError(f"{path.name} is damaged: {wrong[0]} is {list(content[wrong[0]].shape)}, expected one number.")
     alphas: dict[str, float] = {}
     tensors = {key: value.detach().float() for key, value in content.items()}
+    words |= _pairs_of_words(path, tensors) if sdxl else {}
     words |= {match[1]: tensors.pop(key) for key in list(tensors) if (match := BUNDLED.fullmatch(key))}
     words = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in words.items()}
     if any(key.startswith("base_model.model.") for key in tensors):
         configs = _beside(path)
+    second = path.parent.name.endswith(f"_{PARTS[2]}")  # PEFT's folder of it
     if all(key.startswith(KOHYA) for key in tensors):
         tensors, alphas = _from_kohya(path, tensors)
-    tensors = {_full(key): value for key, value in tensors.items()}
+    tensors = {_full(key, second): value for key, value in tensors.items()}
     alphas |= {key: float(tensors.pop(key)) for key in list(tensors) if key.endswith(".alpha")}
-    parts = {part: _named(tensors, part) for part in ("unet", "text_encoder")}
+    parts = {part: _named(tensors, part) for part in PARTS}
     _check_patterns(path, parts, configs)
-    found = [_pairs(path, values, _named(alphas, part), configs.get(part, {})) for part, values in parts.items()]
-    if not any(up.any() for pairs in found for _, up in pairs.values()):
+    found = {part: _pairs(path, each, _named(alphas, part), configs.get(part, {})) for part, each in parts.items()}
+    if not any(up.any() for pairs in found.values() for _, up in pairs.values()):
         log.warning("%s changes nothing: all its B matrices are zero, as before the first step of training.", path.name)
-    return Adapter(found[0], found[1], words)
+    text = found[PARTS[1]]
+    if sdxl:
+        text = {f"{part}.{name}": pair for part in PARTS[1:] for name, pair in found[part].items()}
+    return Adapter(found["unet"], text, words)
+
+
+def _pairs_of_words(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SDXL's learnt words (V, D) among a file's tensors, from which they are taken: both encoders' rows side by side.
+
+    Raises:
+        UserError: a word has rows of one encoder only.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in list(tensors):
+        if match := BUNDLED_PAIR.fullmatch(key):
+            rows = tensors.pop(key)
+            found.setdefault(match[1], {})[match[2]] = rows.reshape(-1, rows.shape[-1])
+    for word, pair in found.items():
+        if pair.keys() != set(embedding.PAIR) or len({len(rows) for rows in pair.values()}) > 1:
+            raise UserError(f"{path.name} brings the word {word} for one text encoder only; SDXL has two.")
+    return {word: torch.cat([pair[key] for key in embedding.PAIR], dim=1) for word, pair in found.items()}
 
 
 def _beside(path: Path) -> dict[str, dict[str, Any]]:
@@ -119,7 +146,7 @@ def _beside(path: Path) -> dict[str, dict[str, Any]]:
         assert isinstance(values, dict)
     except (ValueError, AssertionError) as error:
         raise UserError(f"{config} is damaged ({first_line(error)}). Take the one that was saved with it.") from error
-    return dict.fromkeys(("unet", "text_encoder"), values)
+    return dict.fromkeys(PARTS, values)
 
 
 def _check_patterns(path: Path, parts: Mapping[str, Mapping[str, Any]], configs: Mapping[str, dict[str, Any]]) -> None:
@@ -145,7 +172,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         values = json.loads(text)
-        found: dict[str, dict[str, Any]] = {"unet": {}, "text_encoder": {}}
+        found: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
         for key, value in values.items():
             part, _, name = key.rpartition(".")
             found[part or "unet"][name] = value
@@ -164,13 +191,18 @@ def _from_kohya(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
         raise UserError(f"{path.name} is no LoRA that diffusers can convert ({first}).") from error
 
 
-def _full(key: str) -> str:
-    """A key with its part in front, which PEFT's own files do not name, and the matrices' names of PEFT."""
+def _full(key: str, second: bool) -> str:
+    """A key with its part in front, which PEFT's own files do not name, and the matrices' names of PEFT.
+
+    Args:
+        key: of a file.
+        second: whether a text encoder that is not named is SDXL's second.
+    """
     key = key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
-    if key.startswith(("unet.", "text_encoder.")):
+    if key.startswith(tuple(f"{part}." for part in PARTS)):  # with the dot: one name begins like another
         return key
     bare = key.removeprefix("base_model.model.")
-    return f"{'text_encoder' if 'encoder.layers.' in bare else 'unet'}.{bare}"
+    return f"{PARTS[2 if second else 1] if 'encoder.layers.' in bare else 'unet'}.{bare}"
 
 
 def _named(values: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -222,7 +254,7 @@ def _pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float
     return next((value for pattern, value in (patterns or {}).items() if _matches(pattern, module)), otherwise)
 
 
-def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: str) -> list[Path]:
+def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefixes: Sequence[str]) -> list[Path]:
     """Write `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) and `peft/` (PEFT).
 
     Every file carries alpha: diffusers forgets it unless its metadata are given, and its kohya converter writes the
@@ -233,33 +265,42 @@ def write(folder: Path, name: str, adapter: Adapter, scale: float, text_prefix: 
         name: the concept's name; A1111 calls a LoRA by its file name.
         adapter: matrices of one rank, as they are trained: the scale is NOT folded in.
         scale: alpha / r.
-        text_prefix: "text_model." where the installed transformers names the text model's modules so, else "".
+        text_prefixes: of each text encoder "text_model." where the installed transformers names its modules so, else
+            ""; two are SDXL's.
     """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
-    unet, text = _peft(adapter.unet, ""), _peft(adapter.text, "text_model.")  # the name older stacks know too
-    settings = {part: _config(pairs, scale) for part, pairs in (("unet", adapter.unet), ("text", adapter.text))}
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
+    sdxl = len(text_prefixes) > 1
+    parts = {"unet": adapter.unet, **({} if sdxl else {PARTS[1]: adapter.text})}
+    for part in PARTS[1:] if sdxl else ():
+        own = {key: pair for key, pair in adapter.text.items() if key.startswith(f"{part}.")}
+        parts[part] = {key.removeprefix(f"{part}."): pair for key, pair in own.items()}
+    # "text_model." is the name that older stacks know, too.
+    states = {part: _peft(pairs, "" if part == "unet" else "text_model.") for part, pairs in parts.items()}
+    settings = {part: _config(pairs, scale) for part, pairs in parts.items()}
+    mixin: Any = StableDiffusionXLLoraLoaderMixin if sdxl else StableDiffusionLoraLoaderMixin
+    mixin.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(unet) if unet else None,  # type: ignore[arg-type]
-        text_encoder_lora_layers=_diffusers_text(text) if text else None,  # type: ignore[arg-type]
-        unet_lora_adapter_metadata=settings["unet"] and settings["unet"].to_dict(),
-        text_encoder_lora_adapter_metadata=settings["text"] and settings["text"].to_dict(),
         weight_name=DIFFUSERS,
+        **{f"{part}_lora_layers": _diffusers(part, own) if own else None for part, own in states.items()},
+        **{f"{part}_lora_adapter_metadata": how and how.to_dict() for part, how in settings.items()},
     )
-    written = [folder / DIFFUSERS, _write_kohya(folder / f"{name}.safetensors", unet, text, scale)]
-    for part, pairs, prefix in (("unet", adapter.unet, ""), ("text", adapter.text, text_prefix)):
+    written = [folder / DIFFUSERS, _write_kohya(folder / f"{name}.safetensors", states, scale)]
+    prefixes = ("", *text_prefixes)
+    for (part, pairs), prefix in zip(parts.items(), prefixes, strict=True):
         if pairs:
-            subfolder = folder / ("peft" if part == "unet" else "peft_text_encoder")
+            subfolder = folder / ("peft" if part == "unet" else f"peft_{part}")
             settings[part].save_pretrained(str(subfolder))
-            states = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
-            save_file(states, subfolder / PEFT, metadata={"format": "pt"})
+            named = {f"base_model.model.{key}": value for key, value in _peft(pairs, prefix).items()}
+            save_file(named, subfolder / PEFT, metadata={"format": "pt"})
             written.append(subfolder / PEFT)
     return written
 
 
-def _diffusers_text(states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' names of the text model's matrices; its converter leaves fc1 and fc2, and then cannot read them."""
+def _diffusers(part: str, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Diffusers' names of the matrices; its converter leaves a text model's fc1 and fc2, and then cannot read them."""
+    if part == "unet":
+        return convert_state_dict_to_diffusers(states)  # type: ignore[no-any-return]
     names = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
     return {
         next((key.replace(old, new) for old, new in names.items() if old in key), key): value
@@ -292,18 +333,30 @@ def _whole(value: float) -> Any:
     return int(value) if value == int(value) else value
 
 
-def _write_kohya(path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], scale: float) -> Path:
+def _original_block(key: str) -> str:
+    """A kohya key of SDXL's U-Net with the original layout's name of its transformer, as most files have it.
 
-    named = {f"unet.{key}": value for key, value in unet.items()} | {
-        f"text_encoder.{key}": value for key, value in text.items()
-    }
-    # "lora_te1_" is SDXL's name of it; A1111 and others look for "lora_te_" with SD 1 and 2.
-    states = {
-        key.replace("lora_te1_", "lora_te_", 1): value for key, value in convert_state_dict_to_kohya(named).items()
-    }
+    Three to a level: a level's resampling, or the entry, comes first (_maybe_map_sgm_blocks_to_diffusers in diffusers'
+    loaders/lora_conversion_utils.py).
+    """
+    if match := re.match(r"lora_unet_(down|up)_blocks_(\d)_attentions_(\d)_", key):
+        level, place, kind = int(match[2]), int(match[3]), match[1]
+        block = f"input_blocks_{3 * level + place + 1}" if kind == "down" else f"output_blocks_{3 * level + place}"
+        return f"lora_unet_{block}_1_{key[match.end() :]}"
+    return key.replace("lora_unet_mid_block_attentions_0_", "lora_unet_middle_block_1_")
+
+
+def _write_kohya(path: Path, parts: Mapping[str, Mapping[str, Tensor]], scale: float) -> Path:
+    named = {f"{part}.{key}": value for part, own in parts.items() for key, value in own.items()}
+    converted = convert_state_dict_to_kohya(named)
+    if PARTS[2] in parts:
+        states = {_original_block(key): value for key, value in converted.items()}
+    else:  # "lora_te1_" is SDXL's name of it; A1111 and others look for "lora_te_" with SD 1 and 2
+        states = {key.replace("lora_te1_", "lora_te_", 1): value for key, value in converted.items()}
     rank = next(value.shape[0] for key, value in states.items() if key.endswith(".lora_down.weight"))
     alpha = _whole(scale * rank)
     states = {key: torch.tensor(float(alpha)) if key.endswith(".alpha") else value for key, value in states.items()}
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    metadata |= {"ss_base_model_version": "sdxl_base_v1-0"} if PARTS[2] in parts else {}
     save_file(states, path, metadata=metadata)
     return path

@@ -13,7 +13,7 @@ from hiperlab.errors import UserError
 from hiperlab.formats import embedding, pickles
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
-TEXT = Path("text_encoder") / "model.safetensors"
+TEXT = "model.safetensors"  # in a text encoder's folder
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -57,9 +57,16 @@ def write_unet(folder: Path, unet: Any, changed: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def write_text(folder: Path, text: Any, changed: Mapping[str, Tensor]) -> Path:
-    """`text_encoder/` as `CLIPTextModel.from_pretrained` reads it, some weights replaced by `changed`, same shapes."""
-    path = folder / TEXT
+def write_text(folder: Path, name: str, text: Any, changed: Mapping[str, Tensor]) -> Path:
+    """A text encoder's folder as transformers' `from_pretrained` reads it, some weights replaced, same shapes.
+
+    Args:
+        folder: where.
+        name: the folder's in it, "text_encoder" or SDXL's "text_encoder_2".
+        text: the text model.
+        changed: its changed weights by its own names.
+    """
+    path = folder / name / TEXT
     text.save_pretrained(path.parent, state_dict=_replaced(text, changed))
     return path
 

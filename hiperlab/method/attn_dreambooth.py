@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
@@ -119,7 +120,7 @@ class AttnDreamBooth(RareTokenMethod):
                 f"method.num_vectors={num_vectors}: the rows start as tokens of {noun!r}. Choose 1 to {ids.shape[1]}."
             )
         self.slots = numbered_slots([concepts[0].placeholder], num_vectors)
-        vocabulary: Tensor = model.text.get_input_embeddings().weight.detach().float()  # type: ignore[operator]
+        vocabulary = model.vocabulary()
         self.vectors = nn.Parameter(vocabulary[ids.to(vocabulary.device)].clone())  # (K, n, D)
         self.unet_offsets = zeros(model.unet, parameter_names(model.unet, "all"))
         count = sum(value.numel() for value in self.unet_offsets.values())
@@ -182,8 +183,8 @@ class AttnDreamBooth(RareTokenMethod):
         if stage is not None:
             self._enter(stage)
         vectors = self.vectors[0] if stage in (None, WORD) else self.vectors[0].detach()
-        states = self.model.normalise_text(self.model.hidden_states(tokens, vectors[slots][None]))
-        conditioning = Conditioning(states, offsets=None if stage == WORD else self.offsets(stage))
+        states = self.model.condition_tokens(tokens, vectors[slots][None])
+        conditioning = replace(states, offsets=None if stage == WORD else self.offsets(stage))
         if stage is None or not any(self.reg_weights[stage]):
             return conditioning
         record = Record(lambda layer, pixels: layer.cross)
@@ -252,7 +253,8 @@ class AttnDreamBooth(RareTokenMethod):
     @torch.no_grad()
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """`learned_embeds.safetensors` and, with `export_weights`, `unet/`; a pipeline needs both."""
-        written = [embedding.write_safe(folder, self.concepts[index].placeholder, self.vectors[index])]
+        rows, word = self.vectors[index], self.concepts[index].placeholder
+        written = embedding.write_each(folder, word, rows, self.model.widths)
         if self.export_weights:
             unet = self.model.unet
             written.append(files.write_unet(folder, unet, self.offsets().weights(unet)))
@@ -268,7 +270,7 @@ class AttnDreamBooth(RareTokenMethod):
         row, unet = path, path.parent / files.UNET
         if path.parent.name == files.UNET.parent.name:
             row, unet = _row_of(path), path
-        vectors = embedding.read_like(row, self.vectors[index], "method.num_vectors={}")
+        vectors = embedding.read_like(row, self.vectors[index], "method.num_vectors={}", self.model.widths)
         found: dict[str, Tensor] = {}  # both files are read before either is taken
         if unet.is_file():
             found = files.differences(files.read(unet), dict(self.model.unet.named_parameters()), unet.name)

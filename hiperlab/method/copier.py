@@ -54,7 +54,7 @@ class Copier(Method, ReadsPicture):
     def condition(self, step: Step) -> Conditioning:
         """The texts with the class noun (1, R, N, D): what the frozen model would be asked."""
         texts = [self.concepts[k].with_class_noun(p) for p, k in zip(step.prompts, step.concept.tolist(), strict=True)]
-        return Conditioning(self.model.encode_text(texts)[None])
+        return self.model.condition_text(texts)
 
     @property
     def finished(self) -> bool:
@@ -72,7 +72,7 @@ class Copier(Method, ReadsPicture):
         images: Tensor | None = None,
         sampler: Sampler | None = None,
         variant: str = "",
-        negative: str = "",
+        negative: str | None = None,
         batch_size: int = 8,
     ) -> Calls[Tensor]:
         """The pictures (B, 3, H, W) in [0, 1], without a single call; only their number counts.

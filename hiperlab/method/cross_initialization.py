@@ -26,7 +26,7 @@ from hiperlab.formats import embedding
 from hiperlab.layer.initial_words import MOST, token_ids
 from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text import Tokens, inner, numbered_slots
+from hiperlab.model.text import Tokens, numbered_slots
 
 PUBLISHED_ROWS = 2  # of the README's command, which starts from names
 
@@ -75,7 +75,7 @@ class CrossInitialization(Method, Composable, Exportable):
         if not 0 <= reg_weight < math.inf:
             raise UserError(f"method.reg_weight={reg_weight} is out of range. Choose 0 or more; the authors use 1e-5.")
         self.wording, self.reg_weight = wording, reg_weight
-        vocabulary: Tensor = inner(model.text).embeddings.token_embedding.weight.detach().float()
+        vocabulary = model.vocabulary()
         if names is not None:
             mean = mean_of_names(Path(names).expanduser(), model, vocabulary, num_vectors or PUBLISHED_ROWS)
             words = mean.expand(len(concepts), -1, -1)
@@ -102,8 +102,7 @@ class CrossInitialization(Method, Composable, Exportable):
         """The V rows stand for the word in every layer: (1, R, N, D)."""
         tokens = self.model.tokenize(step.prompts, self.slots)
         _, _, slots = tokens.occurrences()
-        states = self.model.hidden_states(tokens, self.rows.flatten(0, 1)[slots][None])
-        return Conditioning(self.model.normalise_text(states))
+        return self.model.condition_tokens(tokens, self.rows.flatten(0, 1)[slots][None])
 
     def extra_losses(self, step: Step, z0: Tensor) -> dict[str, Tensor]:
         """The mean distance of a concept's rows from e0, times lambda, for each of the batch's rows (R,)."""
@@ -130,14 +129,17 @@ class CrossInitialization(Method, Composable, Exportable):
         """
         subject = self.concepts[index]
         rows = self.rows[index].detach().float().cpu()
-        written = embedding.write(folder, subject.name, subject.placeholder, rows, self.model.name)
-        binary = next(path for path in written if path.suffix == ".bin")
+        written = embedding.write(folder, subject.name, subject.placeholder, rows, self.model.name, self.model.widths)
+        binary = next((path for path in written if path.suffix == ".bin"), None)
+        if binary is None:  # SDXL, which their code does not know
+            return written
         torch.save({f"{subject.placeholder}_v{number}": row.clone() for number, row in enumerate(rows)}, binary)
         return written
 
     def load_foreign(self, index: int, path: Path) -> None:
         """The authors' file or any other embedding file; e0 stays what the settings say."""
-        rows = embedding.read_like(path, self.rows[index], "method.initializer to words of {} tokens")
+        own, setting = self.rows[index], "method.initializer to words of {} tokens"
+        rows = embedding.read_like(path, own, setting, self.model.widths)
         with torch.no_grad():
             self.rows[index].copy_(rows)
 
@@ -146,13 +148,15 @@ class CrossInitialization(Method, Composable, Exportable):
 def crossed(model: FrozenStack, words: Tensor) -> Tensor:
     """T's outputs (K, V, D), float32, at the rows `words` (K, V, D) behind a begin token: e0 (train_cross_init.py).
 
-    What follows them in the authors' sequences, an end token and padding, cannot matter: the encoder is causal.
+    What follows them in the authors' sequences, an end token and padding, cannot matter: the encoder is causal. Of
+    SDXL's encoders, which the authors do not train, it is what the U-Net reads of each.
     """
     concepts, count = words.shape[:2]
     slots = torch.arange(concepts * count, device=words.device).view(concepts, count)
     begin = slots.new_full((concepts, 1), -1)
     ids = torch.full_like(slots, int(model.tokenizer.bos_token_id))
     tokens = Tokens(torch.cat([ids[:, :1], ids], dim=1), torch.cat([begin, slots], dim=1))
+    tokens = tokens._replace(further=(tokens,) * (len(model.towers) - 1))
     states = model.normalise_text(model.hidden_states(tokens, words.flatten(0, 1)[None]))
     return states[0, :, 1:].float().contiguous()
 

@@ -7,6 +7,7 @@ Axes: K concepts, R rows, N tokens, D text width, C latent channels, H, W latent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -141,12 +142,11 @@ class CustomDiffusion(RareTokenMethod):
         """The new word before the class noun, the offsets, and no gradient through token 0: (1, R, N, D)."""
         tokens = self.model.tokenize(self.texts(step), self.slots)
         _, _, slots = tokens.occurrences()
-        states = self.model.hidden_states(tokens, self.word[slots][None])
-        keys = self.model.normalise_text(states)
+        states = self.model.condition_tokens(tokens, self.word[slots][None])
         alone = self.offsets() if len(self.concepts) == 1 else None
         changes = {name.replace("/", "."): (delta,) for name, delta in self.kv.items()}
         offsets = RowOffsets(changes, torch.ones_like(self.word[:, 0]), step.concept)
-        return Conditioning(keys, offsets=alone, detach_first=True, row_offsets=offsets)
+        return replace(states, offsets=alone, detach_first=True, row_offsets=offsets)
 
     def frozen_texts(self, step: Step) -> list[str]:
         """The step's R prompts with the class noun alone: the frozen model does not know the word."""
@@ -229,7 +229,7 @@ def _start(model: FrozenStack, word: str) -> Tensor:
         if not ids:
             raise UserError(f"method.init_word={word!r} is no word. Name a rare one, e.g. ktn.")
         index = ids[-1]
-    return model.text.get_input_embeddings().weight[index].detach().float().clone()  # type: ignore[operator]
+    return model.vocabulary()[index].clone()
 
 
 def _fits(value: Tensor, own: Tensor | None) -> bool:

@@ -7,7 +7,8 @@ Axes: K concepts (always 1 here), R rows, N tokens, D text width, C latent chann
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -76,18 +77,20 @@ class DreamBooth(RareTokenMethod):
 
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
-        return Conditioning(self._encode(self.texts(step))[None], offsets=added(self.unet_offsets))
+        return replace(self._encode(self.texts(step)), offsets=added(self.unet_offsets))
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The offsets of the U-Net and of the text encoder."""
         return ChangedWeights(added(self.unet_offsets), added(self.text_offsets))
 
-    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """Text states (1, N, D) of the unconditional branch: of the trained text encoder, as in the tuned pipeline."""
+    def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
+        """The negative text (1, 1, N, D) through the trained text encoder, as in the tuned pipeline."""
         return self._encode([text])
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(texts, added(self.text_offsets)) if self.text_offsets else self.plain_text(texts)
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
+        if not self.text_offsets:
+            return self.plain_text.condition(texts)
+        return self.model.condition_text(texts, added(self.text_offsets))
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer, its decay on whole weights."""
@@ -111,35 +114,56 @@ class DreamBooth(RareTokenMethod):
         """With `export_weights`, `unet/` (and `text_encoder/`): put them in the base model's folder."""
         if not self.export_weights:
             return []
-        unet, text = self.model.unet, self.model.text
+        unet = self.model.unet
         written = [files.write_unet(folder, unet, added(self.unet_offsets).weights(unet))]
         if self.text_offsets:
-            prefix = "text_model." if self.model.text_module is not text else ""
             changed = added(self.text_offsets).weights(self.model.text_module)
-            written.append(files.write_text(folder, text, {f"{prefix}{key}": value for key, value in changed.items()}))
+            for part, tower in zip(self.model.text_parts, self.model.towers, strict=True):
+                own = {part.own(key): value for key, value in changed.items()}
+                named = {key: value for key, value in own.items() if key is not None}
+                written.append(files.write_text(folder, part.name, tower.text, named))
         return written
 
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
         """A tuned `unet/diffusion_pytorch_model.safetensors`; `text_encoder/` beside it is read if that is trained."""
-        if path.parent.name == files.TEXT.parent.name:
+        parts = self.model.text_parts
+        if path.parent.name in [part.name for part in parts]:
             path = path.parent.parent / files.UNET
-        self._take(path, self.model.unet, self.unet_offsets, "method.weights=all")
-        text = path.parent.parent / files.TEXT
-        if self.text_offsets:
-            self._take(text, self.model.text_module, self.text_offsets, "")
-        elif text.is_file():
-            log.warning("%s is left aside: it is read with method.text_encoder=true.", text)
+        frozen = dict(self.model.unet.named_parameters())
+        self._take(path.name, files.read(path), frozen, self.unet_offsets, "method.weights=all")
+        texts = {part: path.parent.parent / part.name / files.TEXT for part in parts}
+        if not self.text_offsets:
+            for text in filter(Path.is_file, texts.values()):
+                log.warning("%s is left aside: it is read with method.text_encoder=true.", text)
+            return
+        found: dict[str, Tensor] = {}
+        for part, text in texts.items():
+            named = {
+                key if key.startswith("text_projection.") else f"{part.within}{key}": value
+                for key, value in files.read(text).items()
+            }
+            unread = self.model.unread_text
+            found |= {key: value for key, value in named.items() if not unread or not key.startswith(unread)}
+        own = dict(self.model.text_module.named_parameters())
+        self._take(next(iter(texts.values())).name, found, own, self.text_offsets, "")
 
-    def _take(self, path: Path, module: nn.Module, offsets: nn.ParameterDict, remedy: str) -> None:
+    def _take(
+        self,
+        name: str,
+        theirs: Mapping[str, Tensor],
+        ours: Mapping[str, Tensor],
+        offsets: nn.ParameterDict,
+        remedy: str,
+    ) -> None:
         """Fill the offsets with a file's differences.
 
         Raises:
             UserError: it is another network, or differs in weights without an offset.
         """
-        found = files.differences(files.read(path), dict(module.named_parameters()), path.name)
-        fixed = [name for name, value in found.items() if name.replace(".", "/") not in offsets and value.any()]
+        found = files.differences(theirs, ours, name)
+        fixed = [key for key, value in found.items() if key.replace(".", "/") not in offsets and value.any()]
         if fixed:
-            raise UserError(f"{path.name} changes {fixed[0]} and {len(fixed) - 1} more weights: set {remedy}.")
-        for name, offset in offsets.items():
-            offset.copy_(found[name.replace("/", ".")][None])
+            raise UserError(f"{name} changes {fixed[0]} and {len(fixed) - 1} more weights: set {remedy}.")
+        for key, offset in offsets.items():
+            offset.copy_(found[key.replace("/", ".")][None])

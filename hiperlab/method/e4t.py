@@ -83,6 +83,7 @@ class E4T(Method, ReadsPicture, Composable, Exportable):
     """
 
     stacks_concepts = False  # rows of one U-Net call share its weights
+    why_not_sdxl = "its authors define word, heads and weight offsets for one text encoder"
     why_alone = "the weights of its U-Net change throughout, so that no other training can use its passes"
     time_dependent = True
     reads_latents = True

@@ -187,7 +187,7 @@ class Edict(EditingMethod):
     def _inversion_calls(self) -> Calls[Inversion]:
         """The noisy pair, as the one latent of its path (1, 1, 2, C, H, W)."""
         latents = self.picture_latents()
-        states, empty = (Conditioning(self.encode([text])[None]) for text in (self.inverted_text(), ""))
+        states, empty = (self.encode.condition([text]) for text in (self.inverted_text(), ""))
         pair = yield from invert_calls(
             self.model, torch.stack([latents, latents], dim=1), self.steps, self.path, self.mix_weight, self.leapfrog,
             lambda step, z: self._source_calls(step, z, states, empty),

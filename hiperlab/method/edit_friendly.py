@@ -22,7 +22,7 @@ from hiperlab.base.editing_method import Drawing, EditingMethod
 from hiperlab.base.method import Subject
 from hiperlab.edit.prompt_to_prompt import AttentionEdits, PromptToPrompt, edit_calls
 from hiperlab.errors import UserError, near
-from hiperlab.model.conditioning import Conditioning, concatenate
+from hiperlab.model.conditioning import concatenate
 from hiperlab.model.inversion import levels, noise_calls, timesteps
 from hiperlab.model.shared_calls import Calls
 from hiperlab.model.stack import FrozenStack
@@ -201,7 +201,7 @@ class EditFriendly(EditingMethod):
     def _source_noise_calls(self, latents: Tensor, k: int) -> Calls[Tensor]:
         """The guided noise (1, C, H, W) that the source text sees in x_{k+1}; a pass without effect is left out."""
         timestep = timesteps(self.steps, self.model.num_timesteps)[k]
-        empty, states = (Conditioning(self.encode([text])[None]) for text in ("", self.source))
+        empty, states = (self.encode.condition([text]) for text in ("", self.source))
         if self.guidance_source == 1 or not self.source:
             return (yield from noise_calls(self.model, latents, timestep, states))
         both = yield from noise_calls(self.model, torch.cat([latents] * 2), timestep, concatenate([empty, states]))

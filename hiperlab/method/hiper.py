@@ -96,12 +96,13 @@ class HiPer(Method, EditsPicture, Composable, Exportable):
         if init == "target_tail" and not targets:
             raise UserError("method.init=target_tail needs a target text: give data.targets, or init=source_tail.")
         text = targets[0] if init == "target_tail" else self.sources[index]
-        return self._states([text])[0, -self.n_hiper :].detach().float().clone()
+        return self._states([text]).keys[0, 0, -self.n_hiper :].detach().float().clone()
 
     def condition(self, step: Step) -> Conditioning:
-        """[tau(text) rows 0 .. 76-N, factor h], one context for all layers: (1, R, T, D)."""
+        """[tau(text) rows 0 .. 76-N, factor h], one context for all layers: (1, R, T, D); a pooled row stays."""
         texts = self._plain(step)
-        return Conditioning(replace_tail(self._states(texts), self._tail(step, texts))[None])
+        states = self._states(texts)
+        return states.reading(replace_tail(states.keys[0], self._tail(step, texts))[None])
 
     def composition_part(self, step: Step) -> Part:
         """The class noun for the placeholder, and factor h (R, N, D) in place of the text's last rows."""
@@ -126,8 +127,8 @@ class HiPer(Method, EditsPicture, Composable, Exportable):
             self.concepts[place].with_class_noun(prompt) for prompt, place in zip(step.prompts, places, strict=True)
         ]
 
-    def _states(self, texts: Sequence[str]) -> Tensor:
-        """tau(text) (R, T, D), with a warning for words that the fitted rows will replace."""
+    def _states(self, texts: Sequence[str]) -> Conditioning:
+        """tau(text) (1, R, T, D), with a warning for words that the fitted rows will replace."""
         for text in texts:
             if text not in self._measured:
                 self._measured.add(text)
@@ -139,7 +140,7 @@ class HiPer(Method, EditsPicture, Composable, Exportable):
                         "%r is %d tokens long: the %d fitted rows replace words beyond %d. Shorten it, or lower "
                         "method.n_hiper.", text, used, self.n_hiper, room,
                     )  # fmt: skip
-        return self.encode(texts)
+        return self.encode.condition(texts)
 
     def posterior_noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
         """Unit normals (R, *shape), by default one draw per picture for the whole run (the authors' train.py)."""

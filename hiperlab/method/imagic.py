@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,26 @@ class Imagic(Method, EditsPicture, Exportable):
     def condition(self, step: Step) -> Conditioning:
         """Training: e_opt, in phase B with the weights' offsets. Sampling: the interpolation, (1, R, T, D)."""
         optimized = self.embedding[step.concept]
+        fitted = self.encode.condition([self.target] * len(step.prompts)).reading(optimized[None])
         if step.samples is not None:
             if self.fits_embedding(step.samples):
-                return Conditioning(optimized[None])
-            return Conditioning(optimized.detach()[None], offsets=self.weight_offsets())
+                return fitted
+            return replace(fitted.reading(optimized.detach()[None]), offsets=self.weight_offsets())
         eta = value_of(step.variant, self.eta)
         texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
-        states = interpolate(self.encode(texts).to(optimized.dtype), optimized, eta)
+        plain = self.encode.condition(texts)
         # The source text asks for the picture itself: eta = 0.
-        same = torch.tensor([text == self.source != self.target for text in texts], device=states.device)
-        return Conditioning(torch.where(same[:, None, None], optimized, states)[None], offsets=self.weight_offsets())
+        same = torch.tensor([text == self.source != self.target for text in texts], device=optimized.device)
+
+        def between(target: Tensor, own: Tensor) -> Tensor:
+            mixed = interpolate(target.to(own.dtype), own, eta)
+            return torch.where(same.view(-1, *[1] * (own.dim() - 1)), own, mixed)
+
+        pooled = None
+        if plain.pooled is not None and fitted.pooled is not None:  # interpolated as the states are
+            pooled = between(plain.pooled, fitted.pooled)
+        states = plain.reading(between(plain.keys[0], optimized)[None])
+        return replace(states, pooled=pooled, offsets=self.weight_offsets())
 
     def fits_embedding(self, samples: Tensor) -> bool:
         """Whether global sample numbers (R,) belong to phase A; an optimizer step takes `batch_size` of them."""

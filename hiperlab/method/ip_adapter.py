@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -155,11 +156,11 @@ class IPAdapter(Method, ReadsPicture):
     def condition(self, step: Step) -> Conditioning:
         """The texts with the class noun (1, R, N, D), and the picture beside them."""
         texts = [self.concepts[0].with_class_noun(prompt) for prompt in step.prompts]
-        return Conditioning(self.encode(texts)[None], decoupled=self._beside(True, len(texts), step.variant))
+        return replace(self.encode.condition(texts), decoupled=self._beside(True, len(texts), step.variant))
 
     def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
         """The negative text (1, 1, N, D), and beside it the tokens of no picture, which are not zeros."""
-        return Conditioning(self.encode([text])[None], decoupled=self._beside(False, 1, variant))
+        return replace(self.encode.condition([text]), decoupled=self._beside(False, 1, variant))
 
     @property
     def finished(self) -> bool:

@@ -30,7 +30,7 @@ from hiperlab.model.conditioning import Conditioning, Part
 from hiperlab.model.offsets import LowRank, Offsets, modules_named
 from hiperlab.model.row_offsets import RowOffsets
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text import check_identifier, with_weights
+from hiperlab.model.text import check_identifier
 from hiperlab.model.text_cache import by_concept
 from hiperlab.optim.held_norm import hold_norms
 
@@ -59,6 +59,8 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         targets: ends of the U-Net layers' names.
         text_encoder: whether the text encoder gets offsets too.
         text_targets: ends of the text encoder layers' names.
+        text_lr: learning rate of the text encoder's offsets; None takes the optimizer's.
+        text_decay: their weight decay; None takes the optimizer's.
         identifier: rare word that stands before the class noun in the placeholder's place.
         learn_word: let the placeholder itself stand there, without noun, as a word that is learnt too: its vector
             starts from the class noun's and keeps its norm (--train_text_encoder_ti of kyungmnlee/dco).
@@ -69,7 +71,7 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
 
     stacks_concepts = True
     fixed_settings = (*RareTokenMethod.fixed_settings, "learn_word")
-    training_settings = (*RareTokenMethod.training_settings, "word_lr")
+    training_settings = (*RareTokenMethod.training_settings, "word_lr", "text_lr", "text_decay")
     published_crop = "random"  # without --center_crop
     published_flip = 0.0
     sampling_settings = (*RareTokenMethod.sampling_settings, *DrawnAtStrengths.sampling_settings)
@@ -85,6 +87,8 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         targets: Sequence[str],
         text_encoder: bool,
         text_targets: Sequence[str],
+        text_lr: float | None,
+        text_decay: float | None,
         identifier: str,
         learn_word: bool,
         word_lr: float,
@@ -99,6 +103,14 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
             raise UserError("method.targets=[] trains nothing. Name layers, e.g. [to_q,to_k,to_v,to_out.0].")
         if word_lr <= 0:
             raise UserError(f"method.word_lr={word_lr} is out of range. Choose above 0; DCO's authors use 5e-6.")
+        for name, value in (("text_lr", text_lr), ("text_decay", text_decay)):
+            if value is not None and not (value > 0 if name == "text_lr" else value >= 0):
+                raise UserError(f"method.{name}={value} is out of range. Choose a positive number, or null.")
+            if value is not None and not text_encoder:
+                raise UserError(
+                    f"method.{name}={value} is of the text encoder's offsets: add method.text_encoder=true."
+                )
+        self.text_settings = {"lr": text_lr, "weight_decay": text_decay}
         self.set_strengths(strength)
         # Kept with the matrices, which mean nothing without it: files without it load wrongly scaled (diffusers #6087).
         self.alpha: Tensor
@@ -137,10 +149,16 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         )
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The matrices at the optimizer's rate, the word at its own."""
-        if not self.learn_word:
-            return super().param_groups()
-        return [{"params": [*self.down.values(), *self.up.values()]}, {"params": [self.word], "lr": self.word_lr}]
+        """The matrices at the optimizer's rate, the text encoder's and the word at their own, where they have one."""
+        apart = {name: float(value) for name, value in self.text_settings.items() if value is not None}
+        of_text = [key for key in self.down if apart and key.startswith("text/")]
+        rest = [key for key in self.down if key not in of_text]
+        groups: list[dict[str, Any]] = [{"params": [each[key] for each in (self.down, self.up) for key in rest]}]
+        if of_text:
+            groups.append({"params": [each[key] for each in (self.down, self.up) for key in of_text], **apart})
+        if self.learn_word:
+            groups.append({"params": [self.word], "lr": self.word_lr})
+        return groups
 
     def configure_optimizers(self) -> Optimizer:
         """The configured optimizer; the word keeps its norm."""
@@ -150,11 +168,11 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the offsets: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self.strength_of(step.variant)
-        states = self._encode(self.texts(step), step.concept, strength)[None]
+        states = self._encode(self.texts(step), step.concept, strength)
         changes = {f"{name}.weight": pair for name, pair in self._pairs("unet").items()}
         scale = strength * self.alpha / self.rank
         alone = self.offsets("unet", 0, strength) if len(self.concepts) == 1 else None
-        return Conditioning(states, offsets=alone, row_offsets=RowOffsets(changes, scale, step.concept))
+        return replace(states, offsets=alone, row_offsets=RowOffsets(changes, scale, step.concept))
 
     def frozen_texts(self, step: Step) -> list[str]:
         """The step's R prompts; where a word is learnt or came with a file, the class noun stands for it."""
@@ -172,25 +190,24 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
             {f"{name}.weight": LowRank(down[index], up[index], scale) for name, (down, up) in self._pairs(part).items()}
         )
 
-    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """Text states through each concept's text encoder: a pipeline with the adapter loaded does the same.
+    def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
+        """The negative text through each concept's text encoder, as a pipeline with the adapter loaded does.
 
-        Returns:
-            (1, N, D), or one (N, D) for each of `concepts` where their text encoders differ.
+        One row (1, 1, N, D), or one for each of `concepts` where their text encoders differ.
         """
         different = list(dict.fromkeys(concepts)) if self._pairs("text") else [0]
         found = self._encode([text] * len(different), torch.tensor(different), self.strength_of(variant))
-        return found if len(different) == 1 else found[[different.index(number) for number in concepts]]
+        return found if len(different) == 1 else found.rows([different.index(number) for number in concepts])
 
-    def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Tensor:
-        """Text states (R, N, D) of R texts of the concepts numbered (R,), each through its own text encoder."""
+    def _encode(self, texts: Sequence[str], concepts: Tensor, strength: float) -> Conditioning:
+        """What is read of R texts of the concepts numbered (R,), each through its own text encoder: (1, R, N, D)."""
         numbers = concepts.tolist()
         if not self._pairs("text") and not self.words_brought and not self.learn_word:
-            return self.plain_text(texts)
+            return self.plain_text.condition(texts)
 
-        def encode(own: Sequence[str], index: int) -> Tensor:
+        def encode(own: Sequence[str], index: int) -> Conditioning:
             offsets, vectors = self.offsets("text", index, strength), self._vectors(index)
-            return self._with_vectors(own, offsets, vectors) if vectors else self.model.encode_text(own, offsets)
+            return self._with_vectors(own, offsets, vectors) if vectors else self.model.condition_text(own, offsets)
 
         return by_concept(texts, numbers, encode)
 
@@ -199,18 +216,14 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         own = {self.concepts[index].placeholder: self.word[index : index + 1]} if self.learn_word else {}
         return {_word(key): value[0] for key, value in self.words_brought.items()} | own
 
-    def _with_vectors(self, texts: Sequence[str], offsets: Offsets, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Text states (B, N, D) with learnt vectors (V, D) in the places of their words."""
+    def _with_vectors(self, texts: Sequence[str], offsets: Offsets, vectors: Mapping[str, Tensor]) -> Conditioning:
+        """What is read of B texts (1, B, N, D) with learnt vectors (V, D) in the places of their words."""
         starts = accumulate(map(len, vectors.values()), initial=0)
         slots = {word: list(range(first, first + len(rows))) for (word, rows), first in zip(vectors.items(), starts)}
         tokens = self.model.tokenize(texts, slots)
         _, _, slot = tokens.occurrences()
         placed = torch.cat(list(vectors.values()))[slot][None]
-        return with_weights(
-            self.model.text,
-            offsets.weights(self.model.text_module),
-            lambda: self.model.normalise_text(self.model.hidden_states(tokens, placed))[0],
-        )
+        return self.model.with_text_weights(offsets, lambda: self.model.condition_tokens(tokens, placed))
 
     def composition_part(self, step: Step) -> Part:
         """The texts with the rare token in the placeholder's place, or the learnt word with its vector (1, 1, 1, D).
@@ -246,11 +259,11 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
             {name: (down[index], up[index]) for name, (down, up) in self._pairs(part).items()}
             for part in ("unet", "text")
         )
-        prefix = "text_model." if self.model.text_module is not self.model.text else ""
-        subject = self.concepts[index]
-        written = files.write(folder, subject.name, files.Adapter(unet, text), self.scale(index), prefix)
+        subject, prefixes = self.concepts[index], [part.prefix for part in self.model.text_parts]
+        written = files.write(folder, subject.name, files.Adapter(unet, text), self.scale(index), prefixes)
         if self.learn_word:
-            written.append(embedding.write_safe(folder, subject.placeholder, self.word[index : index + 1]))
+            word = self.word[index : index + 1]
+            written += embedding.write_each(folder, subject.placeholder, word, self.model.widths)
         return written
 
     @torch.no_grad()
@@ -261,7 +274,9 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         """
         if path.name == embedding.SAFE and (beside := path.with_name(files.DIFFUSERS)).is_file():
             path = beside
-        adapter = files.read(path)
+        adapter = files.read(path, sdxl=self.model.pools)
+        read = {name: pair for name, pair in adapter.text.items() if not name.startswith(self.model.unread_text)}
+        adapter = adapter._replace(text=read)  # layers that nothing reads change nothing
         everything = [*adapter.unet.items(), *adapter.text.items()]
         rank = max(down.shape[0] for _, (down, _) in everything)
         for part, pairs in (("unet", adapter.unet), ("text", adapter.text)):
@@ -334,7 +349,7 @@ class LoRA(DrawnAtStrengths, RareTokenMethod):
         if not self.learn_word:
             log.warning("%s beside it holds a learnt word: method.learn_word=true draws with it.", path.name)
             return
-        rows = embedding.read(path)
+        rows = embedding.read_each(path, self.model.widths)
         if rows.shape != self.word[index : index + 1].shape:
             raise UserError(
                 f"{path.name} holds {len(rows)} vectors of width {rows.shape[1]}, this run learns one of width "

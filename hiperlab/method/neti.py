@@ -77,6 +77,7 @@ class NeTI(Method, Composable, Exportable):
         truncation: units kept when sampling, 0 .. 128 or None for all; a list samples one picture for each.
     """
 
+    why_not_sdxl = "its authors define norm, bypass and layers for one text encoder and sixteen layers"
     time_dependent = True
     sampling_settings = ("truncation",)
     variant_settings = ("truncation",)

@@ -21,7 +21,7 @@ from hiperlab.base.editing_method import Conditions
 from hiperlab.base.trajectory_method import PathSettings, TrajectoryMethod
 from hiperlab.errors import UserError, near
 from hiperlab.formats import null_text as files
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.inversion import noise_calls, previous
 from hiperlab.model.shared_calls import Calls
 
@@ -51,7 +51,8 @@ class NullText(TrajectoryMethod, Exportable):
         if optimise not in FILES:
             raise UserError(f"method.optimise={optimise!r} is unknown.{near(str(optimise), map(str, FILES))}")
         self.optimise, self.updates, self.epsilon = optimise, inner_steps, float(epsilon)
-        first = self.encode(["" if optimise is None else self.source])
+        self.start = "" if optimise is None else self.source  # not zeros: of those all rows have the same gradient
+        first = self.encode([self.start])
         self.embeddings = nn.Parameter(first.float().repeat(self.steps, 1, 1))  # (T, N, D)
 
     # ---- the fit -----------------------------------------------------------------------------------------------------
@@ -89,14 +90,18 @@ class NullText(TrajectoryMethod, Exportable):
         text = "" if self.optimise == "text" else self.source
         # Before the call with a gradient, which other pictures' can then share.
         fixed = yield from self.remembered_calls("fixed", lambda: self.plain_noise_calls(text, step, latents))
-        states = Conditioning(self.embeddings[step : step + 1][None])
+        states = self._fitted(step)
         fitted = yield from noise_calls(self.model, latents, self.timesteps[step], states)
         without, within = (fixed, fitted) if self.optimise == "text" else (fitted, fixed)
         return without + self.guidance * (within - without)
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+    def _fitted(self, step: int) -> Conditioning:
+        """u_i (1, 1, N, D); a pooled row is that of the text it starts from."""
+        return self.encode.condition([self.start]).reading(self.embeddings[step : step + 1][None])
+
+    def edit_conditions(self, texts: Sequence[str], negative: str | None) -> tuple[Conditions, Conditions]:
         """u_i as the unconditional text of all rows, or as the source row's text.
 
         Raises:
@@ -104,18 +109,18 @@ class NullText(TrajectoryMethod, Exportable):
         """
         plain, empty = super().edit_conditions(texts, negative)
         if self.optimise == "text":
-            states = self.encode(texts)
+            states = self.encode.condition(texts)
 
             def conditional(step: int) -> Conditioning:
-                first = self.embeddings[self.reached(step)][None].to(states.dtype)
-                return Conditioning(torch.cat([first, states[1:]])[None])
+                first = self._fitted(self.reached(step)).to(states.keys.dtype)
+                return concatenate([first, states.rows(range(1, len(texts)))])
 
             return conditional, empty
         if negative:
             raise UserError(f"sample.negative={negative!r}: this method fits the unconditional text itself. Leave it.")
 
         def unconditional(step: int) -> Conditioning:
-            return Conditioning(self.embeddings[self.reached(step)].expand(1, len(texts), -1, -1))
+            return self._fitted(self.reached(step)).rows([0] * len(texts))
 
         return plain, unconditional
 

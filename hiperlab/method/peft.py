@@ -7,6 +7,7 @@ own examples where they have any. Axes: K concepts, R rows, N tokens, D text wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Unpack
@@ -131,29 +132,29 @@ class Peft(DrawnAtStrengths, RareTokenMethod):
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the changes of the weights: (1, R, N, D)."""
         strength = 1.0 if step.samples is not None else self.strength_of(step.variant)
-        states = self._encode(self.texts(step), step.concept.tolist(), strength)[None]
+        states = self._encode(self.texts(step), step.concept.tolist(), strength)
         changes = self._differences("unet", strength)
         alone = _offsets(changes, 0) if len(self.concepts) == 1 else None
         ones = torch.ones(len(self.concepts), dtype=next(iter(changes.values())).dtype, device=self.model.device)
         beside = RowOffsets({name: (value,) for name, value in changes.items()}, ones, step.concept)
-        return Conditioning(states, offsets=alone, row_offsets=beside)
+        return replace(states, offsets=alone, row_offsets=beside)
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The changes at the variant's strength."""
         strength = self.strength_of(variant)
         return ChangedWeights(*(_offsets(self._differences(part, strength), 0) for part in ("unet", "text")))
 
-    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """Text states (1, N, D) of the unconditional branch, or one (N, D) for each of `concepts` where they differ."""
+    def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
+        """The negative text (1, 1, N, D), or one for each of `concepts` where their text encoders differ."""
         numbers = concepts if any(layer.part == "text" for layer in self.layers) else [0]
         return self._encode([text] * len(numbers), list(numbers), self.strength_of(variant))
 
-    def _encode(self, texts: Sequence[str], numbers: Sequence[int], strength: float) -> Tensor:
-        """Text states (R, N, D) of R texts of the concepts numbered so, each through its own text encoder."""
+    def _encode(self, texts: Sequence[str], numbers: Sequence[int], strength: float) -> Conditioning:
+        """What is read of R texts of the concepts numbered so (1, R, N, D), each through its own text encoder."""
         changes = self._differences("text", strength)
         if not changes:
-            return self.plain_text(texts)
-        return by_concept(texts, numbers, lambda own, index: self.model.encode_text(own, _offsets(changes, index)))
+            return self.plain_text.condition(texts)
+        return by_concept(texts, numbers, lambda own, index: self.model.condition_text(own, _offsets(changes, index)))
 
     def _differences(self, part: str, strength: float) -> dict[str, Tensor]:
         """W' - W and c' - c, (K, *shape) each, by the module's parameter names.
@@ -213,54 +214,52 @@ class Peft(DrawnAtStrengths, RareTokenMethod):
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
         """`peft/adapter_model.safetensors` with its config, and `peft_text_encoder/` if that has adapters."""
         written = []
-        for part, sub in (("unet", "peft"), ("text", "peft_text_encoder")):
-            inside = "text_model." if part == "text" and self.model.text_module is not self.model.text else ""
-            tensors = {
-                f"{inside}{layer.name}": self.way.to_file(self._own(layer, index))
-                for layer in self.layers
-                if layer.part == part
-            }
+        for sub, layers in self._folders().items():
+            tensors = {name: self.way.to_file(self._own(layer, index)) for name, layer in layers.items()}
             if tensors:
                 config = {"peft_type": self.way.peft_type, **self.way.config()}
                 written.append(files.write(folder / sub, tensors, config, PREFIXES[self.key_prefix]))
         return written
 
+    def _folders(self) -> dict[str, dict[str, Layer]]:
+        """The layers of each of PEFT's folders by the names that its file has."""
+        found = {"peft": {layer.name: layer for layer in self.layers if layer.part == "unet"}}
+        for part in self.model.text_parts:
+            named = {part.own(layer.name): layer for layer in self.layers if layer.part == "text"}
+            found[f"peft_{part.name}"] = {name: layer for name, layer in named.items() if name is not None}
+        return found
+
     @torch.no_grad()
     def load_foreign(self, index: int, path: Path) -> None:
         """An `adapter_model.safetensors` of the same tuner, layers and settings, with either prefix.
 
-        A text encoder's lies in `peft_text_encoder/` beside the U-Net's folder.
+        A text encoder's lies in `peft_text_encoder/` (SDXL's second: `peft_text_encoder_2/`) beside the U-Net's folder.
 
         Raises:
             UserError: it is of another tuner, model or setting, which is named.
         """
-        if path.parent.name == "peft_text_encoder":
+        if path.parent.name.startswith("peft_text_encoder"):
             path = path.parent.parent / "peft" / files.WEIGHTS
-        text = path.parent.parent / "peft_text_encoder" / files.WEIGHTS
-        parts = {layer.part for layer in self.layers}
-        if path.parent.name == "peft" and text.is_file() and "text" not in parts:
-            raise UserError(f"{text} comes with it: set method.text_encoder=true, or move that away.")
-        wanted: dict[str, Tensor] = {}  # both parts are looked at before anything is taken
-        for part in ("unet", "text"):
-            if part in parts:
-                wanted |= self._read(index, part, path if part == "unet" else text)
+        wanted: dict[str, Tensor] = {}  # all parts are looked at before anything is taken
+        for sub, layers in self._folders().items():
+            file = path if sub == "peft" else path.parent.parent / sub / files.WEIGHTS
+            if layers:
+                wanted |= self._read(index, file, layers)
+            elif sub != "peft" and path.parent.name == "peft" and file.is_file():
+                raise UserError(f"{file} comes with it: set method.text_encoder=true, or move that away.")
         for place, value in wanted.items():
             self.adapters[place][index].copy_(value)
 
-    def _read(self, index: int, part: str, path: Path) -> dict[str, Tensor]:
-        """A file's tensors by the places that they go to."""
-        layers = [layer for layer in self.layers if layer.part == part]
-        written = [self.way.to_file(self._own(layer, index)) for layer in layers]
+    def _read(self, index: int, path: Path, named: Mapping[str, Layer]) -> dict[str, Tensor]:
+        """A file's tensors by the places that they go to, its layers named so, with or without "text_model."."""
+        layers = {name.removeprefix("text_model."): layer for name, layer in named.items()}
+        written = [self.way.to_file(self._own(layer, index)) for layer in layers.values()]
         found, config = files.read(path, {key for own in written for key in own})
         self._check(path, config)
         theirs = {
             f"{name.removeprefix('text_model.')}.{key}": v for name, own in found.items() for key, v in own.items()
         }
-        ours = {
-            f"{layer.name}.{key}": value
-            for layer, own in zip(layers, written, strict=True)
-            for key, value in own.items()
-        }
+        ours = {f"{name}.{key}": value for name, own in zip(layers, written, strict=True) for key, value in own.items()}
         if wrong := misfits(ours, theirs):
             raise UserError(
                 f"{path.name} does not fit: {', '.join(wrong[:3])} differ. Set method.tuners.{self.tuner} as its "
@@ -268,8 +267,8 @@ class Peft(DrawnAtStrengths, RareTokenMethod):
             )
         return {
             layer.place(key): value
-            for layer, own in zip(layers, written, strict=True)
-            for key, value in self.way.from_file({key: theirs[f"{layer.name}.{key}"] for key in own}).items()
+            for (name, layer), own in zip(layers.items(), written, strict=True)
+            for key, value in self.way.from_file({key: theirs[f"{name}.{key}"] for key in own}).items()
         }
 
     def _check(self, path: Path, config: Mapping[str, Any]) -> None:

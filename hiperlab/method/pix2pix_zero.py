@@ -9,7 +9,8 @@ channels, H, W latent sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -32,6 +33,18 @@ from hiperlab.model.stack import FrozenStack
 LEVELS = ("all", "authors")
 UNCONDITIONAL = ("source", "negative")
 ENCODED = 64  # sentences of one pass of the text encoder
+Part = Callable[[Conditioning], Tensor]
+
+
+def states_of(found: Conditioning) -> Tensor:
+    """The states (B, N, D) of plain texts."""
+    return found.keys[0]
+
+
+def pooled_of(found: Conditioning) -> Tensor:
+    """The pooled rows (B, P) of plain texts, where the model has any."""
+    assert found.pooled is not None
+    return found.pooled
 
 
 def inversion_path(stack: FrozenStack, steps: int, kind: str) -> list[tuple[int, Tensor, Tensor]]:
@@ -155,7 +168,7 @@ class Pix2PixZero(EditingMethod):
         self.num_reg_steps, self.num_ac_rolls = num_reg_steps, num_ac_rolls
         self.xa_guidance, self.direction_scale = float(xa_guidance), float(direction_scale)
         self.sentences = _sentences(source_sentences, target_sentences)
-        self._direction: Tensor | None = None
+        self._directions: dict[Part, Tensor] = {}
         self._check_targets(len({text for text in self.concepts[0].targets if text != self.source}))
 
     def _check_targets(self, count: int) -> None:
@@ -175,7 +188,7 @@ class Pix2PixZero(EditingMethod):
     @torch.no_grad()
     def _inversion_calls(self) -> Calls[Inversion]:
         """The path's end alone (1, 1, C, H, W)."""
-        latents, states = self.picture_latents(), Conditioning(self.encode([self.inverted_text()])[None])
+        latents, states = self.picture_latents(), self.encode.condition([self.inverted_text()])
         for step, (timestep, start, end) in enumerate(inversion_path(self.model, self.steps, self.levels)):
             found = yield from noise_calls(self.model, latents, timestep, states, start)
             noise = whitened(found[0], self.rolls(step), self.lambda_ac, self.lambda_kl)[None]
@@ -189,7 +202,7 @@ class Pix2PixZero(EditingMethod):
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+    def edit_conditions(self, texts: Sequence[str], negative: str | None) -> tuple[Conditions, Conditions]:
         """The source's states, with each target's direction added to them; arguments as `EditingMethod`'s.
 
         Raises:
@@ -201,28 +214,40 @@ class Pix2PixZero(EditingMethod):
                 f"sample.negative={negative!r}: the unconditional text is the source's. Leave it empty, or set "
                 "method.unconditional=negative."
             )
-        source = self.encode([texts[0]])
-        directions = self.directions(texts[1:])
-        states = Conditioning(torch.cat([source, source + self.direction_scale * directions])[None])
+        source = self.encode.condition([texts[0]])
+
+        def towards(part: Part) -> Tensor:
+            own = part(source)
+            return torch.cat([own, own + self.direction_scale * self.directions(texts[1:], part)])
+
+        states = source.rows([0] * len(texts)).reading(towards(states_of)[None])
+        if source.pooled is not None:  # in SDXL the pooled row moves as the states do
+            states = replace(states, pooled=towards(pooled_of))
         other = texts[0] if self.unconditional == "source" else negative
-        empty = Conditioning(self.encode([other] * len(texts))[None])
+        empty = self.encode.negative([other] * len(texts))
         return (lambda step: states), (lambda step: empty)
 
     @torch.no_grad()
-    def directions(self, targets: Sequence[str]) -> Tensor:
-        """D (n, N, D) of n target texts: the target's mean states less the source's (construct_direction)."""
-        if self.sentences is None:
-            source = self.encode([self.source])
-            return self.encode(targets) - source if targets else source[:0]
-        if self._direction is None:
-            before, after = (self._mean_states(each) for each in self.sentences)
-            self._direction = after - before
-        return self._direction.to(self.encode([self.source])).expand(len(targets), -1, -1)
+    def directions(self, targets: Sequence[str], part: Part = states_of) -> Tensor:
+        """D (n, N, D) of n target texts: the target's mean states less the source's (construct_direction).
 
-    def _mean_states(self, sentences: Sequence[str]) -> Tensor:
-        """Mean states (1, N, D), all positions as they are."""
+        Args:
+            targets: n texts.
+            part: `states_of`, or `pooled_of` for the direction (n, P) of the pooled row.
+        """
+        source = part(self.encode.condition([self.source]))
+        if self.sentences is None:
+            return part(self.encode.condition(targets)) - source if targets else source[:0]
+        if part not in self._directions:
+            before, after = (self._mean(each, part) for each in self.sentences)
+            self._directions[part] = after - before
+        return self._directions[part].to(source).expand(len(targets), *source.shape[1:])
+
+    def _mean(self, sentences: Sequence[str], part: Part) -> Tensor:
+        """Mean states (1, N, D), all positions as they are, or mean pooled row (1, P)."""
         chunks = [sentences[start : start + ENCODED] for start in range(0, len(sentences), ENCODED)]
-        return torch.stack([self.model.encode_text(each).sum(0) for each in chunks]).sum(0)[None] / len(sentences)
+        sums = [part(self.model.condition_text(each)).sum(0) for each in chunks]
+        return torch.stack(sums).sum(0)[None] / len(sentences)
 
     def edits(self, texts: Sequence[str], side: int, guided: bool, keep: bool) -> Edits:
         """Keeps maps where asked; arguments as `EditingMethod.edits`."""

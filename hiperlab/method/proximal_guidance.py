@@ -8,6 +8,7 @@ Axes: B rows (the source and its targets), C latent channels, H, W latent sides,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from typing import ClassVar, TypedDict, Unpack
 
@@ -21,7 +22,7 @@ from hiperlab.edit.mutual_attention import LOOKUPS, MutualAttention
 from hiperlab.edit.prompt_to_prompt import PromptToPrompt, edit_calls, map_pixels
 from hiperlab.edit.proximal import KINDS, edited, shrunk, slerp, threshold
 from hiperlab.errors import UserError, near
-from hiperlab.model.conditioning import Conditioning
+from hiperlab.model.conditioning import concatenate
 from hiperlab.model.inversion import levels, previous
 from hiperlab.model.shared_calls import Calls
 
@@ -134,7 +135,7 @@ class ProximalGuidance(RecordedPathMethod):
         """
         return self.masactrl and self.source_negative
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+    def edit_conditions(self, texts: Sequence[str], negative: str | None) -> tuple[Conditions, Conditions]:
         """The texts, and the source text (or a mix with the empty one) as the unconditional one of all rows.
 
         Raises:
@@ -148,10 +149,16 @@ class ProximalGuidance(RecordedPathMethod):
                 f"sample.negative={negative!r}: the source text is the unconditional one. Leave it, or set "
                 "method.source_negative=false."
             )
-        source, empty = self.encode([self.source]), self.encode([""])
-        mixed = slerp(self.npi_interp, source, empty) if self.npi_interp else source
-        first = source if self.masactrl else mixed
-        states = Conditioning(torch.cat([first, mixed.expand(len(texts) - 1, -1, -1)])[None])
+        source, empty = self.encode.condition([self.source]), self.encode.condition([""])
+        mixed = source
+        if self.npi_interp:  # of SDXL's pooled rows as of the states
+            between = [
+                slerp(self.npi_interp, one, two) if one is not None and two is not None else None
+                for one, two in ((source.keys[0], empty.keys[0]), (source.pooled, empty.pooled))
+            ]
+            assert between[0] is not None
+            mixed = replace(source.reading(between[0][None]), pooled=between[1])
+        states = concatenate([source if self.masactrl else mixed, mixed.rows([0] * (len(texts) - 1))])
         return conditional, lambda step: states
 
     def edits(self, texts: Sequence[str], side: int, guided: bool, keep: bool) -> Edits:
@@ -165,7 +172,7 @@ class ProximalGuidance(RecordedPathMethod):
         return MutualAttention(rows, layers, steps, None, map_pixels(side), stores=keep, lookup=lookup)
 
     def _draw_calls(
-        self, texts: Sequence[str], seed: int, guidance: float, negative: str, batch_size: int
+        self, texts: Sequence[str], seed: int, guidance: float, negative: str | None, batch_size: int
     ) -> Calls[dict[str, Tensor]]:
         """As `EditingMethod`; a source row that is shrunk by a target's threshold is drawn for each target alone."""
         together = self.masactrl or (self.source_negative and not self.npi_interp) or self.quantile <= 0

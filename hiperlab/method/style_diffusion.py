@@ -60,6 +60,7 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
         path: as in `TrajectoryMethod`.
     """
 
+    why_not_sdxl = "its authors define the fitted values on the states of one text encoder, with no pooled row"
     fixed_settings = ("value_form",)
     sampling_settings = (*TrajectoryMethod.sampling_settings, "tau_v")
     progress = (*TrajectoryMethod.progress, "path_step")  # `artifact` gives every step its network
@@ -178,7 +179,7 @@ class StyleDiffusion(TrajectoryMethod, Exportable):
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
 
-    def edit_conditions(self, texts: Sequence[str], negative: str) -> tuple[Conditions, Conditions]:
+    def edit_conditions(self, texts: Sequence[str], negative: str | None) -> tuple[Conditions, Conditions]:
         """Keys are each row's own text; values are fitted for the source, and for the targets while i < T tau_v.
 
         As text2image_ldm_stable in stylediffusion.py.

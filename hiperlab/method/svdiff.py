@@ -7,6 +7,7 @@ Axes: K concepts (always 1 here), R rows, N tokens, D text width, r singular val
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -83,14 +84,14 @@ class SVDiff(DrawnAtStrengths, RareTokenMethod):
     def condition(self, step: Step) -> Conditioning:
         """The text with "sks dog" in the placeholder's place, and the changed weights: (1, R, N, D)."""
         changed = self._changed(1.0 if step.samples is not None else self.strength_of(step.variant))
-        return Conditioning(self._encode(self.texts(step), changed)[None], offsets=changed.unet)
+        return replace(self._encode(self.texts(step), changed), offsets=changed.unet)
 
     def changed_weights(self, variant: str) -> ChangedWeights:
         """The shifted weights of the U-Net and of the text encoder, at the variant's strength."""
         return self._changed(self.strength_of(variant))
 
-    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """Text states (1, N, D) of the unconditional branch: of the shifted text encoder, as in the tuned pipeline."""
+    def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
+        """The negative text (1, 1, N, D) through the shifted text encoder, as in the tuned pipeline."""
         return self._encode([text], self.changed_weights(variant))
 
     def _changed(self, strength: float) -> ChangedWeights:
@@ -99,8 +100,10 @@ class SVDiff(DrawnAtStrengths, RareTokenMethod):
             _offsets(self.text_spectra, self.text_shifts, strength),
         )
 
-    def _encode(self, texts: Sequence[str], changed: ChangedWeights) -> Tensor:
-        return self.model.encode_text(texts, changed.text) if self.text_shifts else self.plain_text(texts)
+    def _encode(self, texts: Sequence[str], changed: ChangedWeights) -> Conditioning:
+        if not self.text_shifts:
+            return self.plain_text.condition(texts)
+        return self.model.condition_text(texts, changed.text)
 
     # ---- files of the reimplementation -------------------------------------------------------------------------------
 

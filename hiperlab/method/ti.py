@@ -26,6 +26,8 @@ from hiperlab.model.text import numbered_slots
 class TextualInversion(Method, Composable, Exportable):
     """One vector (or V consecutive ones) per concept, read by all layers at all timesteps.
 
+    In SDXL a vector is one row of each text encoder, side by side; the gradient comes through the pooled row, too.
+
     Training a row of its own equals training that row of the embedding matrix: AdamW acts per element.
 
     Args:
@@ -55,21 +57,20 @@ class TextualInversion(Method, Composable, Exportable):
         """The V vectors stand for the word in every layer: (1, R, N, D)."""
         tokens = self.model.tokenize(step.prompts, self.slots)
         _, _, slots = tokens.occurrences()
-        states = self.model.hidden_states(tokens, self.vectors.flatten(0, 1)[slots][None])
-        return Conditioning(self.model.normalise_text(states))
+        return self.model.condition_tokens(tokens, self.vectors.flatten(0, 1)[slots][None])
 
     def composition_part(self, step: Step) -> Part:
         """The vectors (1, 1, V, D) for the word."""
         return Part(step.prompts, self.vectors[None, :1])
 
     def export(self, index: int, folder: Path, steps: int) -> list[Path]:
-        """Diffusers' `learned_embeds.safetensors` and `.bin`, and A1111's `<name>.pt`."""
+        """Diffusers' `learned_embeds.safetensors` and `.bin`, and A1111's `<name>.pt`; of SDXL the pair `<name>`."""
         subject = self.concepts[index]
         vectors = self.vectors[index].detach().float().cpu()
-        return embedding.write(folder, subject.name, subject.placeholder, vectors, self.model.name)
+        return embedding.write(folder, subject.name, subject.placeholder, vectors, self.model.name, self.model.widths)
 
     def load_foreign(self, index: int, path: Path) -> None:
         """Any embedding file that is around: diffusers, CompVis, A1111, a bare tensor."""
-        vectors = embedding.read_like(path, self.vectors[index], "method.num_vectors={}")
+        vectors = embedding.read_like(path, self.vectors[index], "method.num_vectors={}", self.model.widths)
         with torch.no_grad():
             self.vectors[index].copy_(vectors)

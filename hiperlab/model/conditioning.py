@@ -1,6 +1,7 @@
-"""What the U-Net reads, as a value: text states for its cross-attention, and changes of its weights.
+"""What the U-Net reads, as a value: text states for its cross-attention, what SDXL adds, and changes of its weights.
 
-Axes: L cross-attention layers in execution order (1 = shared by all), B batch, N tokens, D text width.
+Axes: L cross-attention layers in execution order (1 = shared by all), B batch, N tokens, D text width, P width of the
+pooled row.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Conditioning:
         control: reads and changes the call's attention and outputs of its layers; it knows the call's rows by their
             number, so it is given to the conditioning of a whole call, last of all.
         decoupled: further tokens of the B rows with a softmax of their own; None for none.
+        pooled: (B, P), the pooled row of each text, which SDXL adds to the time embedding; None for SD 1.x and 2.x.
+        sizes: (B, 6), SDXL's micro-conditioning in pixels: height and width of the picture as it was, top and left of
+            its crop, height and width of the result (Podell et al. 2023, section 2.2); None where there is none.
     """
 
     keys: Tensor
@@ -41,6 +45,8 @@ class Conditioning:
     control: Control | None = None
     row_offsets: RowOffsets | None = None
     decoupled: DecoupledAttention | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
 
     @property
     def layers(self) -> int:
@@ -60,14 +66,33 @@ class Conditioning:
         values = None if self.values is None else self.values[:, index]
         row_offsets = None if self.row_offsets is None else self.row_offsets.rows(index)
         decoupled = None if self.decoupled is None else self.decoupled.rows(index)
-        return replace(self, keys=self.keys[:, index], values=values, row_offsets=row_offsets, decoupled=decoupled)
+        pooled, sizes = (None if each is None else each[index] for each in (self.pooled, self.sizes))
+        return replace(
+            self, keys=self.keys[:, index], values=values, row_offsets=row_offsets, decoupled=decoupled, pooled=pooled,
+            sizes=sizes,
+        )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same conditioning, keys and values (L, B, N, D) in another floating type, further tokens too."""
         values = None if self.values is None else self.values.to(dtype)
-        # Offsets choose their type by the weight's, controls by what they get.
+        # Offsets choose their type by the weight's, controls by what they get; sizes are whole pixels, kept.
         decoupled = None if self.decoupled is None else self.decoupled.to(dtype)
-        return replace(self, keys=self.keys.to(dtype), values=values, decoupled=decoupled)
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return replace(self, keys=self.keys.to(dtype), values=values, decoupled=decoupled, pooled=pooled)
+
+    def reading(self, keys: Tensor) -> Conditioning:
+        """The same conditioning with other states (L, B, N, D) for keys and values alike."""
+        return replace(self, keys=keys, values=None)
+
+    def sized(self, sizes: Tensor | None) -> Conditioning:
+        """The same conditioning of pictures of other sizes (B, 6); unchanged where none are read, or none are given."""
+        return self if self.sizes is None or sizes is None else replace(self, sizes=sizes.to(self.sizes))
+
+    def zeroed(self) -> Conditioning:
+        """The same conditioning of no text at all: zero states and pooled row (`FrozenStack.zero_negative`)."""
+        values = None if self.values is None else torch.zeros_like(self.values)
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return replace(self, keys=torch.zeros_like(self.keys), values=values, pooled=pooled)
 
     def controlled(self, control: Control | None) -> Conditioning:
         """The same conditioning with a control of the call's attention."""
@@ -86,12 +111,14 @@ class Part:
         in_values: how the value projections see those places, from hidden states (L, P, D) before the final norm and
             the text number (P,) of each; None means as the keys.
         tail: (R, N, D) rows that replace the last N of the encoded text.
+        pooled_vectors: (1, R, V, D), what the pooled row reads there, where `vectors` has one row per layer.
     """
 
     prompts: Sequence[str]
     vectors: Tensor | None = None
     in_values: Callable[[Tensor, Tensor], Tensor] | None = None
     tail: Tensor | None = None
+    pooled_vectors: Tensor | None = None
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
@@ -115,7 +142,17 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     decoupled = decoupled_attention.joined([(part.decoupled, part.keys.shape[1]) for part in parts])
     keys = torch.cat([spread(part.keys) for part in parts], dim=1)
     detach_first = any(part.detach_first for part in parts)  # matters to gradients only, and joining serves sampling
-    if all(part.values is None for part in parts):
-        return Conditioning(keys, None, offsets, detach_first, row_offsets=beside, decoupled=decoupled)
-    values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
-    return Conditioning(keys, values, offsets, detach_first, row_offsets=beside, decoupled=decoupled)
+    values = None
+    if any(part.values is not None for part in parts):
+        values = torch.cat([spread(part.keys if part.values is None else part.values) for part in parts], dim=1)
+    pooled, sizes = (_joined([getattr(part, name) for part in parts]) for name in ("pooled", "sizes"))
+    return Conditioning(
+        keys, values, offsets, detach_first, row_offsets=beside, decoupled=decoupled, pooled=pooled, sizes=sizes
+    )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Rows (B, …) of all parts, or None where no part has any: what one U-Net reads, all of its rows have."""
+    present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts)), "rows with and without a pooled row or sizes are of different models"
+    return torch.cat(present) if present else None

@@ -24,6 +24,7 @@ from hiperlab.model.row_offsets import RowOffsets
 log = logging.getLogger(__name__)
 UNet = Callable[[Tensor, Tensor, Conditioning], Tensor]
 SEEN = 2  # calls of a form that run eagerly before it is recorded: rare forms are not worth it
+OPTIONAL = ("values", "pooled", "sizes")  # tensors that a conditioning may have beside its keys
 MOST = 16  # graphs: each keeps the memory of a whole pass
 
 
@@ -84,7 +85,7 @@ class CudaGraphs:
 def _tensors(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
     """All tensors of a call, in one order."""
     found = [latents, timestep, conditioning.keys]
-    found += [] if conditioning.values is None else [conditioning.values]
+    found += [each for name in OPTIONAL if (each := getattr(conditioning, name)) is not None]
     if (beside := conditioning.row_offsets) is not None:
         found += [beside.scale, beside.which, *(each for tensors in beside.changes.values() for each in tensors)]
     return found
@@ -93,13 +94,13 @@ def _tensors(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> l
 def _restored(tensors: Sequence[Tensor], like: Conditioning) -> tuple[Tensor, Tensor, Conditioning]:
     """The call whose tensors these are; names and flags are those of `like`."""
     latents, timestep, keys, *rest = tensors
-    values = None if like.values is None else rest.pop(0)
+    present: dict[str, Any] = {name: None if getattr(like, name) is None else rest.pop(0) for name in OPTIONAL}
     beside = None
     if like.row_offsets is not None:
         scale, which = rest.pop(0), rest.pop(0)
         changes = {name: tuple(rest.pop(0) for _ in each) for name, each in like.row_offsets.changes.items()}
         beside = RowOffsets(changes, scale, which)
-    return latents, timestep, replace(like, keys=keys, values=values, row_offsets=beside)
+    return latents, timestep, replace(like, keys=keys, row_offsets=beside, **present)
 
 
 def _form(tensors: Sequence[Tensor], conditioning: Conditioning, gradient: bool) -> Hashable:
@@ -107,4 +108,5 @@ def _form(tensors: Sequence[Tensor], conditioning: Conditioning, gradient: bool)
     beside = conditioning.row_offsets
     names = None if beside is None else tuple((name, len(each)) for name, each in beside.changes.items())
     shapes = tuple((tuple(each.shape), each.dtype, gradient and each.requires_grad) for each in tensors)
-    return gradient, conditioning.values is None, conditioning.detach_first, names, shapes
+    present = tuple(getattr(conditioning, name) is None for name in OPTIONAL)
+    return gradient, present, conditioning.detach_first, names, shapes

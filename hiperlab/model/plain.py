@@ -14,7 +14,7 @@ from hiperlab.model.stack import FrozenStack
 
 @torch.no_grad()
 def draw_plain(
-    stack: FrozenStack, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler, negative: str
+    stack: FrozenStack, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler, negative: str | None
 ) -> Tensor:
     """One picture per text and seed, in one batch, with guidance (Ho & Salimans 2022, eq. 6).
 
@@ -23,14 +23,14 @@ def draw_plain(
         texts: B of them.
         seeds: B seeds of the start noise.
         sampler: scheduler, its steps and guidance.
-        negative: text of the unconditional branch.
+        negative: text of the unconditional branch; None for an absent one.
 
     Returns:
         (B, 3, H, W) in [0, 1], on the CPU.
     """
 
     def condition(rows: list[int], t: Tensor) -> Conditioning:
-        return Conditioning(stack.encode_text([texts[row] for row in rows])[None])
+        return stack.condition_text([texts[row] for row in rows])
 
     return generate(
         stack,
@@ -40,7 +40,7 @@ def draw_plain(
         steps=sampler.steps,
         guidance=sampler.guidance,
         sampler=sampler,
-        negative=stack.encode_text([negative]),
+        negative=stack.condition_negative(negative),
         batch_size=len(seeds),
         time_dependent=False,
     )

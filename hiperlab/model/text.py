@@ -1,5 +1,6 @@
 """From prompts to text states: tokens with placeholders, embeddings with learnt rows, the CLIP text transformer.
 
+Here one text encoder at a time; `hiperlab.model.text_towers` reads several side by side.
 Axes: L cross-attention layers, B prompts, N tokens (77), D text width, K occurrences of placeholders in the batch.
 Placeholders are slots, not new tokens: neither the tokenizer nor the embedding matrix is ever changed.
 """
@@ -19,6 +20,7 @@ from torch.func import functional_call
 from hiperlab.errors import UserError
 
 log = logging.getLogger(__name__)
+ALL = slice(None)  # layers of a text encoder
 
 
 class Tokens(NamedTuple):
@@ -27,10 +29,13 @@ class Tokens(NamedTuple):
     Args:
         ids: (B, N) int64; a slot holds the end token here, which the learnt vector then replaces.
         slots: (B, N) int64; -1 for ordinary tokens, else the number of the learnt vector.
+        further: the same prompts as the further text encoders' tokenizers cut them; none for one encoder. Their slots
+            are the same ones in the same order, not always at the same positions.
     """
 
     ids: Tensor
     slots: Tensor
+    further: tuple[Tokens, ...] = ()
 
     def occurrences(self) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, positions, slots), each (K,), of every slot in the batch, row by row."""
@@ -78,7 +83,7 @@ def single_token(tokenizer: Any, word: str) -> int:
     return int(ids[0])
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], slots: Mapping[str, Sequence[int]]) -> Tokens:
+def tokenize(tokenizer: Any, prompts: Sequence[str], slots: Mapping[str, Sequence[int]], warn: bool = True) -> Tokens:
     """Tokenize prompts; each placeholder becomes its slots (several for a concept of several vectors).
 
     Text around a placeholder is tokenized piece by piece, exactly as an added token would split it.
@@ -87,6 +92,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], slots: Mapping[str, Sequenc
         tokenizer: a CLIP tokenizer; its `model_max_length` (77) and padding token are used.
         prompts: B texts.
         slots: placeholder -> the slot numbers that stand in its place.
+        warn: whether to say which words of a prompt are cut; a second tokenizer need not say so again.
 
     Raises:
         UserError: a placeholder falls beyond the last token. A prompt that only loses ordinary words is warned about.
@@ -98,7 +104,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], slots: Mapping[str, Sequenc
     for row, prompt in enumerate(prompts):
         row_ids, row_slots = _pieces(tokenizer, prompt, slots, pattern)
         if len(row_ids) > length - 2:
-            _report_cut(tokenizer, prompt, row_ids[length - 2 :], row_slots[length - 2 :], length)
+            _report_cut(tokenizer, prompt, row_ids[length - 2 :], row_slots[length - 2 :], length, warn)
             row_ids, row_slots = row_ids[: length - 2], row_slots[: length - 2]
         count = len(row_ids)
         ids[row, 0] = tokenizer.bos_token_id
@@ -122,14 +128,15 @@ def _pieces(tokenizer: Any, prompt: str, slots: Mapping[str, Sequence[int]], pat
     return ids, places
 
 
-def _report_cut(tokenizer: Any, prompt: str, ids: list, slots: list, length: int) -> None:
+def _report_cut(tokenizer: Any, prompt: str, ids: list, slots: list, length: int, warn: bool) -> None:
     if any(slot >= 0 for slot in slots):
         raise UserError(
             f"prompt {prompt[:60]!r}… needs more than the {length} tokens CLIP reads and its placeholder falls off. "
             "Shorten it or move the placeholder to the front."
         )
     cut = tokenizer.decode(ids)
-    log.warning("prompt %r… is cut to %d tokens; not read: %r", prompt[:40], length, cut)
+    level = logging.WARNING if warn else logging.DEBUG
+    log.log(level, "prompt %r… is cut to %d tokens; not read: %r", prompt[:40], length, cut)
 
 
 def inner(text: nn.Module) -> Any:
@@ -158,15 +165,20 @@ def embed(text: nn.Module, ids: Tensor, vectors: Tensor | None = None, places: t
     return tokens + embeddings.position_embedding.weight[: ids.shape[1]]
 
 
-def transform(text: nn.Module, states: Tensor) -> Tensor:
+def transform(text: nn.Module, states: Tensor, part: slice = ALL) -> Tensor:
     """Run the causal CLIP transformer on embeddings (..., N, D); the result, same shape, is BEFORE the final norm.
 
     There is no padding mask: in Stable Diffusion the padding reads the prompt, and the U-Net reads the padding.
     Written on the modules' own projections because no version of transformers takes embeddings in the same way.
+
+    Args:
+        text: the CLIP text model.
+        states: embeddings, or what the layers before `part` gave.
+        part: which of its layers; SDXL reads the states before the last one.
     """
     shape = states.shape
     states = states.flatten(0, -3)
-    for layer in inner(text).encoder.layers:
+    for layer in list(inner(text).encoder.layers)[part]:
         attention = layer.self_attn
         normed = layer.layer_norm1(states)
         query, key, value = (
@@ -187,28 +199,23 @@ def final_norm(text: nn.Module, states: Tensor) -> Tensor:
 class _Holder(nn.Module):
     """Holds a module while a piece of work uses it with other weights."""
 
-    def __init__(self, text: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.text = inner(text)
+        self.module = module
 
     def forward(self, work: Callable[[], Any]) -> Any:
         return work()
 
 
-def with_weights(text: nn.Module, weights: Mapping[str, Tensor], work: Callable[[], Any]) -> Any:
-    """The result of `work`, during which `text` has other weights; afterwards it has its own again.
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor], work: Callable[[], Any]) -> Any:
+    """The result of `work`, during which `module` has other weights; afterwards it has its own again.
 
     Args:
-        text: the CLIP text model.
-        weights: by their names in `inner(text)`, same shape as its own.
+        module: any, such as `FrozenStack.text_module`.
+        weights: by their names in it, same shape as its own.
         work: what to do.
     """
-    return functional_call(_Holder(text), {f"text.{name}": weight for name, weight in weights.items()}, (work,))
-
-
-def encode_with(text: nn.Module, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Text states (B, N, D) of tokens (B, N), with other weights by their names in `inner(text)`; `text` stays."""
-    return with_weights(text, weights, lambda: final_norm(text, transform(text, embed(text, ids))))[0]
+    return functional_call(_Holder(module), {f"module.{name}": weight for name, weight in weights.items()}, (work,))
 
 
 def numbered_slots(placeholders: Sequence[str], num_vectors: int = 1) -> dict[str, list[int]]:

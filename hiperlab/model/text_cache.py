@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hiperlab.model.conditioning import Conditioning, concatenate
 from hiperlab.model.stack import FrozenStack
 
-MOST = 1024  # texts kept; at SD's 77 x 768 in float32 240 MB
+MOST = 1024  # texts kept; at SD's 77 x 768 in float32 240 MB, at SDXL's 77 x 2048 650
 
 
 class TextCache:
-    """`stack.encode_text` for texts that come again and again.
+    """`stack.condition_text` for texts that come again and again.
 
     Args:
         stack: the frozen model; may change its type or device later.
@@ -21,11 +22,11 @@ class TextCache:
 
     def __init__(self, stack: FrozenStack) -> None:
         self.stack = stack
-        self.kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.kept: dict[tuple[str, torch.dtype, torch.device], Conditioning] = {}
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """States (B, N, D) of B texts; each is encoded alone, so that it does not depend on the others of the call."""
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        """What the U-Net reads of B texts (1, B, N, D); each is encoded alone, whatever the others of the call are."""
         kind = next(self.stack.text.parameters()).dtype
         keys = [(text, kind, self.stack.device) for text in texts]
         missing = [key for key in dict.fromkeys(keys) if key not in self.kept]
@@ -33,20 +34,33 @@ class TextCache:
             self.kept.clear()
             missing = list(dict.fromkeys(keys))
         for key in missing:
-            self.kept[key] = self.stack.encode_text([key[0]])[0]
-        return torch.stack([self.kept[key] for key in keys])
+            self.kept[key] = self.stack.condition_text([key[0]])
+        return concatenate([self.kept[key] for key in keys])
+
+    def negative(self, texts: Sequence[str | None]) -> Conditioning:
+        """What guidance's unconditional branch reads of B negative texts (1, B, N, D), None for an absent one."""
+        rows = [self.condition([text or ""]) for text in texts]
+        absent = [text is None and self.stack.zero_negative for text in texts]
+        return concatenate([row.zeroed() if none else row for row, none in zip(rows, absent, strict=True)])
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Their states alone, (B, N, D)."""
+        return self.condition(texts).keys[0]
 
 
-def by_concept(texts: Sequence[str], concepts: Sequence[int], encode: Callable[[Sequence[str], int], Tensor]) -> Tensor:
-    """States (R, N, D) of R texts, each through its concept's own text encoder.
+def by_concept(
+    texts: Sequence[str], concepts: Sequence[int], encode: Callable[[Sequence[str], int], Conditioning]
+) -> Conditioning:
+    """What the U-Net reads of R texts (1, R, N, D), each through its concept's own text encoder.
 
     Args:
         texts: R of them.
         concepts: number of each text's concept.
-        encode: texts and a concept's number -> their states (B, N, D).
+        encode: texts and a concept's number -> what is read of them (1, B, N, D).
     """
-    found: dict[int, Tensor] = {}
+    order, parts = [], []
     for index in dict.fromkeys(concepts):
         rows = [row for row, number in enumerate(concepts) if number == index]
-        found.update(zip(rows, encode([texts[row] for row in rows], index), strict=True))
-    return torch.stack([found[row] for row in range(len(texts))])
+        parts.append(encode([texts[row] for row in rows], index))
+        order += rows
+    return concatenate(parts).rows([order.index(row) for row in range(len(texts))])

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
+from hiperlab.model.text_towers import TextTower
 
 WIDTH = 32
+SECOND_WIDTH = 40  # of the second text encoder of SDXL's twin
 
 
 def tiny(
@@ -45,8 +47,7 @@ def tiny(
         _wake_up(unet)
     return FrozenStack(
         name=name,
-        tokenizer=clip_tokenizer(),
-        text=text,
+        towers=[TextTower(clip_tokenizer(), text)],
         vae=vae,
         unet=unet,
         scheduler_config={**SCHEDULE, "prediction_type": prediction_type},
@@ -56,9 +57,52 @@ def tiny(
     )
 
 
+def tiny_sdxl(
+    seed: int,
+    size: int,
+    name: str = "tiny_sdxl",
+    prediction_type: str = "epsilon",
+    pooled_at: str = "end",
+    note: str = "random weights (model=tiny_sdxl): its pictures are noise",
+) -> FrozenStack:
+    """Build the twin of SDXL: two text encoders, a pooled row and sizes, no attention in the outermost blocks.
+
+    Args:
+        seed: of all its weights; the global random state is left as it was.
+        size: picture side in pixels, a multiple of 32.
+        name: how results call it.
+        prediction_type: "epsilon" as released, or "v_prediction" as some fine-tunes.
+        pooled_at: where the pooled row is taken, see `text_towers.pooled_places`.
+        note: shown with every result.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second, vae, unet = _text(), _second_text(), _vae(0.13025), _xl_unet()
+        _wake_up(unet)
+    return FrozenStack(
+        name=name,
+        towers=[
+            TextTower(clip_tokenizer(), first, skip=1),
+            TextTower(clip_tokenizer("!"), second, skip=1),  # pads so, as released
+        ],
+        vae=vae,
+        unet=unet,
+        scheduler_config={**SCHEDULE, "prediction_type": prediction_type},
+        size=size,
+        pooled_at=pooled_at,
+        zero_negative=True,
+        trained=False,
+        note=note,
+    )
+
+
 @functools.cache
-def clip_tokenizer() -> Any:
-    """CLIP's own tokenizer (49408 words), from the word list that open_clip ships as package data."""
+def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
+    """CLIP's own tokenizer (49408 words), from the word list that open_clip ships as package data.
+
+    Args:
+        padding: the word that fills a prompt up; it is read as that one token wherever it is typed.
+    """
     spec = importlib.util.find_spec("open_clip")  # finds the folder without importing the package
     assert spec and spec.origin, "open_clip_torch is a dependency of hiperlab"
     lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
@@ -70,7 +114,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(
         vocab=vocabulary,
         merges=merges,  # type: ignore[arg-type]
-        pad_token="<|endoftext|>",
+        pad_token=padding,
         model_max_length=77,
     )
 
@@ -90,10 +134,19 @@ def _text() -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _vae() -> AutoencoderKL:
+def _second_text() -> CLIPTextModelWithProjection:
+    """As wide as no other part, so that a mistaken order fails; with the activation of OpenCLIP's encoder."""
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=SECOND_WIDTH, intermediate_size=2 * SECOND_WIDTH, num_hidden_layers=3,
+        num_attention_heads=4, projection_dim=SECOND_WIDTH, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config)
+
+
+def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=[32] * 4, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, norm_num_groups=32, scaling_factor=scaling_factor,
     )  # fmt: skip
 
 
@@ -104,9 +157,21 @@ def _unet() -> Any:
     )  # fmt: skip
 
 
+def _xl_unet() -> Any:
+    """Three levels, the first without attention; one, one and two blocks per transformer, 17 in 11."""
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=[32, 32, 64], layers_per_block=2, attention_head_dim=[2, 2, 4],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        transformer_layers_per_block=[1, 1, 2], use_linear_projection=True, norm_num_groups=32,
+        cross_attention_dim=WIDTH + SECOND_WIDTH, addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=SECOND_WIDTH + 6 * 16,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def _wake_up(unet: torch.nn.Module) -> None:
     """Make cross-attention matter: at the default initialisation the text changes the output by 1e-4 only."""
     for name, parameter in unet.named_parameters():
-        if ".attn2.to_" in name and name.endswith("weight"):
+        if (".attn2.to_" in name or name.startswith("add_embedding.")) and name.endswith("weight"):
             parameter.mul_(2.0)

@@ -111,7 +111,7 @@ def give_score(session: Session, group: Sequence[int], method: Method) -> ScoreM
         [seed for _, seed in asked],
         how={
             "steps": how.sampler_steps or session.sampler.steps, "guidance": session.sampler.guidance,
-            "sampler": session.sampler, "variant": method.variants[0], "negative": cfg.sample.negative,
+            "sampler": session.sampler, "variant": method.variants[0], "negative": session.negative,
             "batch_size": cfg.sample.batch_size,
         },
         folder=log_folder(session, list(group)) / "monitor",

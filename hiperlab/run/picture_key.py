@@ -33,7 +33,7 @@ def model_inputs(stack: FrozenStack, precision: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def sampler_inputs(sampler: Sampler, negative: str) -> dict[str, Any]:
+def sampler_inputs(sampler: Sampler, negative: str | None) -> dict[str, Any]:
     """What of a picture is the sampler's."""
     return {
         "scheduler": sampler.scheduler,

@@ -117,11 +117,17 @@ class Session:
         """The scheduler that pictures are drawn with."""
         return _built(self.cfg.sampler, "sampler")
 
+    @property
+    def negative(self) -> str | None:
+        """Text of guidance's unconditional branch; None for an absent one, which SDXL tells from an empty one."""
+        given = self.cfg.sample.negative
+        return None if given is None else str(given)
+
     def drawing(self, count: int) -> dict[str, Any]:
         """How so many pictures are drawn together: named values of `Method.sample` and `Composition.sample`."""
         return {
             "steps": self.sampler.steps, "guidance": self.sampler.guidance, "sampler": self.sampler,
-            "negative": str(self.cfg.sample.negative), "batch_size": count,
+            "negative": self.negative, "batch_size": count,
         }  # fmt: skip
 
     @cached_property

@@ -14,6 +14,7 @@ from hiperlab import files
 from hiperlab.cli.hydra_job import resume_command, task_overrides
 from hiperlab.errors import DiskFullError, StoppedError, UserError
 from hiperlab.metric.rows import ALL
+from hiperlab.model.kind import is_sdxl
 from hiperlab.report.environment import command
 from hiperlab.report.signals import StopSignals
 from hiperlab.run import fit, sample, sample_composed, score
@@ -130,13 +131,24 @@ def check_artifacts(session: Session) -> None:
     check_artifacts_together(session)
 
 
+def check_base(session: Session) -> None:
+    """A method that says why it does not run on SDXL is not given such a model.
+
+    Raises:
+        UserError: it would be; only the names of the model's parts have been read.
+    """
+    method, model = session.method_class, session.cfg.model
+    if method.why_not_sdxl and "path" in model and is_sdxl(str(model.path), model.get("revision")):
+        method.check_sdxl(str(model.name))
+
+
 def check_texts(session: Session) -> None:
     """Texts that would be read as letters where more is meant.
 
     Raises:
         UserError: a learnt word in the negative text, which the frozen text encoder reads.
     """
-    negative = str(session.cfg.sample.negative)
+    negative = session.negative or ""
     for subject in [*session.subjects, *(each.subject for each in session.kept)]:
         if subject.placeholder in negative:
             raise UserError(
@@ -155,6 +167,7 @@ def _check(session: Session) -> None:
         UserError: bad pictures or settings, missing files, or a folder that cannot be trained in.
     """
     check_method(session.method_settings())
+    check_base(session)
     check_artifacts(session)
     data, protocol = session.data, session.protocol
     check_texts(session)

@@ -94,7 +94,7 @@ def draw_unrelated(
     count = int(session.cfg.sample.unrelated)
     if not count or isinstance(method, EditsPicture):
         return []
-    seed, negative, sampler = int(session.cfg.sample.seeds[0]), str(session.cfg.sample.negative), session.sampler
+    seed, negative, sampler = int(session.cfg.sample.seeds[0]), session.negative, session.sampler
     found: list[Record] = []
     method.eval()
     for place, (concept, own) in enumerate(zip(concepts, inputs, strict=True)):
@@ -122,7 +122,7 @@ def draw_unrelated(
     return found
 
 
-def is_unchanged(method: Method, place: int, text: str, variant: str, negative: str, sampler: Sampler) -> bool:
+def is_unchanged(method: Method, place: int, text: str, variant: str, negative: str | None, sampler: Sampler) -> bool:
     """Whether the U-Net is given the same for a text as without the method, but for rounding, at every step.
 
     Args:
@@ -138,7 +138,7 @@ def is_unchanged(method: Method, place: int, text: str, variant: str, negative: 
         return False
     stack = method.model
     with torch.no_grad():
-        if not _is_plain(method.negative_condition(negative, variant, [place]), stack, negative):
+        if not _is_plain(method.negative_condition(negative or "", variant, [place]), stack, negative or ""):
             return False
         times = sampler.build(stack, sampler.steps).timesteps
         which = torch.tensor([place], device=stack.device)
@@ -152,10 +152,15 @@ def _is_plain(states: Conditioning, stack: FrozenStack, text: str) -> bool:
     """Whether a conditioning of one row is the frozen text encoder's and nothing else."""
     if any(each is not None for each in (states.offsets, states.row_offsets, states.decoupled, states.control)):
         return False
-    wanted = stack.encode_text([text]).float()[None]
-    given = [states.keys, *([] if states.values is None else [states.values])]
-    most = ROUNDING * float(wanted.abs().max())
-    return all(float((each.float() - wanted).abs().max()) <= most for each in given)
+    wanted = stack.condition_text([text])
+    pairs = [(states.keys, wanted.keys)]
+    pairs += [] if states.values is None else [(states.values, wanted.keys)]
+    if states.pooled is not None and wanted.pooled is not None:
+        pairs.append((states.pooled, wanted.pooled))
+    return all(
+        float((given.float() - plain.float()).abs().max()) <= ROUNDING * float(plain.float().abs().max())
+        for given, plain in pairs
+    )
 
 
 def _frozen_record(text: str, seed: int, key: str) -> Record:
@@ -180,7 +185,7 @@ def _draw_frozen(session: Session, records: list[Record], draw: Draw) -> None:
 
     def paint(batch: list[Record]) -> Tensor:
         texts, seeds = [each["text"] for each in batch], [each["seed"] for each in batch]
-        return draw_plain(session.stack, texts, seeds, session.sampler, str(session.cfg.sample.negative))
+        return draw_plain(session.stack, texts, seeds, session.sampler, session.negative)
 
     draw(session.folder, records, paint)
     if files.is_rank_zero():

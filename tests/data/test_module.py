@@ -179,9 +179,34 @@ def test_a_random_crop_is_a_pure_function_of_the_sample_number(one: DataSet) -> 
     for row in range(0, 96, 7):
         start = int(batch.offset[row])
         assert torch.equal(batch.pixels[row], in_range(whole[:, :, start : start + SIZE]))
+    assert batch.sizes is not None
+    assert batch.sizes.tolist() == [[32, 64, 0, int(start), SIZE, SIZE] for start in batch.offset]
     small = MicroBatches(wide, 0, SIZE, 2, 0, 1)
     assert torch.equal(torch.cat([small[m].pixels for m in range(48)]), batch.pixels)
     assert MicroBatches(replace(wide, crop="middle"), 0, SIZE, 2, 0, 1)[0].offset is None
+
+
+@pytest.mark.parametrize(
+    ("crop", "turned", "flip", "expected"),
+    [
+        ("squeeze", False, 0.0, [32, 64, 0, 0]),  # nothing is cut off
+        ("square", False, 0.0, [32, 64, 0, 8]),
+        ("middle", False, 0.0, [32, 64, 0, 8]),
+        ("middle", True, 1.0, [64, 32, 8, 0]),
+        ("random", True, 1.0, [64, 32, None, 0]),
+        ("random", False, 1.0, [32, 64, 0, None]),
+    ],
+)
+def test_sizes_say_what_was_cut(one: DataSet, crop, turned, flip, expected) -> None:
+    """Height, width, top and left, the side; the corner is that in the mirrored picture, where it is mirrored."""
+    ramp = Image.fromarray(np.tile(np.arange(4 * SIZE, dtype=np.uint8), (2 * SIZE, 1))).convert("RGB")  # 64 x 32
+    picture = ramp.transpose(Image.Transpose.TRANSPOSE) if turned else ramp
+    concept = replace(one.concepts[0], views=(picture,), sources=("ramp",))
+    batch = MicroBatches(replace(one, concepts=(concept,), crop=crop, flip=flip), 0, SIZE, 8, 0, 1)[0]
+    assert batch.sizes is not None and batch.flip.tolist() == [bool(flip)] * 8
+    for row, offset in enumerate([None] * 8 if batch.offset is None else batch.offset.tolist()):
+        corner = None if offset is None else SIZE - offset if flip and not turned else offset
+        assert batch.sizes[row].tolist() == [*(corner if each is None else each for each in expected), SIZE, SIZE]
 
 
 class Recorder(pl.LightningModule):

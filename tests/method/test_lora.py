@@ -481,7 +481,7 @@ def test_cloneofsimos_files(stack, inputs, tmp_path, kind, feed_forward) -> None
     tokens = stack.tokenize(["a photo of a <s1> cat"], {"<s1>": [0]})
     placed = word[None, None]
     states = with_weights(
-        stack.text,
+        stack.text_module,
         changed["text_encoder"],
         lambda: stack.normalise_text(stack.hidden_states(tokens, placed))[0],
     )

@@ -14,7 +14,7 @@ from hiperlab.model import cuda_graphs
 from hiperlab.model.conditioning import Conditioning
 from hiperlab.model.cuda_graphs import SEEN, CudaGraphs
 from hiperlab.model.row_offsets import RowOffsets
-from hiperlab.model.tiny import tiny
+from hiperlab.model.tiny import tiny, tiny_sdxl
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
@@ -78,6 +78,21 @@ def leaves(states: Conditioning) -> list[Tensor]:
     return found + [
         each for tensors in (states.row_offsets.changes.values() if states.row_offsets else ()) for each in tensors
     ]
+
+
+def test_a_pooled_row_and_sizes_are_inputs_of_the_graph() -> None:
+    """Of SDXL: another text or another size is another answer of the same graph."""
+    stack, recorder = tiny_sdxl(seed=0, size=64).double(), Recorder()
+    graphs = CudaGraphs(stack._call, recorder)
+    latents, when = torch.ones(1, 4, 8, 8, dtype=torch.float64), torch.tensor([300])
+    for number in range(SEEN + 3):
+        states = stack.condition_text(["a cat", "a dog on a mat"]).rows([number % 2]).to(torch.float64)
+        assert states.sizes is not None
+        states = states.sized(states.sizes * (1 + number))
+        with torch.no_grad():
+            found, expected = graphs(latents, when, states), stack._call(latents, when, states)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert recorder.made == 1 and recorder.replays == 3
 
 
 @pytest.mark.parametrize("offsets", [False, True])

@@ -9,13 +9,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from hiperlab.errors import UserError
+from hiperlab.model.kind import is_sdxl
 from hiperlab.model.load import pretrained
 from hiperlab.model.noise import add_noise, target
-from hiperlab.model.tiny import tiny
+from hiperlab.model.text import inner
+from hiperlab.model.tiny import tiny, tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +140,12 @@ UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 
 
-def unet_name(name: str) -> str:
-    """A weight's name in the original layout of Stable Diffusion 1."""
+def unet_name(name: str, plain: int = 0) -> str:
+    """A weight's name in the original layout of Stable Diffusion 1, or of XL, where the up block `plain` differs."""
     if block := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)", name):
         way, number, kind, layer = block[1], int(block[2]), block[3], int(block[4])
         place = f"input_blocks.{3 * number + layer + 1}" if way == "down" else f"output_blocks.{3 * number + layer}"
@@ -151,7 +154,7 @@ def unet_name(name: str) -> str:
         number = int(block[2])
         place = f"input_blocks.{3 * number + 3}.0.op"
         if block[1] == "up":
-            place = f"output_blocks.{3 * number + 2}.{1 if number == 0 else 2}.conv"  # the first has no attention
+            place = f"output_blocks.{3 * number + 2}.{1 if number == plain else 2}.conv"  # this one has no attention
         name = name.replace(block[0], place)
     for ours, theirs in UNET_ENDS.items():
         if name.startswith(f"{ours}."):
@@ -174,6 +177,78 @@ def vae_name(name: str) -> str:
     ):  # fmt: skip
         name = name.replace(ours, theirs)
     return f"first_stage_model.{name}"
+
+
+def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text model's weights as OpenCLIP keeps them: queries, keys and values in one matrix, the projection turned."""
+    found = {"text_projection": state["text_projection.weight"].T}
+    names = {
+        "embeddings.position_embedding.weight": "positional_embedding", "final_layer_norm": "ln_final",
+        "embeddings.token_embedding": "token_embedding", "encoder.layers": "transformer.resblocks",
+        "layer_norm1": "ln_1", "layer_norm2": "ln_2", ".fc1.": ".c_fc.", ".fc2.": ".c_proj.", "self_attn": "attn",
+    }  # fmt: skip
+    for key, value in state.items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if ".q_proj." in name:
+            three = [state[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            found[name.replace(".q_proj.", ".in_proj_")] = torch.cat(three)
+        elif not re.search(r"[kv]_proj|text_projection", name):
+            found[name] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def xl():
+    return tiny_sdxl(seed=0, size=64)
+
+
+@pytest.fixture(scope="module")
+def xl_folder(xl, tmp_path_factory):
+    """As diffusers' pipeline saves it."""
+    path = tmp_path_factory.mktemp("xl")
+    (first, one), (second, two) = [(tower.text, tower.tokenizer) for tower in xl.towers]
+    scheduler = EulerDiscreteScheduler.from_config(xl.scheduler_config)
+    StableDiffusionXLPipeline(xl.vae, first, second, one, two, xl.unet, scheduler).save_pretrained(path)
+    return path
+
+
+def test_a_folder_of_sdxl(xl_folder, xl) -> None:
+    """Detected, the same stack; without its list of parts, too, and with a switch that says how it reads no text."""
+    assert is_sdxl(str(xl_folder))
+    loaded = pretrained("copy", str(xl_folder), size=64, pooled_at="argmax")
+    for name, value in xl.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert loaded.zero_negative and loaded.pools and loaded.pooled_at == "argmax" and loaded.layers == 17
+    assert [tower.tokenizer.pad_token_id for tower in loaded.towers] == [49407, 0]
+    index = xl_folder / "model_index.json"
+    said = json.loads(index.read_text())
+    index.write_text(json.dumps({**said, "force_zeros_for_empty_prompt": False}))
+    assert not pretrained("copy", str(xl_folder), size=64).zero_negative
+    index.unlink()
+    assert is_sdxl(str(xl_folder)) and pretrained("copy", str(xl_folder), size=64).zero_negative
+    index.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"model.size=72 is not a multiple of 32. Choose 64 or 96"):
+        pretrained("copy", str(xl_folder), size=72)
+
+
+def test_a_single_file_of_sdxl(xl_folder, xl, tmp_path) -> None:
+    states = {unet_name(name, plain=2): value for name, value in xl.unet.state_dict().items()}
+    for name, value in xl.vae.state_dict().items():
+        turned = "attentions" in name and value.dim() == 2
+        states[vae_name(name)] = value[:, :, None, None] if turned else value
+    first, second = (tower.text for tower in xl.towers)
+    for name, value in inner(first).state_dict().items():
+        states[f"conditioner.embedders.0.transformer.text_model.{name}"] = value
+    states |= {f"conditioner.embedders.1.model.{name}": v for name, v in open_clip(second.state_dict()).items()}
+    path = tmp_path / "xl-like.safetensors"
+    save_file({name: value.contiguous().clone() for name, value in states.items()}, path)
+    assert is_sdxl(str(path))
+    loaded = pretrained("single", str(path), size=64, config=str(xl_folder))
+    assert loaded.zero_negative and loaded.state_dict().keys() == xl.state_dict().keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, xl.state_dict()[name]), name
 
 
 def test_a_single_file_of_the_original_layout(folder, stack, tmp_path) -> None:
@@ -213,3 +288,21 @@ def test_single_files_that_cannot_be_loaded(folder, tmp_path) -> None:
         with pytest.raises(UserError, match=r"cannot be loaded as a single file \(.+\)") as caught:
             pretrained("sd15", str(tmp_path / f"{name}.safetensors"), size=512, config=str(folder))
         assert "\n" not in str(caught.value)
+
+
+def test_sdxl_is_told_from_the_names_of_its_parts(folder, tmp_path) -> None:
+    """Of a folder, of its list of parts alone, of a single file; anything else is an earlier model, or nothing."""
+    assert not is_sdxl(str(folder)) and not is_sdxl(str(tmp_path / "absent"))
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    (listed / "model_index.json").write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    assert is_sdxl(str(listed))
+    with pytest.raises(UserError, match="lacks scheduler, tokenizer, text_encoder, vae, unet, tokenizer_2, text_enc"):
+        pretrained("x", str(listed), size=128)
+    (listed / "model_index.json").write_text("[")
+    assert not is_sdxl(str(listed))
+    for key, found in (("conditioner.embedders.1.model.ln_final.weight", True), ("cond_stage_model.x", False)):
+        save_file({key: torch.zeros(1)}, tmp_path / "one.safetensors")
+        assert is_sdxl(str(tmp_path / "one.safetensors")) is found
+    (tmp_path / "one.safetensors").write_bytes(b"torn")
+    assert not is_sdxl(str(tmp_path / "one.safetensors"))

@@ -42,6 +42,7 @@ def main() -> None:
     _dco()
     _svdiff()
     _peft()
+    _sdxl()
 
     text = golden.folder("tiny-sd14") / "text_encoder"
     state = load_file(text / "model.safetensors")
@@ -181,6 +182,25 @@ def _peft() -> None:
     (target / "meta.json").write_text(json.dumps({"targets": layers, "tuners": tuners}, indent=1) + "\n")
 
 
+def _sdxl() -> None:
+    """The slice of golden/sdxl: token ids, the learnt pair, and of every LoRA file a few layers of each network."""
+    source, target = golden.folder("sdxl"), golden.SLICE / "sdxl"
+    for name in ("ti", "lora"):
+        (target / name).mkdir(parents=True)
+    everything = load_file(source / "golden.safetensors")
+    save_file({name: everything[name] for name in ("a.ids_1", "a.ids_2")}, target / "golden.safetensors")
+    meta = golden.config(source / "meta.json")
+    kept = {name: meta[name] for name in ("model", "set", "seed", "versions", "settings", "scripts")}
+    (target / "meta.json").write_text(json.dumps(kept, indent=1) + "\n")
+    for path in (source / "ti").iterdir():
+        shutil.copyfile(path, target / "ti" / path.name)
+    for path in (source / "lora").iterdir():
+        with safe_open(path, "pt") as file:
+            names = [key for key in file.keys() if any(part in key.replace(".", "_") for part in _SDXL)]  # noqa: SIM118
+            values = {key: file.get_tensor(key) for key in names}
+            save_file(values, target / "lora" / path.name, file.metadata())
+
+
 def _saved(source: Path, target: Path) -> None:
     """The authors' own files, in folders that can be written to wherever they were copied from."""
     for path in source.glob("saved_*/*"):
@@ -249,6 +269,12 @@ _HIPER = (
     "preview_cond", "edit_cond", "edit_timesteps", "alphas_cumprod", "final_alpha_cumprod",
 )  # fmt: skip
 _IMAGIC = ("target_embeddings", "embedding_grad", "embedding_after", "optimized_embeddings", "edit0_cond", "edit1_cond")
+_SDXL = (
+    "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k", "input_blocks_4_1_transformer_blocks_0_attn1_to_k",
+    "mid_block_attentions_0_transformer_blocks_1_attn2_to_v", "middle_block_1_transformer_blocks_1_attn2_to_v",
+    "up_blocks_0_attentions_2_transformer_blocks_0_attn2_to_q", "output_blocks_2_1_transformer_blocks_0_attn2_to_q",
+    "encoder_layers_0_self_attn_q_proj",
+)  # fmt: skip
 _GROUPS = ("a", "b", "c", "g", "ids", "mapper", "mapper_encoder")
 
 if __name__ == "__main__":
