@@ -197,9 +197,7 @@ class _Sampling:
             )
             inputs.append({**self.inputs[number], "concept": own})
             records += _plan(session, index, method, inputs[-1])
-        missing = not_there(session.folder, records)
-        rank, world = _rank()
-        return _Drawing(number, session, group, method, records, inputs, missing[rank::world])
+        return _Drawing(number, session, group, method, records, inputs, _own_missing(session.folder, records))
 
     def _draw_unrelated(self, drawing: _Drawing) -> None:
         """Pictures of texts that the concepts have no part in, and the frozen model's beside them."""
@@ -263,6 +261,15 @@ def _attention(session: Session, method: Method, index: int, anew: bool) -> None
         save_png(image, path)
 
 
+def _own_missing(folder: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This process's share of the pictures, without those that are there.
+
+    Shares are of all records: of what is missing each process may see another part, as the others draw meanwhile.
+    """
+    rank, world = _rank()
+    return not_there(folder, records[rank::world])
+
+
 def draw_missing(
     folder: Path,
     records: list[dict[str, Any]],
@@ -279,12 +286,10 @@ def draw_missing(
         batch_size: most records at a time.
         found: takes the seconds a picture took.
     """
-    missing = not_there(folder, records)
-    rank, world = _rank()
-    mine = missing[rank::world]
-    progress = Progress(len(mine))
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start : start + batch_size]
+    missing = _own_missing(folder, records)
+    progress = Progress(len(missing))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
         for record, picture in zip(batch, to_pil(paint(batch)), strict=True):
             _write(folder, record, picture)
         progress.more(len(batch))

@@ -12,8 +12,9 @@ from hydra.utils import get_class
 
 from hiperlab.model.sampler import Sampler
 from hiperlab.model.tiny import tiny
+from hiperlab.run import sample
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
-from hiperlab.run.sample import seeds_of
+from hiperlab.run.sample import draw_missing, seeds_of
 from tests.composed import METHODS, SUBJECTS, quick
 
 
@@ -97,3 +98,30 @@ def test_the_sampler_counts() -> None:
 
 def test_a_seed_named_twice_is_one_picture() -> None:
     assert seeds_of([3, 3, 1]) == [3, 1]
+
+
+def test_processes_that_look_at_different_times_draw_every_picture(tmp_path, monkeypatch) -> None:
+    """The second looks when the first has drawn its share already, which is what two processes may do."""
+    records = [
+        {
+            "path": f"{number}.png",
+            "key": str(number),
+            "text": "a <cats>",
+            "seed": number,
+            "concept": "cats",
+            "variant": "",
+        }
+        for number in range(5)
+    ]
+    drawn: list[str] = []
+
+    def paint(batch: list[dict[str, Any]]) -> torch.Tensor:
+        drawn.extend(record["path"] for record in batch)
+        return torch.zeros(len(batch), 3, 8, 8)
+
+    monkeypatch.setattr(sample, "barrier", lambda: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(sample, "_rank", lambda rank=rank: (rank, 2))
+        draw_missing(tmp_path, records, paint, 2, {})
+    assert sorted(drawn) == [record["path"] for record in records]
+    assert all((tmp_path / record["path"]).is_file() for record in records)
