@@ -33,14 +33,14 @@ def model_inputs(stack: FrozenStack, precision: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def sampler_inputs(sampler: Sampler, negative: str | None) -> dict[str, Any]:
-    """What of a picture is the sampler's."""
+def sampler_inputs(sampler: Sampler, negative: str | None, stack: FrozenStack) -> dict[str, Any]:
+    """What of a picture is the sampler's; an absent negative text is an empty one where the model cannot tell."""
     return {
         "scheduler": sampler.scheduler,
         "options": sampler.options,
         "steps": sampler.steps,
         "guidance": sampler.guidance,
-        "negative": negative,
+        "negative": negative if stack.zero_negative else negative or "",
     }
 
 

@@ -141,7 +141,8 @@ class _Sampling:
         self.drawn: Counter[int] = Counter()  # pictures of each run
         model = model_inputs(sessions[0].stack, sessions[0].cfg.precision)  # once: it reads all weights
         self.inputs = [
-            {"model": model, "sampler": sampler_inputs(session.sampler, session.negative)} for session in sessions
+            {"model": model, "sampler": sampler_inputs(session.sampler, session.negative, session.stack)}
+            for session in sessions
         ]
         self.waiting = [(number, group) for number, session in enumerate(sessions) for group in session.groups]
 

@@ -130,7 +130,7 @@ def _plan(session: Session, composition: Composition) -> list[dict[str, Any]]:
     """
     inputs = {
         "model": model_inputs(session.stack, session.cfg.precision),
-        "sampler": sampler_inputs(session.sampler, session.negative),
+        "sampler": sampler_inputs(session.sampler, session.negative, session.stack),
         "concepts": [
             concept_inputs(type(method), kept.settings, kept.subject, method.artifact(0))
             for method, kept in zip(composition.methods, session.kept, strict=True)

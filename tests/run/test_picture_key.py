@@ -11,7 +11,7 @@ import torch
 from hydra.utils import get_class
 
 from hiperlab.model.sampler import Sampler
-from hiperlab.model.tiny import tiny
+from hiperlab.model.tiny import tiny, tiny_sdxl
 from hiperlab.run import sample
 from hiperlab.run.picture_key import concept_inputs, model_inputs, picture_key, sampler_inputs
 from hiperlab.run.sample import draw_missing, seeds_of
@@ -93,7 +93,15 @@ def test_the_sampler_counts() -> None:
         (Sampler("DDIMScheduler", 4, 7.5, {"timestep_spacing": "trailing"}), ""),
         (plain, "blurry"),
     ]
-    assert len({picture_key(sampler=sampler_inputs(*each)) for each in [(plain, ""), *others]}) == 6
+    stack = tiny(seed=0, size=64)
+    assert len({picture_key(sampler=sampler_inputs(*each, stack)) for each in [(plain, ""), *others]}) == 6
+
+
+def test_an_absent_negative_is_an_empty_one_but_for_sdxl() -> None:
+    plain = Sampler("DDIMScheduler", 4, 7.5, {})
+    for stack, told_apart in ((tiny(seed=0, size=64), False), (tiny_sdxl(seed=0, size=64), True)):
+        absent, empty = (sampler_inputs(plain, negative, stack) for negative in (None, ""))
+        assert (absent != empty) == told_apart
 
 
 def test_a_seed_named_twice_is_one_picture() -> None:
