@@ -25,6 +25,7 @@ IDENTITY = (  # held-out pictures first: likeness to those that were trained on 
 )  # fmt: skip
 MOST_PAIRS = 300  # of methods, without a baseline: beyond, a table of all differences can be read by nobody
 ENOUGH = 6  # subjects: the least of which p can be below 0.05
+RANKED_BY = "likeness_in_context"  # the default order of methods: a copier is last by it, first by likeness alone
 UNTRAINED = "UNTRAINED"  # as runs say it of their judges, too
 BEST, SECOND = "best", "second"
 
@@ -79,8 +80,17 @@ class Summary:
 
     @cached_property
     def contenders(self) -> list[int]:
-        """Those with a score that is shown."""
-        return [c for c in range(len(self.measured.contenders)) if any((c, m) in self.means for m in self.metrics)]
+        """Those with a score that is shown: the best first by `ranked_by`, else as they were found."""
+        found = [c for c in range(len(self.measured.contenders)) if any((c, m) in self.means for m in self.metrics)]
+        if (metric := self.ranked_by) is None:
+            return found
+        means = {c: self.means[c, metric].mean for c in found if (c, metric) in self.means}
+        return sorted(found, key=lambda c: -means.get(c, -math.inf))
+
+    @cached_property
+    def ranked_by(self) -> int | None:
+        """The score that lines are in the order of: the one that copying does not win, where it is shown."""
+        return next((m for m in self.metrics if self.measured.metrics[m].name == RANKED_BY), None)
 
     @cached_property
     def decimals(self) -> dict[int, int]:

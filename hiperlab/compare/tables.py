@@ -154,9 +154,10 @@ def caption(summary: Summary) -> str:
     sizes = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts)
     of = {SUBJECTS: "subjects of means over prompts and seeds", PROMPTS: "prompts of means over seeds"}
     means = " or ".join(of.get(unit, unit) for unit in summary.units)
+    order = "" if summary.ranked_by is None else f" Methods are in the order of {head(summary, summary.ranked_by)}."
     return (
         f"Protocol {measured.protocol}; {sizes}. Means over {means}, {intervals(summary)}. The best is bold, the "
-        "second underlined, by means that are not rounded, over what all methods have in common."
+        f"second underlined, by means that are not rounded, over what all methods have in common.{order}"
     )
 
 

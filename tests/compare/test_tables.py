@@ -282,3 +282,18 @@ def test_names_from_outside_stay_text(tmp_path) -> None:
     markdown = tables.markdown(found)
     assert "<script" not in markdown and "&lt;script&gt;" in markdown and r"\|" in markdown
     assert tables.escape_markdown("a\n|b`") == r"a \|b\`"
+
+
+def test_methods_are_in_the_order_of_the_score_that_a_copier_cannot_win(tmp_path) -> None:
+    scores = {"copier": (0.9, 0.0), "ti": (0.5, 0.2), "lora": (0.6, 0.3)}
+    folders = [
+        run(tmp_path / method, method, {"identity": likeness, "likeness_in_context": product})
+        for method, (likeness, product) in scores.items()
+    ]
+    summary = summarise(read(folders))
+    assert [summary.measured.names[c] for c in summary.contenders] == ["lora", "ti", "copier"]
+    lines = [line for line in tables.markdown(summary).splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[1:4]] == ["| lora", "| ti", "| copier"]
+    assert "in the order of likeness" in tables.caption(summary)
+    found = summarise(read(folders), ["identity"])
+    assert found.contenders == [0, 1, 2] and "in the order of" not in tables.caption(found)
