@@ -14,7 +14,7 @@ from hiperlab.errors import UserError
 
 METHODS = ("ti", "xti", "neti", "hiper", "lora", "custom_diffusion", "dreambooth")
 UNEVEN = ("imagic", "null_text", "style_diffusion")  # phases, or a path: their first steps say nothing about the others
-RANDOM = ("sd14", "sd15")  # models of one shape, which `hiperlab.bench.real_shape` builds
+RANDOM = {"sd14": "sd15", "sd15": "sd15", "sdxl": "sdxl"}  # model -> what of `hiperlab.bench.real_shape` builds it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan(
     if not methods:
         raise UserError("--methods names none: give ti, or ti,lora.")
     if random and model not in RANDOM:
-        raise UserError(f"--random builds {' and '.join(RANDOM)}, not {model}: leave it out, or --model {RANDOM[-1]}.")
+        raise UserError(f"--random builds {', '.join(RANDOM)}, not {model}: leave it out, or --model sd15.")
     found = composed(methods, model, precision, overrides)
     jobs = [
         Job(name, model, precision, cfg, _published_steps(name), number, folded)
@@ -80,7 +80,7 @@ def plan(
     ]
     if random:
         for cfg in found:
-            _random(cfg)
+            _random(cfg, RANDOM[model])
     return jobs
 
 
@@ -135,7 +135,7 @@ def _in_memory(cfg: DictConfig) -> None:
         cfg.method.cache = None
 
 
-def _random(cfg: DictConfig) -> None:
+def _random(cfg: DictConfig, shape: str) -> None:
     """Random weights in the place of files."""
     switches = {key: cfg.model[key] for key in ("name", "size", "optimise") if key in cfg.model}
-    cfg.model = {"_target_": "hiperlab.bench.real_shape.sd15", **switches}
+    cfg.model = {"_target_": f"hiperlab.bench.real_shape.{shape}", **switches}

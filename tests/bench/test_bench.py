@@ -19,7 +19,7 @@ from hiperlab.bench import report, timing
 from hiperlab.bench.baseline import DiffusersTextualInversion, stock_attention
 from hiperlab.bench.main import main
 from hiperlab.bench.plan import plan
-from hiperlab.bench.real_shape import parts
+from hiperlab.bench.real_shape import parts, sdxl_parts
 from hiperlab.bench.report import Amounts, row, split
 from hiperlab.bench.timing import Operations, Parts
 from hiperlab.bench.trainee import Trainee
@@ -305,7 +305,7 @@ def test_baseline_leaves_the_stack_alone(small: Any) -> None:
         (["--methods", "null_text"], "not alike"),
         (["--methods", ","], "--methods names none"),
         (["--model", "nosuch"], "model=nosuch: no such model."),
-        (["--model", "tiny", "--random"], "--random builds sd14 and sd15"),
+        (["--model", "tiny", "--random"], "--random builds sd14, sd15, sdxl, not tiny"),
         (["--steps", "0"], "expected a whole number from 1"),
         (["--precision", "fp8"], "invalid choice"),
         (["--frobnicate"], "--frobnicate"),
@@ -373,6 +373,15 @@ def test_random_weights_have_the_real_shape() -> None:
     with torch.device("meta"):
         counts = [sum(value.numel() for value in part.parameters()) for part in parts()]
     assert counts == [123_060_480, 83_653_863, 859_520_964]
+
+
+def test_random_weights_have_sdxls_shape() -> None:
+    with torch.device("meta"):
+        first, second, vae, unet = sdxl_parts()
+    counts = [sum(value.numel() for value in part.parameters()) for part in (first, second, vae, unet)]
+    assert counts == [123_060_480, 694_659_840, 83_653_863, 2_567_463_684]
+    (found,) = plan(["ti"], "sdxl", "bf16", True, ["model.size=512"])
+    assert found.cfg.model._target_ == "hiperlab.bench.real_shape.sdxl" and found.cfg.model.size == 512
 
 
 def test_random_weights_take_the_place_of_files() -> None:
