@@ -19,6 +19,7 @@ from hiperlab.compare.labels import Contender, as_text, few, shortened
 SECTIONS = ("sampler", "sample", "model", "precision")  # of a config
 OF_DATA = ("resolution", "center_crop", "prompts", "held_out", "references")  # other settings of data make subjects
 UNSEEN = ("sample.batch_size", "model.note", "model.optimise")  # no picture depends on them
+NEGATIVE = "sample.negative"
 WEIGHTS = "model weights"
 Asked = tuple[str, Mapping[str, str]]  # a run's data set, and its `conditions`
 
@@ -39,6 +40,8 @@ def conditions(config: Mapping[str, Any], asked: Mapping[str, str], folder: Path
     else:
         known = (*SECTIONS, *(f"data.{name}" for name in OF_DATA))
         found = {key: text for key, text in asked.items() if _within(key, known)}
+    if found.get(NEGATIVE) == as_text(None):
+        found[NEGATIVE] = as_text("")  # the default until 0.1.0; only SDXL tells them apart, whose runs are newer
     found = {key: text for key, text in found.items() if not _within(key, UNSEEN) and not key.endswith("_convert_")}
     return {**found, **_weights(folder)}
 

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hiperlab import files
@@ -151,6 +151,7 @@ def _trade_off(summary: Summary) -> _Drawing | None:
         )  # fmt: skip
     front = sorted(points[c] for c in summary.front if c in points)
     axes.plot(*zip(*front), color="#5d6772", linewidth=1.1, linestyle="--", zorder=1)
+    axes.xaxis.set_major_locator(MaxNLocator(6))  # a legend of many methods leaves the axis little width
     axes.set_xlabel(f"{head(summary, x)}  (follows the text)")
     axes.set_ylabel(f"{head(summary, y)}  (is the subject)")
     _towards_better(summary, x, axes, "x")

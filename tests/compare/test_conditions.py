@@ -125,3 +125,12 @@ def test_most_have_one_value(tmp_path) -> None:
     assert unlike(groups) == f'{SAYS}sample.negative: "ugly, low res" (e), "" (the 4 others).'
     long = [(Contender(m, (), ""), [("d", {"sample.negative": f"{'a ' * 60}{m} {'b ' * 60}"})]) for m in "xy"]
     assert " x " in unlike(long) and " y " in unlike(long) and len(unlike(long)) < 300
+
+
+def test_an_absent_negative_is_an_empty_one(tmp_path) -> None:
+    sample = {"seeds": [0], "batch_size": 8}
+    for name, negative in (("ti", None), ("lora", "")):
+        run(tmp_path / name, name, {"identity": 0.5}, config={"sample": {**sample, "negative": negative}})
+    assert read(find([tmp_path])).unlike == ""
+    run(tmp_path / "neti", "neti", {"identity": 0.5}, config={"sample": {**sample, "negative": "blurry"}})
+    assert "blurry" in read(find([tmp_path])).unlike
