@@ -325,7 +325,7 @@ def test_t_special_cases(name, twin, cfg, subject, g) -> None:
     if name == "ti":
         method = TextualInversion(twin, [subject], ADAMW, seed=0, num_vectors=1)
     else:
-        method = ExtendedTextualInversion(twin, [subject], ADAMW, seed=0)
+        method = ExtendedTextualInversion(twin, [subject], ADAMW, seed=0, sites="transformers")
     method.load_artifact(0, {"vectors": g[f"t/{name}/vectors"]})
     prompts = filled(cfg, cfg["step_prompts"])
     step = Step(prompts, torch.zeros(len(prompts), dtype=torch.long), g["e/timesteps"])
