@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hiperlab.base import artifact
 from hiperlab.errors import UserError
+from hiperlab.model.tiny import tiny, tiny_sdxl
 from tests.composed import ROOT, SUBJECTS, build, config, train
 
 
@@ -86,3 +87,15 @@ def rewritten(path, metadata) -> None:
 
 def test_settings_in_the_file_are_those_of_the_run() -> None:
     assert config("ti").method._target_ == "hiperlab.method.ti.TextualInversion", "what `written` says"
+
+
+def test_the_card_says_what_other_tools_prompts_say() -> None:
+    """A weight method's rare word is nowhere in our prompts, and its files draw nothing of the concept without it."""
+    stack = tiny(seed=0, size=64)
+    lora, ti = (build(name, stack, SUBJECTS[:1]) for name in ("lora", "ti"))
+    subject = SUBJECTS[0]
+    for method, said in ((lora, f"sks {subject.word}"), (ti, subject.placeholder)):
+        written = [artifact.Written(subject, ["a.safetensors"], method.said_elsewhere(0))]
+        text = artifact.card("method", stack.base, "", [3], "command", written)
+        assert f"| `a.safetensors` | `{said}` |" in text and "pooled" not in text
+    assert "`model.pooled_at=end`" in artifact.card("method", tiny_sdxl(seed=0, size=64).base, "", [3], "command", [])

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -192,9 +192,21 @@ def load_into(method: Method, index: int, path: Path) -> None:
     method.load_artifact(index, artifact.tensors)
 
 
-def card(
-    method: str, base: Base, note: str, steps: Sequence[int], run: str, written: Sequence[tuple[Subject, list[str]]]
-) -> str:
+class Written(NamedTuple):
+    """What a run wrote of a concept.
+
+    Attributes:
+        subject: the concept.
+        names: of its files in other tools' formats.
+        said: what the prompts of other tools say in the placeholder's place.
+    """
+
+    subject: Subject
+    names: list[str]
+    said: str
+
+
+def card(method: str, base: Base, note: str, steps: Sequence[int], run: str, written: Sequence[Written]) -> str:
     """Markdown that tells a stranger what the files beside it are and how to use them.
 
     Args:
@@ -203,7 +215,7 @@ def card(
         note: what must be known of that model, "" for nothing.
         steps: optimizer steps behind the concepts' files; they may differ.
         run: command that trained them.
-        written: each concept with the names of its files in other tools' formats.
+        written: each concept's files.
     """
     taken = " to ".join(str(each) for each in sorted({min(steps), max(steps)}))
     lines = [
@@ -212,13 +224,14 @@ def card(
         f"Trained for {taken} steps with hiperlab: `{run}`",
         *([f"\n**Note:** {note}"] if note else []),
         "",
-        "| concept | placeholder | class noun | file | for other tools |",
-        "|---|---|---|---|---|",
+        "| concept | placeholder | class noun | file | for other tools | whose prompts say |",
+        "|---|---|---|---|---|---|",
     ]
-    for subject, names in written:
+    for subject, names, said in written:
         others = ", ".join(f"`{name}`" for name in names) or "none"
         lines.append(
-            f"| {subject.name} | `{subject.placeholder}` | {subject.word} | `{subject.name}.safetensors` | {others} |"
+            f"| {subject.name} | `{subject.placeholder}` | {subject.word} | `{subject.name}.safetensors` | {others} | "
+            f"{f'`{said}`' if names else '–'} |"
         )
     lines += [
         "",
@@ -228,8 +241,14 @@ def card(
         'python -m hiperlab.run run_dir=<this run> stages=[sample,score,summary] data.prompts=["{} on a boat"]',
         "```",
         "",
-        f"It belongs to a base model of text width {base.width}, {base.layers} cross-attention layers, "
-        f"{base.prediction_type} prediction. Other bases are refused.",
+        f"It belongs to a base model of text width {'+'.join(map(str, base.widths or [base.width]))}, {base.layers} "
+        f"cross-attention layers, {base.prediction_type} prediction. Other bases are refused.",
         "",
     ]
+    if base.pooled_at == "end":
+        lines += [
+            "A learnt word is pooled at the end token here (`model.pooled_at=end`); with diffusers and the released "
+            "configuration at the word itself, so its pictures differ there. `model.pooled_at=argmax` is as theirs.",
+            "",
+        ]
     return "\n".join(lines)

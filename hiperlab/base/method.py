@@ -177,6 +177,10 @@ class Method(pl.LightningModule, ABC):
         self.early_stop: EarlyStop | None = None  # given by who trains it, as the next
         self.best_score: BestScore | None = None
 
+    def said_elsewhere(self, index: int) -> str:
+        """What the prompts of other tools say where ours have a concept's placeholder: that, unless a method says."""
+        return self.concepts[index].placeholder
+
     @classmethod
     def check_sdxl(cls, model: str) -> None:
         """Refuse a model of SDXL's kind where the method says why it does not run there.

@@ -95,6 +95,10 @@ class RareTokenMethod(Method, Composable, Exportable):
             for prompt, place in zip(step.prompts, step.concept.tolist(), strict=True)
         ]
 
+    def said_elsewhere(self, index: int) -> str:
+        """The rare word and the class noun."""
+        return self.words[index]
+
     def with_class_nouns(self, step: Step) -> list[str]:
         """The step's R prompts with the bare class noun in the placeholder's place."""
         pairs = zip(step.prompts, step.concept.tolist(), strict=True)

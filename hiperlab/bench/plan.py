@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from hiperlab.cli.compose import Request, check_config, compose, open_hydra
@@ -81,7 +83,22 @@ def plan(
     if random:
         for cfg in found:
             _random(cfg, RANDOM[model])
+    _check_base(found)
     return jobs
+
+
+def _check_base(found: Sequence[DictConfig]) -> None:
+    """Refuse a method that does not run on the model, before any row is timed.
+
+    Raises:
+        UserError: naming the first.
+    """
+    from hiperlab.model.kind import config_is_sdxl  # only now: the command line's mistakes need no network library
+
+    if found and config_is_sdxl(found[0].model):
+        for cfg in found:
+            method: Any = get_class(cfg.method._target_)
+            method.check_sdxl(str(cfg.model.name))
 
 
 def composed(methods: Sequence[str], model: str, precision: str, overrides: Sequence[str]) -> list[DictConfig]:

@@ -63,15 +63,27 @@ def read_like(path: Path, own: Tensor, setting: str, widths: Sequence[int] = ())
     Raises:
         UserError: as `read`, or the file has another number of rows or another width.
     """
-    parts = _of_both(path) if len(widths) > 1 else [read(path)]
+    parts = _of_both(path)
+    if len(parts) > 1 and len(widths) < 2:
+        raise UserError(
+            f"{path.name} is an embedding for SDXL, which has a second text encoder: half of it would be left out. "
+            "Choose model=sdxl."
+        )
+    if len(parts) < len(widths) and len(parts[0]) == len(own):
+        raise UserError(
+            f"{path.name} holds the rows of one text encoder, and this model has two: put diffusers' other file beside "
+            f"it, so that both {SAFE} and {SECOND} are there, or give a file with {' and '.join(PAIR)}."
+        )
     theirs, wanted = [rows.shape[1] for rows in parts], list(widths) or [own.shape[1]]
     count = len(parts[0])
     if theirs != wanted or any(len(rows) != len(own) for rows in parts):
         width, needed = ("+".join(map(str, each)) for each in (theirs, wanted))
         here = f"{len(own)} of {needed}" if len(widths) > 1 else tuple(own.shape)
+        what = [f"set {setting.replace('{}', str(count))}"] if any(len(rows) != len(own) for rows in parts) else []
+        what += [f"load a base model of text width {width}"] if theirs != wanted else []
+        remedy = " and ".join(what)
         raise UserError(
-            f"{path.name} holds {count} rows of width {width}, this run {here}. Set "
-            f"{setting.replace('{}', str(count))} and load a base model of text width {width}."
+            f"{path.name} holds {count} rows of width {width}, this run {here}: {remedy[0].upper()}{remedy[1:]}."
         )
     return torch.cat(parts, dim=1)
 

@@ -19,6 +19,13 @@ XL = "text_encoder_2"  # the part that SDXL has and earlier ones lack
 XL_KEY = "conditioner.embedders.1."  # the same in a single file of the original layout
 
 
+def config_is_sdxl(model: Mapping[str, Any]) -> bool:
+    """Whether a composed config of the group model asks for such a model; False where it cannot be told yet."""
+    if str(model.get("_target_")).rpartition(".")[2].endswith("sdxl"):
+        return True  # built in code
+    return "path" in model and is_sdxl(str(model["path"]), model.get("revision"))
+
+
 def is_sdxl(path: str, revision: str | None = None) -> bool:
     """Whether a model is of SDXL's kind; False where it cannot be told yet.
 

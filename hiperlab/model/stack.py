@@ -76,6 +76,10 @@ class Base:
         ]
         if not different and not _alike(self.fingerprint, made_for.fingerprint):
             different = ["other token embeddings"]
+        if len(different) == 1 and made_for.pooled_at != self.pooled_at and made_for.widths == self.widths:
+            raise UserError(
+                f"{what} was made with another place of the pooled row: set model.pooled_at={made_for.pooled_at}."
+            )
         if different:
             raise UserError(
                 f"{what} was made for base {made_for.name!r} ({'; '.join(different)}), this model is {self.name!r}. "

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from hiperlab import files
 from hiperlab.base import artifact
 from hiperlab.base.capability import Exportable, ReadsPicture
-from hiperlab.base.method import Method, Subject
+from hiperlab.base.method import Method
 from hiperlab.base.side_by_side import shares_passes
 from hiperlab.errors import StoppedError, UserError
 from hiperlab.hub import first_line
@@ -357,8 +357,8 @@ def _row(
     }
 
 
-def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[Subject, list[str]]]:
-    """One safetensors per concept, and its files for other tools; returns the latter's names."""
+def write_artifacts(session: Session, method: Method, steps: int) -> list[artifact.Written]:
+    """One safetensors per concept, and its files for other tools; returns what was written."""
     folder = session.folder / "artifacts"
     written = []
     for index, subject in enumerate(method.concepts):
@@ -370,7 +370,7 @@ def write_artifacts(session: Session, method: Method, steps: int) -> list[tuple[
         names = [path.relative_to(folder).as_posix() for path in exported]
         if not names:
             other.rmdir()
-        written.append((subject, names))
+        written.append(artifact.Written(subject, names, method.said_elsewhere(index)))
     return written
 
 

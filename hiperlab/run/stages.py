@@ -14,7 +14,7 @@ from hiperlab import files
 from hiperlab.cli.hydra_job import resume_command, task_overrides
 from hiperlab.errors import DiskFullError, StoppedError, UserError
 from hiperlab.metric.rows import ALL
-from hiperlab.model.kind import is_sdxl
+from hiperlab.model.kind import config_is_sdxl
 from hiperlab.report.environment import command
 from hiperlab.report.signals import StopSignals
 from hiperlab.run import fit, sample, sample_composed, score
@@ -138,7 +138,7 @@ def check_base(session: Session) -> None:
         UserError: it would be; only the names of the model's parts have been read.
     """
     method, model = session.method_class, session.cfg.model
-    if method.why_not_sdxl and "path" in model and is_sdxl(str(model.path), model.get("revision")):
+    if method.why_not_sdxl and config_is_sdxl(model):
         method.check_sdxl(str(model.name))
 
 

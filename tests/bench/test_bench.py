@@ -23,6 +23,7 @@ from hiperlab.bench.real_shape import parts, sdxl_parts
 from hiperlab.bench.report import Amounts, row, split
 from hiperlab.bench.timing import Operations, Parts
 from hiperlab.bench.trainee import Trainee
+from hiperlab.errors import UserError
 from hiperlab.model.load import pretrained
 from hiperlab.model.tiny import tiny
 from tests.composed import SUBJECTS, batch, build
@@ -382,6 +383,12 @@ def test_random_weights_have_sdxls_shape() -> None:
     assert counts == [123_060_480, 694_659_840, 83_653_863, 2_567_463_684]
     (found,) = plan(["ti"], "sdxl", "bf16", True, ["model.size=512"])
     assert found.cfg.model._target_ == "hiperlab.bench.real_shape.sdxl" and found.cfg.model.size == 512
+
+
+def test_a_method_that_does_not_run_there_is_refused_before_any_row() -> None:
+    for model, random in (("tiny_sdxl", False), ("sdxl", True)):
+        with pytest.raises(UserError, match="NeTI does not run on SDXL"):
+            plan(["ti", "neti"], model, "fp32", random, [])
 
 
 def test_random_weights_take_the_place_of_files() -> None:

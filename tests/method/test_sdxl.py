@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from hiperlab.base import artifact
 from hiperlab.base.composition import Composition
 from hiperlab.errors import UserError
+from hiperlab.model.kind import config_is_sdxl
 from hiperlab.model.shared_calls import alone as answered_alone
 from hiperlab.model.shared_calls import together
-from hiperlab.model.tiny import tiny_sdxl
+from hiperlab.model.tiny import tiny, tiny_sdxl
 from tests.composed import METHODS, SUBJECTS, batch, build, config, kept, trains
 
 CATS = SUBJECTS[:1]
@@ -84,7 +85,7 @@ def test_artifacts_of_sd1_are_refused_by_width(stack, xl, tmp_path) -> None:
     with pytest.raises(UserError, match=r"made for base 'tiny_sdxl' \(width 72 \(32\+40\), here 32"):
         artifact.load_into(build("ti", stack, CATS), 0, path)
     other = tiny_sdxl(seed=0, size=64, pooled_at="argmax")
-    with pytest.raises(UserError, match="pooled_at end, here argmax"):
+    with pytest.raises(UserError, match=r"set model\.pooled_at=end\.$"):
         artifact.load_into(build("ti", other, CATS), 0, path)
 
 
@@ -274,3 +275,24 @@ def test_files_of_both_text_encoders(name, xl, tmp_path) -> None:
     again.load_foreign(0, path)
     text = f"a photo of {WORD}"
     torch.testing.assert_close(ours(again, text), ours(method, text), atol=1e-4, rtol=0)
+
+
+def test_half_of_a_pair_is_refused(xl, tmp_path) -> None:
+    """Neither model takes one encoder's rows for the whole: not SD 1.x of an SDXL file, not SDXL of a half."""
+    method = kept("ti", xl, CATS[0])
+    written = {path.name: path for path in method.export(0, tmp_path, steps=1)}
+    small = build("ti", tiny(seed=0, size=64), CATS)
+    for name in ("my-cat.safetensors", "learned_embeds.safetensors"):
+        with pytest.raises(UserError, match="is an embedding for SDXL"):
+            small.load_foreign(0, written[name])
+    (tmp_path / "learned_embeds_2.safetensors").unlink()
+    with pytest.raises(UserError, match="put diffusers' other file beside it"):
+        build("ti", xl, CATS).load_foreign(0, written["learned_embeds.safetensors"])
+    more = build("ti", xl, CATS, num_vectors=2)
+    with pytest.raises(UserError, match=r"this run 2 of 32\+40: Set method\.num_vectors=1\.$"):
+        more.load_foreign(0, written["my-cat.safetensors"])
+
+
+def test_a_config_built_in_code_is_told_too() -> None:
+    assert config_is_sdxl({"_target_": "hiperlab.model.tiny.tiny_sdxl"})
+    assert not config_is_sdxl({"_target_": "hiperlab.model.tiny.tiny"})
