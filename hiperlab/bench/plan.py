@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from hiperlab.cli.compose import Request, check_config, compose, open_hydra
 from hiperlab.cli.process import config_dir
 from hiperlab.errors import UserError
+from hiperlab.model.kind import config_is_sdxl
 
 METHODS = ("ti", "xti", "neti", "hiper", "lora", "custom_diffusion", "dreambooth")
 UNEVEN = ("imagic", "null_text", "style_diffusion")  # phases, or a path: their first steps say nothing about the others
@@ -93,8 +94,6 @@ def _check_base(found: Sequence[DictConfig]) -> None:
     Raises:
         UserError: naming the first.
     """
-    from hiperlab.model.kind import config_is_sdxl  # only now: the command line's mistakes need no network library
-
     if found and config_is_sdxl(found[0].model):
         for cfg in found:
             method: Any = get_class(cfg.method._target_)

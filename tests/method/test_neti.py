@@ -59,7 +59,9 @@ def test_one_text_pass_in_training_and_one_per_prompt_and_timestep_in_sampling(s
 
     rows: list[int] = []
     original = clip.transform
-    monkeypatch.setattr(clip, "transform", lambda text, x: rows.append(x[..., 0, 0].numel()) or original(text, x))
+    monkeypatch.setattr(
+        clip, "transform", lambda text, x, *layers: rows.append(x[..., 0, 0].numel()) or original(text, x, *layers)
+    )
     method = build("neti", stack, CATS)
     train(method, 1)
     assert rows == [32], "16 layers x 2 prompts in one pass"

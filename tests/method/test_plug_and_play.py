@@ -152,7 +152,7 @@ def test_maps_of_words_are_shown_of_texts_that_are_read(stack) -> None:
 
 def test_the_authors_negative_text_is_the_default() -> None:
     assert config("plug_and_play").sample.negative == "ugly, blurry, black, low res, unrealistic"
-    assert config("masactrl").sample.negative == ""
+    assert config("masactrl").sample.negative is None
 
 
 @pytest.mark.parametrize(
