@@ -48,10 +48,19 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def near(name: str, choices: Iterable[str], most: int = 3) -> str:
-    """A phrase naming the choices closest to `name`, or all of them if few: " Did you mean ti? Choices: neti, ti."."""
+def near(name: str, choices: Iterable[str], most: int = 3, listed: int | None = None) -> str:
+    """A phrase naming the choices closest to `name`, or all of them if few: " Did you mean ti? Choices: neti, ti.".
+
+    Args:
+        name: what was given.
+        choices: what there is.
+        most: closest ones that are asked for.
+        listed: so many choices are listed, the closest; None lists them by name.
+    """
     names = sorted(choices)
+    if listed is not None:
+        names = difflib.get_close_matches(name, names, n=listed, cutoff=0.0)
     close = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    listed = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
-    return f"{hint} Choices: {listed}." if names else hint
+    shown = ", ".join(names[:30]) + (", …" if len(names) > 30 else "")
+    return f"{hint} Choices: {shown}." if names else hint

@@ -110,10 +110,11 @@ class Composition:
                     vectors = vectors.index_copy(1, mine, every[:, rows[mine], slot[mine] - low].to(vectors))
             return vectors
 
-        vectors = placed([part.vectors for part in parts])
-        pooled = [part.vectors if part.pooled_vectors is None else part.pooled_vectors for part in parts]
+        vectors, pooled = placed([part.vectors for part in parts]), None
+        if any(part.pooled_vectors is not None for part in parts):
+            pooled = placed([part.vectors if part.pooled_vectors is None else part.pooled_vectors for part in parts])
         if all(part.in_values is None for part in parts):
-            return model.condition_tokens(tokens, vectors, placed(pooled) if model.pools else None)
+            return model.condition_tokens(tokens, vectors, pooled)
         assert not model.pools, "no method that runs on SDXL has values of its own"
         hidden = model.hidden_states(tokens, vectors)
         keys = values = model.normalise_text(hidden)

@@ -259,10 +259,6 @@ class Method(pl.LightningModule, ABC):
             found.append(self._moments[key])
         return torch.stack(found)
 
-    def encode_negative(self, text: str, variant: str, concepts: Sequence[int] = (0,)) -> Tensor:
-        """The text states alone of `negative_condition`: (1, N, D), or one (N, D) for each of `concepts`."""
-        return self.negative_condition(text, variant, concepts).keys[0]
-
     def negative_condition(self, text: str, variant: str, concepts: Sequence[int]) -> Conditioning:
         """All that guidance's unconditional branch reads, of one row or one for each of `concepts`.
 
@@ -523,8 +519,7 @@ class Method(pl.LightningModule, ABC):
         same = [(prompt, concepts[row] if concepts else 0) for row, prompt in enumerate(prompts)]
         if self.consistency is None:
             negatives = self.negative_condition(negative or "", variant, [number for _, number in same])
-            if negative is None and self.model.zero_negative:
-                negatives = negatives.zeroed()
+            negatives = self.model.as_negative(negative, negatives)
         else:  # guidance is the frozen model's own then
             negatives = self.model.condition_negative(negative)
         return (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
@@ -20,8 +19,7 @@ from transformers import (
 
 from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text_towers import TextTower
-from hiperlab.model.tiny import clip_tokenizer
+from hiperlab.model.tiny import untrained
 
 
 def sd15(name: str, size: int) -> FrozenStack:
@@ -31,19 +29,8 @@ def sd15(name: str, size: int) -> FrozenStack:
         name: how results call it.
         size: picture side in pixels, a multiple of 64 (512 as released).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        text, vae, unet = parts()
-    return FrozenStack(
-        name=name,
-        towers=[TextTower(clip_tokenizer(), text)],
-        vae=vae,
-        unet=unet,
-        scheduler_config=SCHEDULE,
-        size=size,
-        trained=False,
-        note="random weights in Stable Diffusion 1.5's shape: only its speed means anything",
-    )
+    note = "random weights in Stable Diffusion 1.5's shape: only its speed means anything"
+    return untrained(parts, 0, name=name, scheduler_config=SCHEDULE, size=size, note=note)
 
 
 def parts() -> tuple[CLIPTextModel, AutoencoderKL, Any]:
@@ -62,20 +49,8 @@ def sdxl(name: str, size: int) -> FrozenStack:
         name: how results call it.
         size: picture side in pixels, a multiple of 64 (1024 as released).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first, second, vae, unet = sdxl_parts()
-    return FrozenStack(
-        name=name,
-        towers=[TextTower(clip_tokenizer(), first, skip=1), TextTower(clip_tokenizer("!"), second, skip=1)],
-        vae=vae,
-        unet=unet,
-        scheduler_config=SCHEDULE,
-        size=size,
-        zero_negative=True,
-        trained=False,
-        note="random weights in SDXL's shape: only its speed means anything",
-    )
+    note = "random weights in SDXL's shape: only its speed means anything"
+    return untrained(sdxl_parts, 0, name=name, scheduler_config=SCHEDULE, size=size, note=note)
 
 
 def sdxl_parts() -> tuple[CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import yaml
 
 from hiperlab.cli.process import config_dir
 from hiperlab.compare import statistics
-from hiperlab.compare.runs import Measured
+from hiperlab.compare.runs import LISTED, Measured
 from hiperlab.compare.statistics import Paired, Values
 from hiperlab.errors import UserError, near
 
@@ -198,8 +197,8 @@ def check_names(claims: Sequence[Claim], measured: Measured) -> None:
         where = f"claim {name}: {side.name}"
         if side.method not in {*shipped, *ran}:
             known = sorted({*shipped, *ran})
-            closest = get_close_matches(side.method, known, n=5, cutoff=0.0)
-            raise UserError(f"{where}: no method {side.method} is known or among the runs.{near(side.method, closest)}")
+            hint = near(side.method, known, listed=LISTED)
+            raise UserError(f"{where}: no method {side.method} is known or among the runs.{hint}")
         if side.method in shipped and side.settings:
             _check_settings(side, yaml.safe_load(shipped[side.method].read_text(encoding="utf-8")), where)
 
@@ -216,8 +215,7 @@ def _check_settings(side: Side, found: Any, where: str) -> None:
             continue
         last = parts[-1] if parts else ""
         if last not in table:
-            closest = get_close_matches(last, sorted(map(str, table)), n=5, cutoff=0.0)
-            raise UserError(f"{where}: {side.method} has no setting {key}.{near(last, closest)}")
+            raise UserError(f"{where}: {side.method} has no setting {key}.{near(last, map(str, table), listed=LISTED)}")
         choices = table.get(f"{last}s")
         if isinstance(choices, dict) and value not in choices:
             raise UserError(f"{where}: {key} cannot be {value}.{near(value, map(str, choices))}")

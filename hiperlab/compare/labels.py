@@ -63,12 +63,14 @@ def overrides(folder: Path) -> dict[str, str]:
     return dict(_assignment(line) for line in lines)
 
 
-def told_apart(asked: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> list[tuple[tuple[str, str], ...]]:
+def told_apart(
+    asked: Sequence[Mapping[str, str]], configs: Sequence[Mapping[str, Any]]
+) -> list[tuple[tuple[str, str], ...]]:
     """For runs of one method, the settings in which they differ.
 
     Args:
         asked: each one's overrides.
-        folders: their run folders: a setting that only some were asked has in the others what their config.yaml says.
+        configs: each one's `config`: a setting that only some were asked has in the others what that says.
     """
     keys = list(dict.fromkeys(key for each in asked for key in each if shown(key)))
     differing = [key for key in keys if len({each.get(key) for each in asked}) > 1]
@@ -76,10 +78,9 @@ def told_apart(asked: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> l
         return [()] * len(asked)
     choosing = {key: choice for key in differing if (choice := _chosen_by(key))}
     full, idle = [], []
-    for each, folder in zip(asked, folders, strict=True):
+    for each, own in zip(asked, configs, strict=True):
         missing = [key for key in (*differing, *(key for key, _ in choosing.values())) if key not in each]
-        found = config(folder) if missing else {}
-        composed = {key: text for key in missing if (text := _composed(found, key)) is not None}
+        composed = {key: text for key in missing if (text := _composed(own, key)) is not None}
         full.append({**composed, **each})
         idle.append({key for key, (by, name) in choosing.items() if full[-1].get(by, name) != name})
     runs = list(zip(full, idle, strict=True))

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ RESULTS = "results.json"
 # A folder with one of them is a run folder, even one that was killed early, or a job that never came to start.
 MARKS = (RESULTS, "overrides.yaml", "run.log", "job.log")
 SWEEP = "sweep.json"  # what a sweep keeps of its jobs
+LISTED = 5  # names that a message about a misspelt one lists
 NO_SEED = -1  # of a score of several pictures
 STAMP = ("metric", "protocol", "protocol_hash", "weights")
 COSTS = {  # columns of a run's cost
@@ -71,14 +71,14 @@ class Run:
         results: its results.json.
         asked: its overrides, key -> value.
         conditions: what it was measured with beside its method, see `conditions`.
-        composed: whether it kept its config, so that all of these are known.
+        config: composed; {} where it kept none, so that of these only what it was asked is known.
     """
 
     folder: Path
     results: Mapping[str, Any]
     asked: Mapping[str, str]
     conditions: Mapping[str, str]
-    composed: bool
+    config: Mapping[str, Any]
 
     @property
     def method(self) -> str:
@@ -236,8 +236,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-            closest = get_close_matches(path.name, folders, n=5, cutoff=0.0)
-            raise UserError(f"{path} is no folder of runs.{near(path.name, closest)}")
+            raise UserError(f"{path} is no folder of runs.{near(path.name, folders, listed=LISTED)}")
         for folder in _below(path):
             found.setdefault(folder.resolve())
     return list(found)
@@ -288,7 +287,7 @@ def read(folders: Sequence[Path]) -> Measured:
     methods = list(dict.fromkeys(run.method for run in runs))
     for method in methods:
         mine = [run for run in runs if run.method == method]
-        settings = told_apart([run.asked for run in mine], [run.folder for run in mine])
+        settings = told_apart([run.asked for run in mine], [run.config for run in mine])
         reader.settings.update({run.folder: each for run, each in zip(mine, settings, strict=True)})
     for run in sorted(runs, key=lambda run: (methods.index(run.method), in_order(reader.settings[run.folder]))):
         try:
@@ -320,7 +319,7 @@ def _run(folder: Path) -> Run:
     if found.get("status") != "finished":
         raise UserError(f"is not finished (status: {found.get('status', 'none')})")
     asked, composed = overrides(folder), config(folder)
-    return Run(folder, found, asked, conditions(composed, asked, folder), bool(composed))
+    return Run(folder, found, asked, conditions(composed, asked, folder), composed)
 
 
 class _Names(dict[Any, int]):
@@ -426,7 +425,7 @@ class _Reader:
         for folders in self.seen.values():
             if len(folders) > 1:
                 found.append(f"{few(list(map(str, folders)))} differ in nothing that is compared: they are averaged.")
-        bare = [str(run.folder) for run in self.runs if not run.composed]
+        bare = [str(run.folder) for run in self.runs if not run.config]
         if bare:
             found.append(
                 f"{few(bare)} {'keeps' if len(bare) == 1 else 'keep'} no config.yaml: of what their pictures were "

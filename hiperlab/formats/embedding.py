@@ -40,10 +40,22 @@ def read(path: Path) -> Tensor:
     Raises:
         UserError: there is no file, it is broken or unsafe, or it holds something else.
     """
+    return _rows(path, _content(path))
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, in any of the forms."""
     if path.suffix.lower() == ".safetensors":
-        content: Any = tensors(path)
-    else:
-        content = pickles.load(path, stand_ins=[PARAMETER_DICT], most=MOST_BYTES)
+        return tensors(path)
+    return pickles.load(path, stand_ins=[PARAMETER_DICT], most=MOST_BYTES)
+
+
+def _rows(path: Path, content: Any) -> Tensor:
+    """The learnt vectors (V, D), float32, in a file's content.
+
+    Raises:
+        UserError: it holds something else.
+    """
     tensor = _single(_parameters(content))
     if tensor is None or tensor.dim() not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
         found = ", ".join(map(str, content))[:80] if isinstance(content, Mapping) else type(content).__name__
@@ -101,14 +113,15 @@ def write_each(folder: Path, placeholder: str, vectors: Tensor, widths: Sequence
 
 def _of_both(path: Path) -> list[Tensor]:
     """The vectors (V, d) of each of SDXL's encoders; of the first alone where the file holds no others."""
-    if path.suffix.lower() == ".safetensors":
-        content = tensors(path)
-        if content.keys() == set(PAIR):
-            return [content[key].float().reshape(-1, content[key].shape[-1]) for key in PAIR]
-    first, second = path.with_name(SAFE), path.with_name(SECOND)
-    if path.name in (SAFE, SECOND) and first.is_file() and second.is_file():
-        return [read(first), read(second)]
-    return [read(path)]
+    content = _content(path)
+    if path.suffix.lower() == ".safetensors" and content.keys() == set(PAIR):
+        return [content[key].float().reshape(-1, content[key].shape[-1]) for key in PAIR]
+    rows = _rows(path, content)
+    if path.name == SAFE and (second := path.with_name(SECOND)).is_file():
+        return [rows, read(second)]
+    if path.name == SECOND and (first := path.with_name(SAFE)).is_file():
+        return [read(first), rows]
+    return [rows]
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -172,12 +185,12 @@ def write(
         widths: of each text encoder, where there are several.
     """
     if len(widths) > 1:
-        pair = [part.detach().cpu().float().contiguous().clone() for part in vectors.split(list(widths), dim=-1)]
+        pair = [_plain(part) for part in vectors.split(list(widths), dim=-1)]
         both = folder / f"{name}.safetensors"
         save_file(dict(zip(PAIR, pair, strict=True)), both, metadata={"format": "pt"})
         return [both, *write_each(folder, placeholder, vectors, widths)]
     safe = write_safe(folder, placeholder, vectors)
-    vectors = vectors.detach().cpu().float().contiguous().clone()
+    vectors = _plain(vectors)
     binary, webui = folder / "learned_embeds.bin", folder / f"{name}.pt"
     torch.save({placeholder: vectors}, binary)
     torch.save(
@@ -197,5 +210,10 @@ def write(
 def write_safe(folder: Path, placeholder: str, vectors: Tensor, file: str = SAFE) -> Path:
     """Write diffusers' safetensors alone, under the name `file`; other arguments as `write`."""
     path = folder / file
-    save_file({placeholder: vectors.detach().cpu().float().contiguous().clone()}, path, metadata={"format": "pt"})
+    save_file({placeholder: _plain(vectors)}, path, metadata={"format": "pt"})
     return path
+
+
+def _plain(vectors: Tensor) -> Tensor:
+    """Rows as files hold them: float32, in memory of their own."""
+    return vectors.detach().cpu().float().contiguous().clone()

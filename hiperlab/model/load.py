@@ -21,7 +21,7 @@ from hiperlab.errors import UserError
 from hiperlab.hub import first_line, hub_problem
 from hiperlab.model.kind import XL, file_has_two, folder_has_two, hub_index, index
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text_towers import TextTower
+from hiperlab.model.text_towers import side_by_side
 
 
 def pretrained(
@@ -73,10 +73,7 @@ def pretrained(
         )
     return FrozenStack(
         name=name,
-        towers=[
-            TextTower(tokenizer, text, skip=1 if len(texts) > 1 else 0)
-            for tokenizer, text in zip(parts["tokenizers"], texts, strict=True)
-        ],
+        towers=side_by_side(parts["tokenizers"], texts),
         vae=vae,
         unet=unet,
         scheduler_config=parts["scheduler"],

@@ -321,7 +321,10 @@ class FrozenStack(nn.Module):
 
     def condition_negative(self, text: str | None) -> Conditioning:
         """What guidance's unconditional branch reads of a negative text (1, 1, N, D), None for an absent one."""
-        found = self.condition_text([text or ""])
+        return self.as_negative(text, self.condition_text([text or ""]))
+
+    def as_negative(self, text: str | None, found: Conditioning) -> Conditioning:
+        """A negative text's conditioning, `found` of "" for an absent one: zeros where the model takes none so."""
         return found.zeroed() if text is None and self.zero_negative else found
 
     def own_sizes(self, rows: int) -> Tensor:

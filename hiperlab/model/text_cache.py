@@ -39,9 +39,7 @@ class TextCache:
 
     def negative(self, texts: Sequence[str | None]) -> Conditioning:
         """What guidance's unconditional branch reads of B negative texts (1, B, N, D), None for an absent one."""
-        rows = [self.condition([text or ""]) for text in texts]
-        absent = [text is None and self.stack.zero_negative for text in texts]
-        return concatenate([row.zeroed() if none else row for row, none in zip(rows, absent, strict=True)])
+        return concatenate([self.stack.as_negative(text, self.condition([text or ""])) for text in texts])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Their states alone, (B, N, D)."""

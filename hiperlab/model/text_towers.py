@@ -67,6 +67,12 @@ class TextTower(NamedTuple):
         return int(self.table.shape[1])
 
 
+def side_by_side(tokenizers: Sequence[Any], texts: Sequence[nn.Module]) -> list[TextTower]:
+    """The towers of a model: of two, SDXL's, the U-Net reads the states before the last layer."""
+    skip = 1 if len(texts) > 1 else 0
+    return [TextTower(tokenizer, text, skip) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+
+
 def widths(towers: Sequence[TextTower]) -> list[int]:
     """The width of each encoder; their sum is D."""
     return [tower.width for tower in towers]

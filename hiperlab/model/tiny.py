@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hiperlab.model.noise import SCHEDULE
 from hiperlab.model.stack import FrozenStack
-from hiperlab.model.text_towers import TextTower
+from hiperlab.model.text_towers import side_by_side
 
 WIDTH = 32
 SECOND_WIDTH = 40  # of the second text encoder of SDXL's twin
@@ -41,20 +42,8 @@ def tiny(
         prediction_type: "epsilon" (SD 1.x) or "v_prediction" (SD 2.1).
         note: shown with every result.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text, vae, unet = _text(), _vae(), _unet()
-        _wake_up(unet)
-    return FrozenStack(
-        name=name,
-        towers=[TextTower(clip_tokenizer(), text)],
-        vae=vae,
-        unet=unet,
-        scheduler_config={**SCHEDULE, "prediction_type": prediction_type},
-        size=size,
-        trained=False,
-        note=note,
-    )
+    schedule = {**SCHEDULE, "prediction_type": prediction_type}
+    return untrained(_parts, seed, name=name, scheduler_config=schedule, size=size, note=note)
 
 
 def tiny_sdxl(
@@ -75,25 +64,24 @@ def tiny_sdxl(
         pooled_at: where the pooled row is taken, see `text_towers.pooled_places`.
         note: shown with every result.
     """
+    schedule = {**SCHEDULE, "prediction_type": prediction_type}
+    return untrained(_sdxl_parts, seed, name=name, scheduler_config=schedule, size=size, pooled_at=pooled_at, note=note)
+
+
+def untrained(build: Callable[[], tuple[Any, ...]], seed: int, **settings: Any) -> FrozenStack:
+    """A stack with random weights.
+
+    Args:
+        build: makes a text encoder (SDXL's: two), the autoencoder and the U-Net, with torch's own initialisation.
+        seed: of all its weights; the global random state is left as it was.
+        settings: further named values of `FrozenStack`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first, second, vae, unet = _text(), _second_text(), _vae(0.13025), _xl_unet()
-        _wake_up(unet)
-    return FrozenStack(
-        name=name,
-        towers=[
-            TextTower(clip_tokenizer(), first, skip=1),
-            TextTower(clip_tokenizer("!"), second, skip=1),  # pads so, as released
-        ],
-        vae=vae,
-        unet=unet,
-        scheduler_config={**SCHEDULE, "prediction_type": prediction_type},
-        size=size,
-        pooled_at=pooled_at,
-        zero_negative=True,
-        trained=False,
-        note=note,
-    )
+        *texts, vae, unet = build()
+    tokenizers = [clip_tokenizer(), clip_tokenizer("!")]  # SDXL's second pads so, as released
+    towers = side_by_side(tokenizers[: len(texts)], texts)
+    return FrozenStack(towers=towers, vae=vae, unet=unet, zero_negative=len(texts) > 1, trained=False, **settings)
 
 
 @functools.cache
@@ -124,6 +112,14 @@ def _byte_letters() -> list[str]:
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
+
+
+def _parts() -> tuple[CLIPTextModel, AutoencoderKL, Any]:
+    return _text(), _vae(), _wake_up(_unet())
+
+
+def _sdxl_parts() -> tuple[CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL, Any]:
+    return _text(), _second_text(), _vae(0.13025), _wake_up(_xl_unet())
 
 
 def _text() -> CLIPTextModel:
@@ -170,8 +166,9 @@ def _xl_unet() -> Any:
 
 
 @torch.no_grad()
-def _wake_up(unet: torch.nn.Module) -> None:
+def _wake_up(unet: Any) -> Any:
     """Make cross-attention matter: at the default initialisation the text changes the output by 1e-4 only."""
     for name, parameter in unet.named_parameters():
         if (".attn2.to_" in name or name.startswith("add_embedding.")) and name.endswith("weight"):
             parameter.mul_(2.0)
+    return unet

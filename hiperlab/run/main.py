@@ -62,10 +62,12 @@ def _start(hydra: Any, request: Request, args: argparse.Namespace) -> int:
     """One run or a sweep: `-m`, or an experiment that says `hydra.mode: MULTIRUN`."""
     if args.multirun:
         return run_sweep(hydra, request)
-    cfg = compose(hydra, request, plain(request.overrides, hydra.config_loader))
+    single = plain(request.overrides, hydra.config_loader)
+    cfg = compose(hydra, request, single)
     if cfg.hydra.mode == RunMode.MULTIRUN:
         return run_sweep(hydra, request)
-    cfg = compose(hydra, request, request.overrides)  # of several values in a single run, it says what to do
+    if len(single) < len(request.overrides):
+        cfg = compose(hydra, request, request.overrides)  # several values in a single run: it says what to do
     return _run(hydra, request, cfg)
 
 

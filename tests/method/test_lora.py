@@ -198,7 +198,7 @@ def test_text_encoder_offsets_train(stack) -> None:
     assert len(text) == 12 and all(bool(value.any()) for value in text.values())
     assert all(torch.equal(value, before[name]) for name, value in stack.state_dict().items())
     with torch.no_grad():
-        assert not torch.equal(method.encode_negative("", ""), stack.encode_text([""]))
+        assert not torch.equal(method.negative_condition("", "", [0]).keys[0], stack.encode_text([""]))
 
 
 def several(stack, count: int = 3, **changes) -> LoRA:

@@ -222,7 +222,7 @@ def test_guidance(stack, meta, g, trained) -> None:
     assert word in how["prompt"] and trained.frozen_texts(step) == [how["base_prompt"]]
     states, frozen = trained.condition(step), trained.reference_condition(step)
     assert frozen is not None
-    empty = Conditioning(trained.encode_negative("", "")[None])
+    empty = Conditioning(trained.negative_condition("", "", [0]).keys[0][None])
     start = g["g.latents_in"]
     predict = functools.partial(stack.predict, start, t[:1])
     with torch.no_grad():

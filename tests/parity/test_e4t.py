@@ -392,7 +392,7 @@ def test_sampling(which, root, meta, twin, face, eyes, monkeypatch) -> None:
     method._sampling = True
     scheduler = ddim(how["steps"], how["guidance_scale"]).build(twin, how["steps"])
     assert scheduler.timesteps.tolist() == how["timesteps"]
-    empty = Conditioning(method.encode_negative("", "")[None].expand(-1, rows, -1, -1))
+    empty = Conditioning(method.negative_condition("", "", [0]).keys[0][None].expand(-1, rows, -1, -1))
     final = denoise(
         twin, g["latents_in"], scheduler, condition, empty, how["guidance_scale"],
         watch=lambda _, latents: trajectory.append(latents), reads_latents=True,

@@ -194,7 +194,7 @@ def test_lora_sampling(root, lora, twin, words, meta, h) -> None:
     steps, guidance = how["steps"], how["guidance_scale"]
     with torch.no_grad():
         states = method.condition(Step([meta["h"]["prompt"].replace(words, "<it>")], ZERO, ZERO))
-        empty = Conditioning(method.encode_negative(how["negative_prompt"], "")[None])
+        empty = Conditioning(method.negative_condition(how["negative_prompt"], "", [0]).keys[0][None])
         latents = h["sampling.latents_in"]
         ours = denoise(twin, latents, ddim(steps, guidance).build(twin, steps), lambda t: states, empty, guidance)
     close("h sampling.latents_out", ours, h["sampling.latents_out"], 4e-5)

@@ -177,7 +177,7 @@ def test_sampling(make, meta, twin, words, g) -> None:
     assert torch.equal(twin.tokenize(["", how["prompt"]]).ids, g["sampling.input_ids"])
     with torch.no_grad():
         states = method.condition(Step([how["prompt"].replace(words, "<it>")], ZERO, ZERO))
-        empty = Conditioning(method.encode_negative("", "")[None])
+        empty = Conditioning(method.negative_condition("", "", [0]).keys[0][None])
     steps, guidance = how["steps"], how["guidance_scale"]
     latents = denoise(twin, start, ddim(steps, guidance).build(twin, steps), lambda t: states, empty, guidance)
     close("sampling.latents_out", latents, g["sampling.latents_out"], 4e-3)
